@@ -1,0 +1,162 @@
+"""The project's figures. A plotter draws a tidy table on an `ax`; `save_figure` writes the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+
+from nbutils.data import Dataset, Split
+from nbutils.summary import name_settings
+
+Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
+
+METRIC_NAMES = {
+    "train_accuracy": "training accuracy (as seen during the epoch)",
+    "validation_accuracy": "validation accuracy (after the epoch)",
+    "test_accuracy": "test accuracy (after the epoch)",
+}
+
+ACCURACY_TICKS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+
+
+def use_style() -> None:
+    """Set the house style for the figures that follow."""
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        rc={
+            "figure.dpi": 100,
+            "savefig.dpi": 150,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "svg.hashsalt": "nbutils",
+        },
+    )
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
+    """Write `<folder>/<name>.png` and `.svg`, the same bytes each time; return their paths."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    png, svg = folder / f"{name}.png", folder / f"{name}.svg"
+    figure.savefig(png, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(svg, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    return [png, svg]
+
+
+def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, tuple[float, ...]]:
+    """A colour for each effective batch size, from light (small) to dark (large).
+
+    The palette is viridis, which is even in lightness and safe for colour-blind readers, without
+    its palest end.
+    """
+    sizes = sorted(set(effective_batch_sizes))
+    return dict(zip(sizes, mpl.colormaps["viridis_r"](np.linspace(0.12, 1, len(sizes)))))
+
+
+def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
+    """Accuracy against epoch, a line a setting, with a 95 % band where there are several seeds.
+
+    Colour tells the effective batch size; dashes tell that gradients were accumulated, the
+    shorter the more steps. The axis is stretched towards 100 %, so that curves near 99 % can be
+    told apart.
+
+    Args:
+        ax: Where to draw.
+        runs: From `load_runs`.
+        metric: The column to draw.
+    """
+    runs = name_settings(runs)
+    settings = runs.drop_duplicates("setting").set_index("setting")
+    colours = batch_size_colours(settings["effective_batch_size"])
+    sns.lineplot(
+        data=runs,
+        x="epoch",
+        y=metric,
+        hue="setting",
+        style="setting",
+        palette=settings["effective_batch_size"].map(colours).to_dict(),
+        dashes=settings["accumulation_steps"].map(_dashes).to_dict(),
+        errorbar=("ci", 95),
+        seed=0,
+        linewidth=2,
+        ax=ax,
+    )
+    for line, setting in zip(ax.lines, settings.itertuples()):
+        line.set_zorder(3 if setting.accumulation_steps > 1 else 2)
+    _stretch_towards_one(ax, runs[metric])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="epoch", ylabel="accuracy", title=METRIC_NAMES[metric])
+    ax.margins(x=0.02)
+    ax.legend(title="images per update")
+
+
+def _dashes(accumulation_steps: int) -> tuple[float, float] | str:
+    if accumulation_steps == 1:
+        return ""
+    length = max(1.0, 6 - np.log2(accumulation_steps))
+    return (length, length / 2)
+
+
+def _stretch_towards_one(ax: Axes, accuracy: pd.Series) -> None:
+    """A logit axis for accuracies, with percentages at its ticks."""
+    low = max(0.05, accuracy.quantile(0.02))
+    high = accuracy[accuracy < 1].max()
+    ax.set_yscale("logit", nonpositive="clip")
+    ax.set_ylim(low, 1 - (1 - high) / 1.4)
+    ax.yaxis.set_major_locator(FixedLocator(list(ACCURACY_TICKS)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: int = 16) -> None:
+    """The first images of each class, one row a class."""
+    rows = []
+    for label in range(len(class_names)):
+        examples = images.images[images.labels == label][:columns, 0]
+        rows.append(np.concatenate(list(examples.numpy()), axis=1))
+    height, width = images.images.shape[-2:]
+    ax.imshow(np.concatenate(rows), cmap="gray_r", interpolation="nearest")
+    ax.set_yticks([height * (row + 0.5) for row in range(len(rows))], labels=list(class_names))
+    ax.set_xticks([])
+    ax.tick_params(length=0)
+    ax.grid(False)
+    sns.despine(ax=ax, left=True, bottom=True)
+
+
+def plot_class_balance(ax: Axes, data: Dataset) -> None:
+    """The share of each class in each split, in percent."""
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    table = pd.DataFrame(
+        {
+            "class": [data.class_names[label] for label in split.labels.tolist()],
+            "split": f"{name} ({len(split.labels):,} images)",
+        }
+        for name, split in splits.items()
+    ).explode("class", ignore_index=True)
+    shares = (
+        table.groupby("split", sort=False)["class"]
+        .value_counts(normalize=True)
+        .mul(100)
+        .rename("share")
+        .reset_index()
+    )
+    sns.barplot(
+        data=shares, x="class", y="share", hue="split", order=data.class_names, ax=ax,
+        palette=["#31688e", "#35b779", "#c8c8c8"],
+    )
+    ax.set(xlabel="class", ylabel="share of the images (%)")
+    ax.legend(title=None, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.12))

@@ -1,0 +1,323 @@
+"""What a run leaves on disk: `save_run`, `load_runs`. The only code that knows the format.
+
+A record is a folder `<out>/<run_id>/`:
+
+- `run.json`: the fields of `RunRecord`, and a checksum over them.
+- `history.csv`: a row an epoch, columns `nbutils.training.HISTORY_COLUMNS`.
+- `predictions.npz`: `predictions` and `labels`, uint8, one a test image, in file order.
+- `notebook.ipynb`: the notebook as executed, where the run was part of a study.
+
+It is written to a temporary folder, whose name starts with a dot, and renamed when whole.
+
+A reference is a folder that holds many runs in few small files: `runs.csv` (a row a run),
+`history.csv` (a row a run and epoch), `predictions.npz` (`labels`, and an array a run, named by
+its id) and `environment.json` (where the runs were made, and checksums of the other files).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from nbutils.config import InputError, RunConfig
+
+if TYPE_CHECKING:
+    from nbutils.training import RunResult
+
+SCHEMA_VERSION = 1
+REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "reference"
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What `run.json` holds.
+
+    Attributes:
+        run_id: Name of the run and of its folder.
+        config: All fields of `RunConfig`.
+        dataset: `name`, `fingerprint` (SHA-256 of pixels and labels), and the number of images
+            in `train`, `validation` and `test`.
+        images_per_epoch: Training images that take part in an epoch's updates.
+        environment: Versions, processor, device, and the number of CPU threads.
+        final: The last row of the history.
+        images_per_second: Training images per second of training, evaluation not counted.
+        peak_memory: Bytes; see `RunResult`.
+        files: SHA-256 of `history.csv` and `predictions.npz`.
+        schema_version: `SCHEMA_VERSION` of the code that wrote it.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    dataset: dict[str, Any]
+    images_per_epoch: int
+    environment: dict[str, Any]
+    final: dict[str, float]
+    images_per_second: float
+    peak_memory: int
+    files: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+
+def save_run(result: RunResult, out: str | Path) -> Path:
+    """Write the record of a run to `<out>/<run_id>/`, in place of an earlier one of the same run.
+
+    Returns:
+        The record's folder.
+    """
+    out = Path(out)
+    run_id = result.config.run_id
+    partial = out / f".{run_id}.{uuid.uuid4().hex}"
+    partial.mkdir(parents=True)
+    try:
+        result.history.to_csv(partial / "history.csv", index=False)
+        np.savez_compressed(
+            partial / "predictions.npz",
+            predictions=result.predictions.numpy(),
+            labels=result.data.test.labels.numpy().astype(np.uint8),
+        )
+        images = result.images_per_epoch * result.config.epochs
+        record = RunRecord(
+            run_id=run_id,
+            config=result.config.to_dict(),
+            dataset={
+                "name": result.data.name,
+                "fingerprint": result.data.fingerprint,
+                "train": len(result.data.train.labels),
+                "validation": len(result.data.validation.labels),
+                "test": len(result.data.test.labels),
+            },
+            images_per_epoch=result.images_per_epoch,
+            environment=_environment(result),
+            final={str(k): v for k, v in result.history.iloc[-1].to_dict().items()},
+            images_per_second=images / result.history["seconds"].iloc[-1],
+            peak_memory=result.peak_memory,
+            files={name: _sha256(partial / name) for name in ("history.csv", "predictions.npz")},
+        )
+        content = dataclasses.asdict(record)
+        content["checksum"] = _checksum(content)
+        (partial / "run.json").write_text(json.dumps(content, indent=1) + "\n")
+        publish(partial, out / run_id)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / run_id
+
+
+def publish(partial: Path, folder: Path) -> None:
+    """Give a whole record its name, in place of an earlier one."""
+    if folder.exists():
+        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+        os.rename(folder, aside)
+        os.rename(partial, folder)
+        shutil.rmtree(aside)
+    else:
+        os.rename(partial, folder)
+
+
+def read_record(folder: Path) -> RunRecord:
+    """The record in `folder`, every checksum verified.
+
+    Raises:
+        InputError: It is damaged; the message names it and what is wrong.
+    """
+    try:
+        content = json.loads((folder / "run.json").read_text())
+        checksum = content.pop("checksum")
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"its schema version is {content.get('schema_version')!r}, not {SCHEMA_VERSION}"
+            )
+        if checksum != _checksum(content):
+            raise InputError("run.json was changed")
+        record = RunRecord(**content)
+        config = RunConfig.from_dict(record.config)
+        if not folder.name == record.run_id == config.run_id:
+            raise InputError(f"it belongs to the run {config.run_id}")
+        for name, known in record.files.items():
+            if _sha256(folder / name) != known:
+                raise InputError(f"{name} was changed")
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise InputError(f"the record {folder} is damaged: {missing} is missing") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"the record {folder} is damaged: {error}") from error
+    return record
+
+
+def load_runs(folder: str | Path) -> pd.DataFrame:
+    """All runs of a study's folder, or of a reference, as one tidy table.
+
+    Returns:
+        A row a run and epoch: `run_id`, the fields of `RunConfig`, `effective_batch_size`,
+        `dataset_fingerprint`, `images_per_epoch`, `validation_images`, `test_images`,
+        `images_per_second`, `peak_memory`, then the history's columns.
+
+    Raises:
+        InputError: There are no runs, or some are damaged, or they used different images; the
+            message names them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}")
+    if (folder / "runs.csv").exists():
+        runs, history = _read_reference(folder)
+    else:
+        runs, history = _read_records(folder)
+    names = runs.groupby("dataset_fingerprint")["run_id"].agg(list)
+    if len(names) > 1:
+        mixed = "; ".join(f"{digest[:12]}: {', '.join(ids)}" for digest, ids in names.items())
+        raise InputError(f"{folder} mixes runs on different images: {mixed}")
+    return runs.merge(history, on="run_id", validate="one_to_many")
+
+
+def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Labels of the test images, and each run's predictions of them by run id; all uint8.
+
+    Raises:
+        InputError: As `load_runs`.
+    """
+    folder = Path(folder)
+    if (folder / "runs.csv").exists():
+        _read_reference(folder)
+        with np.load(folder / "predictions.npz") as arrays:
+            predictions = dict(arrays)
+        return predictions.pop("labels"), predictions
+    predictions = {}
+    for record in _read_all(folder):
+        with np.load(folder / record.run_id / "predictions.npz") as arrays:
+            predictions[record.run_id] = arrays["predictions"]
+            labels = arrays["labels"]
+    return labels, predictions
+
+
+def export_runs(folder: str | Path, reference: str | Path) -> None:
+    """Write the runs of a study's folder as a reference, in place of the one that was there.
+
+    Raises:
+        InputError: As `load_runs`.
+    """
+    folder, reference = Path(folder), Path(reference)
+    load_runs(folder)
+    runs, history = _read_records(folder)
+    final = history.groupby("run_id", sort=False).tail(1).drop(columns="epoch")
+    labels, predictions = load_predictions(folder)
+    reference.mkdir(parents=True, exist_ok=True)
+    runs.merge(final, on="run_id").to_csv(reference / "runs.csv", index=False)
+    history.to_csv(reference / "history.csv", index=False)
+    np.savez_compressed(reference / "predictions.npz", labels=labels, **predictions)  # type: ignore[arg-type]
+    environments = {json.dumps(record.environment): None for record in _read_all(folder)}
+    files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
+    content = {"environments": [json.loads(text) for text in environments], "files": files}
+    (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+REFERENCE_FILES = ("runs.csv", "history.csv", "predictions.npz")
+
+
+def _read_all(folder: Path) -> list[RunRecord]:
+    """Every record in `folder`, by run id; hidden folders are work in progress."""
+    records, damaged = [], []
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.name.startswith("."):
+            try:
+                records.append(read_record(path))
+            except InputError as error:
+                damaged.append(str(error))
+    if damaged:
+        raise InputError("\n".join(damaged))
+    if not records:
+        raise InputError(f"no runs in {folder}")
+    return records
+
+
+def _read_records(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    records = _read_all(folder)
+    runs = pd.DataFrame([_run_row(record) for record in records])
+    histories = {r.run_id: _read_csv(folder / r.run_id / "history.csv") for r in records}
+    history = pd.concat(histories, names=["run_id"]).reset_index("run_id").reset_index(drop=True)
+    return runs, history
+
+
+def _run_row(record: RunRecord) -> dict[str, Any]:
+    config = RunConfig.from_dict(record.config)
+    return {
+        "run_id": record.run_id,
+        **config.to_dict(),
+        "effective_batch_size": config.effective_batch_size,
+        "dataset_fingerprint": record.dataset["fingerprint"],
+        "images_per_epoch": record.images_per_epoch,
+        "validation_images": record.dataset["validation"],
+        "test_images": record.dataset["test"],
+        "images_per_second": record.images_per_second,
+        "peak_memory": record.peak_memory,
+    }
+
+
+def _read_reference(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    try:
+        known = json.loads((folder / "environment.json").read_text())["files"]
+        changed = [name for name in REFERENCE_FILES if _sha256(folder / name) != known[name]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the reference {folder} is damaged: {error}") from error
+    if changed:
+        raise InputError(f"the reference {folder} is damaged: {', '.join(changed)} was changed")
+    runs, history = _read_csv(folder / "runs.csv"), _read_csv(folder / "history.csv")
+    return runs.drop(columns=[c for c in history.columns if c != "run_id" and c in runs]), history
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    # Only an empty field is missing: "none" is a kind of normalisation.
+    table = pd.read_csv(
+        StringIO(path.read_text()),
+        float_precision="round_trip",
+        keep_default_na=False,
+        na_values=[""],
+    )
+    return table
+
+
+def _environment(result: RunResult) -> dict[str, Any]:
+    import torch
+
+    on_cuda = result.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name(result.device) if on_cuda else result.device.type,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

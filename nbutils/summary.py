@@ -1,0 +1,159 @@
+"""A study summed up: names for its settings, the table of results, and the pick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from nbutils.config import RunConfig
+from nbutils.statistics import mean_interval, proportion_interval
+
+TARGET_ACCURACY = 0.99
+"""Validation accuracy that `seconds_to_target` waits for."""
+
+
+def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with a column `setting`: what tells its runs apart, but for the seed.
+
+    Batch size and accumulation steps always show ("128", or "8 x 128 = 1024"); other fields of
+    `RunConfig` where they vary. Sorted by effective batch size, then by accumulation steps, then
+    by the other fields, so that settings come in the order in which they are to be shown.
+    """
+    sizes = ["batch_size", "accumulation_steps"]
+    varying = [
+        name
+        for name in RunConfig.field_names()
+        if name not in [*sizes, "seed"] and runs[name].nunique() > 1
+    ]
+
+    def setting(row: pd.Series) -> str:
+        batch_size, steps = row["batch_size"], row["accumulation_steps"]
+        name = f"{batch_size}" if steps == 1 else f"{steps} x {batch_size} = {batch_size * steps}"
+        return ", ".join([name, *(f"{field} {row[field]}" for field in varying)])
+
+    order = ["effective_batch_size", "accumulation_steps", *varying, "seed", "epoch"]
+    named = runs.sort_values(order, ignore_index=True)
+    return named.assign(setting=named.apply(setting, axis=1))
+
+
+def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting, in the order of `name_settings`.
+
+    Args:
+        runs: From `load_runs`.
+
+    Returns:
+        Indexed by `setting`: `seeds` (number of runs), means over them of the final
+        `validation_accuracy` and `test_accuracy`, of `best_validation_accuracy` (highest of any
+        epoch), `updates`, `seconds` (of training), `seconds_to_target` (until validation
+        accuracy first reached `TARGET_ACCURACY`; missing if a run never did) and
+        `images_per_second`; and `validation_low`, `validation_high`, see `validation_interval`.
+    """
+    rows = []
+    for setting, group in name_settings(runs).groupby("setting", sort=False):
+        final = group[group["epoch"] == group.groupby("run_id")["epoch"].transform("max")]
+        reached = group[group["validation_accuracy"] >= TARGET_ACCURACY]
+        first = reached.groupby("run_id")["seconds"].min().reindex(final["run_id"])
+        low, high = validation_interval(final)
+        rows.append(
+            {
+                "setting": setting,
+                "seeds": len(final),
+                "validation_accuracy": final["validation_accuracy"].mean(),
+                "validation_low": low,
+                "validation_high": high,
+                "best_validation_accuracy": group.groupby("run_id")["validation_accuracy"]
+                .max()
+                .mean(),
+                "test_accuracy": final["test_accuracy"].mean(),
+                "updates": final["updates"].mean(),
+                "seconds": final["seconds"].mean(),
+                "seconds_to_target": first.mean(skipna=False),
+                "images_per_second": final["images_per_second"].mean(),
+            }
+        )
+    return pd.DataFrame(rows).set_index("setting").astype({"updates": int})
+
+
+def validation_interval(final: pd.DataFrame) -> tuple[float, float]:
+    """95 % interval of a setting's validation accuracy, from the last epochs of its runs.
+
+    Two things blur it: the validation images are a sample (Wilson's interval), and the seeds
+    differ (Student's t, from two seeds on). The wider end of the two counts on either side.
+    """
+    accuracy = final["validation_accuracy"]
+    images = int(final["validation_images"].iloc[0])
+    ends = [proportion_interval(accuracy.mean(), images)]
+    if len(accuracy) > 1:
+        ends.append(mean_interval(accuracy.tolist()))
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The setting to take, and why.
+
+    Attributes:
+        setting: Its name.
+        best: The setting of highest validation accuracy.
+        threshold: Lower end of the best setting's interval.
+        candidates: The settings whose validation accuracy is at or above it.
+    """
+
+    setting: str
+    best: str
+    threshold: float
+    candidates: list[str]
+
+    def __str__(self) -> str:
+        others = ", ".join(self.candidates)
+        return (
+            f"Pick: {self.setting}.\n"
+            f"The best validation accuracy is that of {self.best}; within its noise, that is at "
+            f"{self.threshold:.2%} or above, are: {others}.\n"
+            f"Of these, {self.setting} took the fewest seconds of training."
+        )
+
+
+def pick(table: pd.DataFrame) -> Pick:
+    """The smallest cost within the noise of the best validation accuracy.
+
+    Args:
+        table: From `summary_table`.
+    """
+    best = table["validation_accuracy"].idxmax()
+    threshold = table.loc[best, "validation_low"]
+    candidates = table[table["validation_accuracy"] >= threshold]
+    return Pick(
+        setting=str(candidates["seconds"].idxmin()),
+        best=str(best),
+        threshold=float(threshold),
+        candidates=[str(name) for name in candidates.index],
+    )
+
+
+def format_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `summary_table` as people read it: percentages, rounded, with units."""
+
+    def percent(values: pd.Series) -> pd.Series:
+        return values.map("{:.2%}".format)
+
+    def seconds(values: pd.Series) -> pd.Series:
+        return values.map(lambda value: "not reached" if pd.isna(value) else f"{value:.0f}")
+
+    return pd.DataFrame(
+        {
+            "seeds": table["seeds"],
+            "validation": percent(table["validation_accuracy"]),
+            "95 % interval": percent(table["validation_low"])
+            + " to "
+            + percent(table["validation_high"]),
+            "best epoch": percent(table["best_validation_accuracy"]),
+            "test": percent(table["test_accuracy"]),
+            "updates": table["updates"].map("{:,}".format),
+            "training, s": seconds(table["seconds"]),
+            f"to {TARGET_ACCURACY:.0%}, s": seconds(table["seconds_to_target"]),
+            "images/s": table["images_per_second"].map("{:,.0f}".format),
+        }
+    )

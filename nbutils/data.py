@@ -187,9 +187,7 @@ def _mnist_5k(name: str) -> Dataset:
     labels = table_of_pixels[:, -1].long()
     # The file is sorted by class, so every fifth image gives a test split of 100 a class.
     test = torch.arange(len(labels)) % 5 == 4
-    return _dataset(
-        name, Split(images[~test], labels[~test]), Split(images[test], labels[test])
-    )
+    return _dataset(name, Split(images[~test], labels[~test]), Split(images[test], labels[test]))
 
 
 def _torchvision(class_name: str, class_names: tuple[str, ...]) -> Callable[[str], Dataset]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -29,7 +30,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         """Normalise `images`, shape (n, channels, height, width)."""
         if not self.training:
             return super().forward(images)
-        return torch.cat([super(GhostBatchNorm2d, self).forward(g) for g in images.split(GHOST_SIZE)])
+        return torch.cat(
+            [super(GhostBatchNorm2d, self).forward(g) for g in images.split(GHOST_SIZE)]
+        )
 
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
@@ -68,7 +71,7 @@ class DigitCNN(nn.Module):
                 norm_layer(norm, outputs),
                 nn.ReLU(),
             )
-            for inputs, outputs in zip(channels, channels[1:])
+            for inputs, outputs in pairwise(channels)
         ]
         self.features = nn.Sequential(*blocks)
         self.dropout = nn.Dropout(dropout)

@@ -1,4 +1,4 @@
-"""The project's figures. A plotter draws a tidy table on an `ax`; `save_figure` writes the whole."""
+"""The project's figures: plotters draw tidy tables on an `ax`, `save_figure` writes the whole."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, tuple[
     its palest end.
     """
     sizes = sorted(set(effective_batch_sizes))
-    return dict(zip(sizes, mpl.colormaps["viridis_r"](np.linspace(0.12, 1, len(sizes)))))
+    shades = mpl.colormaps["viridis_r"](np.linspace(0.12, 1, len(sizes)))
+    return dict(zip(sizes, shades, strict=True))
 
 
 def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
@@ -94,13 +95,30 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
         linewidth=2,
         ax=ax,
     )
-    for line, setting in zip(ax.lines, settings.itertuples()):
-        line.set_zorder(3 if setting.accumulation_steps > 1 else 2)
     _stretch_towards_one(ax, runs[metric])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="accuracy", title=METRIC_NAMES[metric])
     ax.margins(x=0.02)
     ax.legend(title="images per update")
+
+
+def plot_history(ax: Axes, history: pd.DataFrame) -> None:
+    """Training, validation and test accuracy of one run against epoch."""
+    names = {name: title.partition(" (")[0] for name, title in METRIC_NAMES.items()}
+    curves = history.melt("epoch", list(names), "split", "accuracy").replace({"split": names})
+    sns.lineplot(
+        data=curves,
+        x="epoch",
+        y="accuracy",
+        hue="split",
+        style="split",
+        markers=True,
+        palette="viridis",
+        ax=ax,
+    )
+    _stretch_towards_one(ax, curves["accuracy"])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(title=None)
 
 
 def _dashes(accumulation_steps: int) -> tuple[float, float] | str:
@@ -128,7 +146,7 @@ def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: 
     for label in range(len(class_names)):
         examples = images.images[images.labels == label][:columns, 0]
         rows.append(np.concatenate(list(examples.numpy()), axis=1))
-    height, width = images.images.shape[-2:]
+    height = images.images.shape[-2]
     ax.imshow(np.concatenate(rows), cmap="gray_r", interpolation="nearest")
     ax.set_yticks([height * (row + 0.5) for row in range(len(rows))], labels=list(class_names))
     ax.set_xticks([])
@@ -155,7 +173,12 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
         .reset_index()
     )
     sns.barplot(
-        data=shares, x="class", y="share", hue="split", order=data.class_names, ax=ax,
+        data=shares,
+        x="class",
+        y="share",
+        hue="split",
+        order=data.class_names,
+        ax=ax,
         palette=["#31688e", "#35b779", "#c8c8c8"],
     )
     ax.set(xlabel="class", ylabel="share of the images (%)")

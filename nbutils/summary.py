@@ -24,7 +24,7 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
     varying = [
         name
         for name in RunConfig.field_names()
-        if name not in [*sizes, "seed"] and runs[name].nunique() > 1
+        if name not in [*sizes, "seed"] and _varies(runs[name])
     ]
 
     def setting(row: pd.Series) -> str:
@@ -35,6 +35,10 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
     order = ["effective_batch_size", "accumulation_steps", *varying, "seed", "epoch"]
     named = runs.sort_values(order, ignore_index=True)
     return named.assign(setting=named.apply(setting, axis=1))
+
+
+def _varies(values: pd.Series) -> bool:
+    return len(values.unique()) > 1
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -130,6 +134,26 @@ def pick(table: pd.DataFrame) -> Pick:
         best=str(best),
         threshold=float(threshold),
         candidates=[str(name) for name in candidates.index],
+    )
+
+
+def describe_study(runs: pd.DataFrame) -> str:
+    """One Markdown paragraph: how many runs, on which images, with which common settings."""
+    first = runs.iloc[0]
+    epochs = " or ".join(map(str, sorted(runs["epochs"].unique())))
+    common = {
+        "optimizer": "optimizer {}",
+        "learning_rate": "learning rate {:g}",
+        "norm": "norm {}",
+        "dropout": "dropout {:g}",
+    }
+    same = [text.format(first[name]) for name, text in common.items() if not _varies(runs[name])]
+    return (
+        f"**{runs['run_id'].nunique()} runs** on `{first['dataset']}`: "
+        f"{name_settings(runs)['setting'].nunique()} settings, {runs['seed'].nunique()} seed(s), "
+        f"{epochs} epochs; {first['images_per_epoch']:,} training images, "
+        f"{first['validation_images']:,} to validate, {first['test_images']:,} to test. "
+        f"Equal in all: {', '.join(same)}."
     )
 
 

@@ -1,0 +1,140 @@
+"""The command line: `python -m nbutils run | status | export | figures`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nbutils.config import InputError, RunConfig, suggest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        Exit status: 0 when all went well, 1 when a run failed, 2 when the input was bad.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    run = commands.add_parser("run", help="make the runs of a study, then sum them up")
+    run.add_argument("study", help="a name in notebooks/studies/, or the path of a YAML file")
+    run.add_argument("--dataset", help="train on this instead of the study's dataset")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE[,VALUE...]",
+        help="settings in place of the study's, each one or several values (may be repeated)",
+    )
+    run.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
+    run.add_argument("--out", type=Path, help="folder of the runs (default: runs/STUDY-DATASET)")
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", help="tell how far the runs of a study are")
+    status.add_argument("folder", type=Path)
+    status.set_defaults(command=_status)
+
+    export = commands.add_parser("export", help="write a study's runs as a small reference")
+    export.add_argument("runs", type=Path)
+    export.add_argument("reference", type=Path)
+    export.set_defaults(command=_export)
+
+    figures = commands.add_parser(
+        "figures", help="make figures/ and the README's numbers from notebooks/reference/"
+    )
+    figures.set_defaults(command=_figures)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from nbutils.study import load_study, run_study
+
+    overrides = dict(_override(text) for text in options.set)
+    if options.dataset is not None:
+        overrides["dataset"] = [options.dataset]
+    study = load_study(options.study, overrides)
+    out = options.out or study.default_folder
+    failures = run_study(study, out, options.jobs)
+    if failures:
+        for run_id, cause in failures.items():
+            print(f"failed: {run_id}: {cause}", file=sys.stderr)
+        print(f"{len(failures)} runs failed; the same command tries them again", file=sys.stderr)
+        return 1
+    _print_results(out.absolute())
+    return 0
+
+
+def _print_results(out: Path) -> None:
+    from nbutils.records import load_runs
+    from nbutils.summary import format_table, pick, summary_table
+
+    table = summary_table(load_runs(out))
+    print(f"\n{format_table(table).to_string()}\n\n{pick(table)}\n")
+    for kind, pattern in (("figure", "*.png"), ("figure", "*.svg"), ("summary", "summary.ipynb")):
+        for path in sorted(out.glob(pattern)):
+            print(f"{kind}: {path}")
+
+
+def _override(text: str) -> tuple[str, list[Any]]:
+    """The field and the values of one `--set`."""
+    field, equals, values = text.partition("=")
+    if not equals or not values:
+        raise InputError(f"--set {text}: it must read FIELD=VALUE or FIELD=VALUE,VALUE")
+    if field not in RunConfig.field_names():
+        raise InputError(
+            f"--set {text}: no setting {field!r}; {suggest(field, RunConfig.field_names())}"
+        )
+    return field, [_value(value) for value in values.split(",")]
+
+
+def _value(text: str) -> Any:
+    """A YAML value; and 1e-3, which YAML takes for text."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return text
+
+
+def _status(options: argparse.Namespace) -> int:
+    from nbutils.study import run_status
+
+    statuses = run_status(options.folder)
+    width = max(map(len, statuses))
+    for run_id, status in statuses.items():
+        print(f"{run_id:{width}}  {status}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from nbutils.records import export_runs
+
+    export_runs(options.runs, options.reference)
+    print(f"reference: {options.reference}")
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from nbutils.report import make_figures
+
+    for path in make_figures():
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

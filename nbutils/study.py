@@ -1,0 +1,461 @@
+"""A study: a YAML file's grid of runs, each a notebook executed by papermill, and their summary.
+
+The keys of a study file:
+
+- `title`: one line.
+- `fixed`: settings of every run, fields of `RunConfig`.
+- `runs`: a list of blocks. Each has a `notebook` (its name in `notebooks/`), a `grid` (a list of
+  values for each field; one run for every combination), and may have a `fixed` of its own.
+- `summary`: the notebook that sums the runs up. It has the parameters `runs` (their folder) and
+  `figures` (where to save its figures).
+
+A training notebook has a parameter for each setting it takes, named as in `RunConfig`, and `out`:
+the folder to which it saves its record.
+
+The folder of a study holds `study.json` (what is planned), the record of each finished run,
+`summary.ipynb` and its figures. Unfinished runs are in `.work/`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from nbutils.config import InputError, RunConfig, suggest
+from nbutils.records import publish, read_record
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+STUDIES = NOTEBOOKS / "studies"
+
+STUDY_KEYS = ("title", "fixed", "runs", "summary")
+BLOCK_KEYS = ("notebook", "grid", "fixed")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a study: the notebook that makes it and its settings."""
+
+    notebook: str
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Study:
+    """A named set of runs and the notebook that sums them up."""
+
+    name: str
+    title: str
+    runs: tuple[PlannedRun, ...]
+    summary: str
+
+    @property
+    def datasets(self) -> list[str]:
+        """Names of the datasets of its runs."""
+        return sorted({run.config.dataset for run in self.runs})
+
+    @property
+    def default_folder(self) -> Path:
+        """Where its runs go if nothing else is said: `runs/<study>-<dataset>`."""
+        return Path("runs") / "-".join([self.name, *self.datasets])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `study.json` holds them."""
+        runs = [{"notebook": run.notebook, "config": run.config.to_dict()} for run in self.runs]
+        return {"name": self.name, "title": self.title, "runs": runs, "summary": self.summary}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Study:
+        """The study of a `study.json`."""
+        runs = [
+            PlannedRun(r["notebook"], RunConfig.from_dict(r["config"])) for r in content["runs"]
+        ]
+        return cls(content["name"], content["title"], tuple(runs), content["summary"])
+
+
+def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> Study:
+    """Read and check a study; nothing is run.
+
+    Args:
+        name: A study in `notebooks/studies/`, or the path of a YAML file.
+        overrides: Values that take the place of the file's, by field; several make a grid.
+
+    Raises:
+        InputError: The study, a key, a notebook, a parameter or a value is not known or allowed.
+    """
+    path = _study_path(name)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"study {path}: cannot be read: {error}") from error
+    try:
+        study = _parse(path.stem, content, overrides or {})
+        for notebook in {run.notebook for run in study.runs}:
+            _check_training_notebook(
+                notebook, [r.config for r in study.runs if r.notebook == notebook]
+            )
+        _check_parameters(study.summary, ["runs", "figures"])
+    except InputError as error:
+        raise InputError(f"study {path.name}: {error}") from error
+    return study
+
+
+def _study_path(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise InputError(f"no study file {name}")
+        return Path(name)
+    known = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    if name not in known:
+        raise InputError(f"no study {name!r}; {suggest(name, known)}; or the path of a .yaml file")
+    return STUDIES / f"{name}.yaml"
+
+
+def _parse(name: str, content: Any, overrides: Mapping[str, list[Any]]) -> Study:
+    _check_mapping("a study", content, STUDY_KEYS, required=("runs", "summary"))
+    if not isinstance(content["runs"], list) or not content["runs"]:
+        raise InputError("runs must be a list of blocks, each with a notebook and a grid")
+    fixed = _settings("fixed", content.get("fixed") or {})
+    runs = []
+    for block in content["runs"]:
+        _check_mapping("a block of runs", block, BLOCK_KEYS, required=("notebook",))
+        grid = _settings("grid", block.get("grid") or {})
+        for field, values in grid.items():
+            if not isinstance(values, list) or not values:
+                raise InputError(f"grid: {field} = {values!r}, but it must be a list of values")
+        settings = fixed | _settings("fixed", block.get("fixed") or {})
+        table = {field: [value] for field, value in settings.items()} | grid | dict(overrides)
+        for values in itertools.product(*table.values()):
+            config = RunConfig.from_dict(dict(zip(table, values, strict=True)))
+            runs.append(PlannedRun(str(block["notebook"]), config))
+    ids = [run.config.run_id for run in runs]
+    twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
+    if twice:
+        raise InputError(f"the same settings are planned twice: {', '.join(twice)}")
+    return Study(name, str(content.get("title", name)), tuple(runs), str(content["summary"]))
+
+
+def _check_mapping(
+    what: str, content: Any, allowed: tuple[str, ...], required: tuple[str, ...]
+) -> None:
+    if not isinstance(content, dict):
+        raise InputError(f"{what} must be a mapping with the keys {', '.join(allowed)}")
+    for key in content:
+        if key not in allowed:
+            raise InputError(f"{what} has no key {key!r}; {suggest(key, allowed)}")
+    for key in required:
+        if key not in content:
+            raise InputError(f"{what} lacks the key {key!r}")
+
+
+def _settings(where: str, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise InputError(f"{where} must be a mapping of settings to values")
+    for field in content:
+        if field not in RunConfig.field_names():
+            raise InputError(
+                f"{where}: no setting {field!r}; {suggest(field, RunConfig.field_names())}"
+            )
+    return content
+
+
+def notebook_path(name: str) -> Path:
+    """The file of the notebook called `name` in `notebooks/`.
+
+    Raises:
+        InputError: There is none.
+    """
+    known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if name not in known:
+        raise InputError(f"no notebook {name!r}; {suggest(name, known)}")
+    return NOTEBOOKS / f"{name}.ipynb"
+
+
+def _check_parameters(notebook: str, names: list[str]) -> set[str]:
+    """Refuse parameters that the notebook does not declare: papermill would only log them."""
+    import papermill
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    known = papermill.inspect_notebook(str(notebook_path(notebook)))
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"the notebook {notebook} has no parameter {name!r}; {suggest(name, known)}"
+            )
+    return set(known)
+
+
+def _check_training_notebook(notebook: str, configs: list[RunConfig]) -> None:
+    parameters = _check_parameters(notebook, ["out"])
+    defaults = RunConfig()
+    for config in configs:
+        for name, value in config.to_dict().items():
+            if value != getattr(defaults, name):
+                parameters |= _check_parameters(notebook, [name])
+
+
+def execute_notebook(notebook: str, output: Path, parameters: Mapping[str, Any]) -> None:
+    """Run a notebook of the project by papermill.
+
+    Args:
+        notebook: Its name in `notebooks/`.
+        output: Where the executed notebook goes.
+        parameters: Plain Python values for parameters that it declares.
+
+    Raises:
+        InputError: It does not declare a parameter.
+        Exception: What papermill raises when a cell fails or the kernel dies.
+    """
+    import papermill
+    from traitlets.config import Config
+
+    _check_parameters(notebook, list(parameters))
+    with tempfile.TemporaryDirectory(prefix="nbutils-") as folder:
+        # Pipes in a folder of their own, in place of TCP ports, which kernels that start at the
+        # same time may dispute, and which anyone on the machine can reach.
+        pipes = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
+        papermill.execute_notebook(
+            str(notebook_path(notebook)),
+            str(output),
+            parameters=dict(parameters),
+            progress_bar=False,
+            config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+        )
+
+
+def run_study(
+    study: Study, out: str | Path, jobs: int | None = None, executor: Executor | None = None
+) -> dict[str, str]:
+    """Make the runs of `study` that `out` does not hold yet, then execute its summary.
+
+    Args:
+        study: From `load_study`.
+        out: Folder of the study's runs; made where there is none.
+        jobs: Runs side by side; by default one a processor, or one where there is a GPU.
+        executor: What runs them, in place of processes of our own on this machine.
+
+    Returns:
+        The cause of each failure, by run id: empty when all is done. The other runs go on when
+        one fails; the summary is executed only when none did.
+
+    Raises:
+        InputError: `out` holds another study, or a dataset or device is not there, or an update
+            needs more images than there are. Nothing is run and nothing on disk has changed.
+    """
+    out = Path(out).absolute()
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
+    plan = _merge_with_folder(study, out)
+    _check_runnable(study)
+    out.mkdir(parents=True, exist_ok=True)
+    _write_json(out / "study.json", plan.to_dict())
+    waiting = [run for run in study.runs if not _is_done(out, run)]
+    failures: dict[str, str] = {}
+    if waiting:
+        jobs = jobs or _default_jobs(len(waiting))
+        with executor or _process_pool(min(jobs, len(waiting))) as pool:
+            failures = _run_all(study, waiting, out, pool)
+    if not failures:
+        print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
+        execute_notebook(
+            study.summary, out / "summary.ipynb", {"runs": str(out), "figures": str(out)}
+        )
+        shutil.rmtree(out / ".work", ignore_errors=True)
+    return failures
+
+
+def run_status(out: str | Path) -> dict[str, str]:
+    """How far each planned run of a study's folder is, by run id.
+
+    Raises:
+        InputError: `out` holds no study.
+    """
+    out = Path(out).absolute()
+    return {run.config.run_id: _status(out, run) for run in _read_plan(out).runs}
+
+
+def _status(out: Path, run: PlannedRun) -> str:
+    run_id = run.config.run_id
+    if (out / run_id).exists():
+        try:
+            record = read_record(out / run_id)
+        except InputError as error:
+            return f"damaged: {error}"
+        return f"done: test accuracy {record.final['test_accuracy']:.2%}"
+    cause = out / ".work" / run_id / "failed.txt"
+    if cause.exists():
+        return f"failed: {cause.read_text()}"
+    epochs = _epochs_done(out, run)
+    return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
+
+
+def _read_plan(out: Path) -> Study:
+    try:
+        return Study.from_dict(json.loads((out / "study.json").read_text()))
+    except FileNotFoundError as error:
+        raise InputError(f"{out} holds no study: it has no study.json") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{out / 'study.json'} is damaged: {error}") from error
+
+
+def _merge_with_folder(study: Study, out: Path) -> Study:
+    """What `out` holds and `study` adds; the same study with more values in its grid."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return study
+    if not out.is_dir():
+        raise InputError(f"{out} is not a folder; choose another --out")
+    if not (out / "study.json").exists():
+        raise InputError(f"{out} is not empty and holds no study; choose another --out")
+    held = _read_plan(out)
+    if held.name != study.name:
+        raise InputError(
+            f"{out} holds the study {held.name!r}, not {study.name!r}; choose another --out"
+        )
+    for field in RunConfig.field_names():
+        before = {getattr(run.config, field) for run in held.runs}
+        now = {getattr(run.config, field) for run in study.runs}
+        if field != "seed" and len(before) == len(now) == 1 and before != now:
+            raise InputError(
+                f"{out} holds the study {study.name!r} with {field} = {before.pop()!r}, "
+                f"not {now.pop()!r}; choose another --out"
+            )
+    added = [run for run in study.runs if run not in held.runs]
+    return Study(study.name, study.title, (*held.runs, *added), study.summary)
+
+
+def _check_runnable(study: Study) -> None:
+    from nbutils.data import load_dataset
+    from nbutils.training import check_fits, resolve_device
+
+    for device in {run.config.device for run in study.runs}:
+        resolve_device(device)
+    for name in study.datasets:
+        data = load_dataset(name)
+        for run in study.runs:
+            if run.config.dataset == name:
+                check_fits(run.config, data)
+
+
+def _is_done(out: Path, run: PlannedRun) -> bool:
+    """Whether the run's record is there; a damaged one is an error, so that none is lost."""
+    folder = out / run.config.run_id
+    if not folder.exists():
+        return False
+    read_record(folder)
+    return True
+
+
+def _default_jobs(runs: int) -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(runs, os.cpu_count() or 1)
+
+
+def _process_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that share the processors: more threads than those slow each other down much."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    return ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(threads,),
+    )
+
+
+def _start_worker(threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
+
+
+def _run_all(
+    study: Study, waiting: list[PlannedRun], out: Path, executor: Executor
+) -> dict[str, str]:
+    """Make the `waiting` runs, showing how far they are; the cause of each failure by run id."""
+    shutil.rmtree(out / ".work", ignore_errors=True)
+    futures: dict[Future[None], PlannedRun] = {
+        executor.submit(make_run, run, str(out)): run for run in waiting
+    }
+    failures: dict[str, str] = {}
+    done = len(study.runs) - len(waiting)
+    epochs = {run.config.run_id: run.config.epochs for run in waiting}
+    print(f"{study.title}: {len(waiting)} runs to make, {done} done before, in {out}", flush=True)
+    with tqdm(total=sum(epochs.values()), unit="epoch", smoothing=0.05) as bar:
+        pending = set(futures)
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                run, error = futures[future], future.exception()
+                if error is None:
+                    done += 1
+                    continue
+                failures[run.config.run_id] = cause = _cause(error)
+                _work_folder(out, run).mkdir(parents=True, exist_ok=True)
+                (_work_folder(out, run) / "failed.txt").write_text(cause)
+                bar.write(f"{run.config.run_id} failed: {cause}")
+            at = {run.config.run_id: _epochs_done(out, run) for run in waiting}
+            bar.n = sum(at.values())
+            bar.set_description(f"{done}/{len(study.runs)} runs done")
+            active = [run for run in waiting if 0 < at[run.config.run_id] < run.config.epochs]
+            bar.set_postfix_str(
+                ", ".join(
+                    f"{run.config.batch_size}x{run.config.accumulation_steps} "
+                    f"seed {run.config.seed}: epoch {at[run.config.run_id]}/{run.config.epochs}"
+                    for run in active
+                )
+            )
+    return failures
+
+
+def make_run(run: PlannedRun, out: str) -> None:
+    """Execute one run's notebook and publish its record in `out`; an executor's task."""
+    work = _work_folder(Path(out), run)
+    work.mkdir(parents=True, exist_ok=True)
+    parameters = {"out": str(work)} | {
+        name: value
+        for name, value in run.config.to_dict().items()
+        if name in _check_parameters(run.notebook, [])
+    }
+    execute_notebook(run.notebook, work / "notebook.ipynb", parameters)
+    record = work / run.config.run_id
+    if not record.is_dir():
+        raise InputError(f"the notebook {run.notebook} ran but saved no record of {record.name}")
+    os.rename(work / "notebook.ipynb", record / "notebook.ipynb")
+    publish(record, Path(out) / record.name)
+
+
+def _work_folder(out: Path, run: PlannedRun) -> Path:
+    return out / ".work" / run.config.run_id
+
+
+def _epochs_done(out: Path, run: PlannedRun) -> int:
+    if (out / run.config.run_id).exists():
+        return run.config.epochs
+    try:
+        lines = (_work_folder(out, run) / "progress.csv").read_text().count("\n")
+    except OSError:
+        return 0
+    return max(0, lines - 1)
+
+
+def _cause(error: BaseException) -> str:
+    """One line that says why a run failed."""
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+    return " ".join(f"{name}: {value}".split())
+
+
+def _write_json(path: Path, content: Any) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

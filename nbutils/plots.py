@@ -95,11 +95,12 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
         linewidth=2,
         ax=ax,
     )
-    _stretch_towards_one(ax, runs[metric])
+    # The limits come from all of these, so that panels side by side have one scale.
+    _stretch_towards_one(ax, runs[list(METRIC_NAMES)])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="epoch", ylabel="accuracy", title=METRIC_NAMES[metric])
     ax.margins(x=0.02)
-    ax.legend(title="images per update")
+    ax.legend(title="images per update", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
@@ -116,7 +117,7 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
         palette="viridis",
         ax=ax,
     )
-    _stretch_towards_one(ax, curves["accuracy"])
+    _stretch_towards_one(ax, history[list(METRIC_NAMES)])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title=None)
 
@@ -128,10 +129,11 @@ def _dashes(accumulation_steps: int) -> tuple[float, float] | str:
     return (length, length / 2)
 
 
-def _stretch_towards_one(ax: Axes, accuracy: pd.Series) -> None:
-    """A logit axis for accuracies, with percentages at its ticks."""
-    low = max(0.05, accuracy.quantile(0.02))
-    high = accuracy[accuracy < 1].max()
+def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:
+    """A logit axis for `accuracies`, with percentages at its ticks."""
+    values = accuracies.to_numpy()
+    low = max(0.05, float(np.quantile(values, 0.02)))
+    high = float(values.max(initial=0.5, where=values < 1))
     ax.set_yscale("logit", nonpositive="clip")
     ax.set_ylim(low, 1 - (1 - high) / 1.4)
     ax.yaxis.set_major_locator(FixedLocator(list(ACCURACY_TICKS)))

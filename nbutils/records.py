@@ -179,7 +179,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         runs, history = _read_records(folder)
     names = runs.groupby("dataset_fingerprint")["run_id"].agg(list)
     if len(names) > 1:
-        mixed = "; ".join(f"{digest[:12]}: {', '.join(ids)}" for digest, ids in names.items())
+        mixed = "; ".join(f"{str(key)[:12]}: {', '.join(ids)}" for key, ids in names.items())
         raise InputError(f"{folder} mixes runs on different images: {mixed}")
     return runs.merge(history, on="run_id", validate="one_to_many")
 

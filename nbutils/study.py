@@ -392,7 +392,7 @@ def _run_all(
     epochs = {run.config.run_id: run.config.epochs for run in waiting}
     print(f"{study.title}: {len(waiting)} runs to make, {done} done before, in {out}", flush=True)
     with tqdm(total=sum(epochs.values()), unit="epoch", smoothing=0.05) as bar:
-        pending = set(futures)
+        pending, shown = set(futures), {"": -1}
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -405,16 +405,13 @@ def _run_all(
                 (_work_folder(out, run) / "failed.txt").write_text(cause)
                 bar.write(f"{run.config.run_id} failed: {cause}")
             at = {run.config.run_id: _epochs_done(out, run) for run in waiting}
-            bar.n = sum(at.values())
-            bar.set_description(f"{done}/{len(study.runs)} runs done")
-            active = [run for run in waiting if 0 < at[run.config.run_id] < run.config.epochs]
-            bar.set_postfix_str(
-                ", ".join(
-                    f"{run.config.batch_size}x{run.config.accumulation_steps} "
-                    f"seed {run.config.seed}: epoch {at[run.config.run_id]}/{run.config.epochs}"
-                    for run in active
-                )
-            )
+            if at != shown or finished:
+                shown = at
+                active = [run for run in waiting if 0 < at[run.config.run_id] < run.config.epochs]
+                bar.set_description(f"{done}/{len(study.runs)} runs done", refresh=False)
+                bar.set_postfix_str("; ".join(_progress(out, run) for run in active), refresh=False)
+                bar.update(sum(at.values()) - bar.n)
+                bar.refresh()
     return failures
 
 
@@ -433,6 +430,14 @@ def make_run(run: PlannedRun, out: str) -> None:
         raise InputError(f"the notebook {run.notebook} ran but saved no record of {record.name}")
     os.rename(work / "notebook.ipynb", record / "notebook.ipynb")
     publish(record, Path(out) / record.name)
+
+
+def _progress(out: Path, run: PlannedRun) -> str:
+    config = run.config
+    return (
+        f"{config.batch_size}x{config.accumulation_steps} seed {config.seed}: "
+        f"epoch {_epochs_done(out, run)}/{config.epochs}"
+    )
 
 
 def _work_folder(out: Path, run: PlannedRun) -> Path:

@@ -126,13 +126,13 @@ def pick(table: pd.DataFrame) -> Pick:
     Args:
         table: From `summary_table`.
     """
-    best = table["validation_accuracy"].idxmax()
-    threshold = table.loc[best, "validation_low"]
+    best = str(table["validation_accuracy"].idxmax())
+    threshold = float(table["validation_low"][best])
     candidates = table[table["validation_accuracy"] >= threshold]
     return Pick(
         setting=str(candidates["seconds"].idxmin()),
-        best=str(best),
-        threshold=float(threshold),
+        best=best,
+        threshold=threshold,
         candidates=[str(name) for name in candidates.index],
     )
 

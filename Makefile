@@ -1,0 +1,62 @@
+# Every target sets up what it needs. `make help` lists them.
+PYTHON ?= python3
+DATASET ?= mnist-5k
+STUDY ?= batch-size
+
+BIN := .venv/bin
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# Tests run on every processor, so each of their processes keeps to one thread.
+ONE_THREAD := OMP_NUM_THREADS=1
+
+.PHONY: help install study lab test lint unit notebooks-test papermill-test notebooks figures clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed  ## make .venv and install the project and its tools in it
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; say which with make PYTHON=..."; exit 1; }
+	@echo "Setting up .venv; torch is large, so this takes a few minutes."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+study: install  ## run the main study and show where its figure is (DATASET=mnist for all digits)
+	$(BIN)/python -m nbutils run $(STUDY) --dataset $(DATASET)
+
+lab: install  ## open JupyterLab on the notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+test: lint unit notebooks-test papermill-test  ## lint, types, unit tests, notebooks
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: install
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --dist loadscope tests
+
+notebooks-test: install
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --dist loadscope --nbval \
+		--nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
+
+papermill-test: install
+	@mkdir -p build
+	$(ONE_THREAD) $(BIN)/papermill --no-progress-bar notebooks/02_train_batch_size.ipynb \
+		build/02.ipynb -p batch_size 512 -p epochs 1
+	$(ONE_THREAD) $(BIN)/papermill --no-progress-bar notebooks/03_train_accumulation.ipynb \
+		build/03.ipynb -p batch_size 64 -p accumulation_steps 8 -p epochs 1
+
+notebooks: install  ## run the notebooks and store their outputs, after a change
+	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+	$(BIN)/ruff format notebooks
+
+figures: install  ## make figures/ and the README's numbers from notebooks/reference/
+	$(BIN)/python -m nbutils figures
+
+clean:  ## remove the environment and caches; runs/ and data/ stay
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,11 @@ def _override(text: str) -> tuple[str, list[Any]]:
 
 def _value(text: str) -> Any:
     """A YAML value; and 1e-3, which YAML takes for text."""
-    try:
-        return float(text) if "e" in text.lower() else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError):
-        return text
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
 
 
 def _status(options: argparse.Namespace) -> int:

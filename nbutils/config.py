@@ -21,7 +21,8 @@ class InputError(ValueError):
 def suggest(name: object, allowed: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest allowed one, and all of them."""
     allowed = list(allowed)
-    near = difflib.get_close_matches(str(name), allowed, n=1)
+    near = [option for option in allowed if name and option.startswith(str(name))]
+    near = near or difflib.get_close_matches(str(name), allowed, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(allowed)}"
 
@@ -158,6 +159,8 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         hint = ""
         if isinstance(value, str) and kind in (int, float):
             hint = "; it is text: leave out the quotes, and in YAML write 1.0e-3, not 1e-3"
+        if isinstance(value, str) and kind is bool:
+            hint = "; it is text: leave out the quotes, and with papermill write True or False"
         raise InputError(f"{name} = {value!r}, but it must be {words[kind]}{hint}")
     if kind is float and not math.isfinite(value):
         raise InputError(f"{name} = {value!r}, but it must be finite")

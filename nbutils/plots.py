@@ -134,8 +134,8 @@ def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:
     values = accuracies.to_numpy()
     low = max(0.05, float(np.quantile(values, 0.02)))
     high = float(values.max(initial=0.5, where=values < 1))
+    ax.set_ylim(low, 1 - (1 - high) / 1.4)  # before the scale, which warns of data all at 1
     ax.set_yscale("logit", nonpositive="clip")
-    ax.set_ylim(low, 1 - (1 - high) / 1.4)
     ax.yaxis.set_major_locator(FixedLocator(list(ACCURACY_TICKS)))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))

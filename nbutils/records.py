@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,13 +280,7 @@ def _read_reference(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     # Only an empty field is missing: "none" is a kind of normalisation.
-    table = pd.read_csv(
-        StringIO(path.read_text()),
-        float_precision="round_trip",
-        keep_default_na=False,
-        na_values=[""],
-    )
-    return table
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def _environment(result: RunResult) -> dict[str, Any]:

@@ -18,6 +18,7 @@ The folder of a study holds `study.json` (what is planned), the record of each f
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +199,33 @@ def _check_parameters(notebook: str, names: list[str]) -> set[str]:
     return set(known)
 
 
+def check_injected_parameters() -> None:
+    """In a notebook: refuse parameters that papermill injected but the notebook does not declare.
+
+    papermill itself only logs them, so a misspelt one would train with the default.
+
+    Raises:
+        InputError: There is such a parameter.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    executed = shell.user_ns["In"] if shell else []
+    for declared, injected in itertools.pairwise(executed):
+        if injected.startswith("# Parameters\n"):
+            known = _assigned_names(declared)
+            for name in _assigned_names(injected):
+                if name not in known:
+                    raise InputError(
+                        f"this notebook has no parameter {name!r}; {suggest(name, known)}"
+                    )
+
+
+def _assigned_names(source: str) -> list[str]:
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+
+
 def _check_training_notebook(notebook: str, configs: list[RunConfig]) -> None:
     parameters = _check_parameters(notebook, ["out"])
     defaults = RunConfig()
@@ -265,7 +294,8 @@ def run_study(
     failures: dict[str, str] = {}
     if waiting:
         jobs = jobs or _default_jobs(len(waiting))
-        with executor or _process_pool(min(jobs, len(waiting))) as pool:
+        ours = _process_pool(min(jobs, len(waiting)))
+        with nullcontext(executor) if executor else ours as pool:
             failures = _run_all(study, waiting, out, pool)
     if not failures:
         print(f"Summing up in {out / 'summary.ipynb'}", flush=True)

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from nbutils.data import Dataset, Split, data_folder, load_dataset
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "mnist: needs the full MNIST files in the data folder")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("mnist") and not (data_folder() / "MNIST" / "raw").is_dir():
+        pytest.skip(f"the full MNIST files are not in {data_folder()}")
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load_dataset("mnist-5k")
+
+
+def part(split: Split, images: int) -> Split:
+    """Some images of a split, spread over its classes."""
+    chosen = torch.linspace(0, len(split.labels) - 1, images).long()
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+@pytest.fixture(scope="session")
+def few_digits(digits: Dataset) -> Dataset:
+    """Shrunken for speed: 300 images to train on, 50 to validate, 50 to test."""
+    return Dataset(
+        "few-digits",
+        part(digits.train, 300),
+        part(digits.validation, 50),
+        part(digits.test, 50),
+        digits.class_names,
+    )

@@ -1,0 +1,95 @@
+"""What every committed notebook must be, and that the README shows what the records say."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from nbutils import RunConfig
+from nbutils.report import README, ROOT, renew_blocks
+from nbutils.study import NOTEBOOKS
+
+PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+
+
+def code_cells(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+
+
+def test_there_are_notebooks():
+    assert [path.stem[:2] for path in PATHS] == [f"{n:02}" for n in range(len(PATHS))]
+
+
+@every_notebook
+def test_it_was_executed_from_top_to_bottom_without_errors(path):
+    nbformat.validate(nbformat.read(path, as_version=4))
+    cells = code_cells(path)
+    # nbval compares nothing in a cell without a count.
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+
+
+@every_notebook
+def test_it_begins_with_its_question_and_ends_with_a_link_onward(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].cell_type == cells[-1].cell_type == "markdown"
+    assert cells[0].source.startswith("# ")
+    assert "**Question.**" in cells[0].source
+    assert "Next: " in cells[-1].source
+
+
+@every_notebook
+def test_logic_lives_in_the_package(path):
+    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 32
+
+
+@every_notebook
+def test_its_parameters_are_declared_once_with_a_comment_each(path):
+    tagged = [c for c in code_cells(path) if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) <= 1
+    declared = papermill.inspect_notebook(str(path))
+    assert len(declared) == sum(len(cell.source.splitlines()) for cell in tagged)
+    assert all(parameter["help"] for parameter in declared.values())
+
+
+@pytest.mark.parametrize("number", ["02", "03"])
+def test_a_training_notebook_declares_every_setting_with_its_default(number):
+    path = next(path for path in PATHS if path.stem.startswith(number))
+    declared = papermill.inspect_notebook(str(path))
+    settings = {field.name for field in fields(RunConfig)}
+    missing = {"accumulation_steps"} if number == "02" else set()
+    assert set(declared) == settings - missing | {"out"}
+    chosen = {"epochs", "accumulation_steps"}  # small here, so that the notebook runs in seconds
+    for name in settings - missing - chosen:
+        assert eval(declared[name]["default"]) == getattr(RunConfig(), name), name
+
+
+@pytest.mark.parametrize("path", [*PATHS, README], ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readmes_numbers_are_those_of_the_records():
+    assert renew_blocks(README.read_text()) == README.read_text()
+
+
+def test_the_readmes_python_runs():
+    for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL):
+        exec(block.replace("epochs=5", "epochs=1"), {})
+
+
+def test_the_readme_names_every_module_and_notebook():
+    text = README.read_text()
+    modules = [path for path in Path(ROOT, "nbutils").glob("*.py") if path.stem != "__init__"]
+    assert [path.name for path in modules if f"`{path.name}`" not in text] == []
+    assert [path.name for path in PATHS if f"notebooks/{path.name}" not in text] == []

@@ -1,0 +1,83 @@
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import rgb_to_hsv, to_rgb
+from test_summary import runs_of
+
+from nbutils import RunConfig, plots
+
+mpl.use("agg")
+
+
+@pytest.fixture
+def ax():
+    plots.use_style()
+    figure, ax = plt.subplots()
+    yield ax
+    plt.close(figure)
+
+
+def test_accuracy_lines_have_the_colour_of_their_effective_batch_size(ax):
+    configs = [RunConfig(batch_size=b) for b in (32, 1024)]
+    configs.append(RunConfig(batch_size=128, accumulation_steps=8))
+    runs = runs_of(*[(config, [0.9, 0.99, 0.995], 1) for config in configs])
+    plots.plot_accuracy(ax, runs, "validation_accuracy")
+    lines = {text.get_text(): line for text, line in zip_legend(ax)}
+    assert list(lines) == ["32", "1024", "8 x 128 = 1024"]
+    colour = {name: to_rgb(line.get_color()) for name, line in lines.items()}
+    assert colour["1024"] == colour["8 x 128 = 1024"]
+    assert colour["32"] != colour["1024"]
+    assert rgb_to_hsv(colour["32"])[2] > rgb_to_hsv(colour["1024"])[2]  # darker is larger
+    assert lines["8 x 128 = 1024"].is_dashed()
+    assert not lines["1024"].is_dashed()
+
+
+def zip_legend(ax):
+    legend = ax.get_legend()
+    return zip(legend.get_texts(), legend.get_lines(), strict=True)
+
+
+def test_curves_near_one_can_be_told_apart(ax):
+    pair = [(RunConfig(seed=0), [0.8, 0.990], 1), (RunConfig(batch_size=32), [0.8, 0.993], 1)]
+    plots.plot_accuracy(ax, runs_of(*pair), "validation_accuracy")
+    ends = [ax.transData.transform((2, accuracy))[1] for accuracy in (0.990, 0.993)]
+    assert abs(ends[1] - ends[0]) > 0.05 * ax.bbox.height
+    labels = [tick.get_text() for tick in ax.get_yticklabels()]
+    assert "99 %" in labels
+
+
+def test_several_seeds_have_a_band(ax):
+    runs = runs_of(*[(RunConfig(seed=s), [0.9 + s / 100], 1) for s in range(3)])
+    plots.plot_accuracy(ax, runs, "test_accuracy")
+    assert len(ax.collections) == 1
+
+
+def test_perfect_accuracy_does_not_break_the_axis(ax):
+    plots.plot_accuracy(ax, runs_of((RunConfig(), [1.0, 1.0], 1)), "train_accuracy")
+    ax.figure.canvas.draw()
+    assert all(np.isfinite(ax.get_ylim()))
+
+
+def test_digits_have_one_row_a_class(ax, digits):
+    plots.plot_digits(ax, digits.train, digits.class_names, columns=5)
+    assert ax.images[0].get_array().shape == (280, 140)
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == list("0123456789")
+
+
+def test_class_balance_has_a_bar_a_class_and_split(ax, digits):
+    plots.plot_class_balance(ax, digits)
+    heights = [bar.get_height() for bar in ax.patches if bar.get_width() > 0]
+    assert heights[:30] == pytest.approx([10.0] * 30)
+
+
+def test_saved_figures_are_the_same_bytes_each_time(ax, tmp_path):
+    contents = []
+    for folder in ("one", "two"):
+        figure, new_ax = plt.subplots()
+        plots.plot_accuracy(new_ax, runs_of((RunConfig(), [0.9, 0.95], 1)), "test_accuracy")
+        paths = plots.save_figure(figure, tmp_path / folder, "figure")
+        contents.append([path.read_bytes() for path in paths])
+        plt.close(figure)
+    assert [path.suffix for path in paths] == [".png", ".svg"]
+    assert contents[0] == contents[1]

@@ -1,0 +1,118 @@
+import math
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbutils import RunConfig
+from nbutils.statistics import mean_interval, proportion_interval
+from nbutils.summary import describe_study, format_table, name_settings, pick, summary_table
+
+
+def runs_of(*settings):
+    """Runs as `load_runs` gives them: (config, validation accuracies by epoch, seconds)."""
+    rows = []
+    for config, accuracies, seconds in settings:
+        for epoch, accuracy in enumerate(accuracies, start=1):
+            rows.append(
+                {
+                    "run_id": config.run_id,
+                    **config.to_dict(),
+                    "effective_batch_size": config.effective_batch_size,
+                    "images_per_epoch": 54_000,
+                    "validation_images": 6_000,
+                    "test_images": 10_000,
+                    "images_per_second": 54_000 * len(accuracies) / seconds,
+                    "epoch": epoch,
+                    "train_accuracy": accuracy,
+                    "validation_accuracy": accuracy,
+                    "test_accuracy": accuracy - 0.001,
+                    "updates": 10 * epoch,
+                    "seconds": seconds * epoch / len(accuracies),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def test_settings_are_named_by_what_varies_and_sorted_by_images_per_update():
+    runs = runs_of(
+        (RunConfig(batch_size=1024), [0.9], 1),
+        (RunConfig(batch_size=128, accumulation_steps=8), [0.9], 1),
+        (RunConfig(batch_size=32), [0.9], 1),
+        (RunConfig(batch_size=32, seed=1), [0.9], 1),
+    )
+    assert name_settings(runs)["setting"].tolist() == ["32", "32", "1024", "8 x 128 = 1024"]
+    rates = runs_of(*[(RunConfig(learning_rate=rate), [0.9], 1) for rate in (0.01, 0.001)])
+    assert name_settings(rates)["setting"].tolist() == [
+        "128, learning_rate 0.001",
+        "128, learning_rate 0.01",
+    ]
+
+
+def test_the_table():
+    runs = runs_of(
+        (RunConfig(seed=0), [0.980, 0.991, 0.9905], 30),
+        (RunConfig(seed=1), [0.991, 0.990, 0.9925], 60),
+        (RunConfig(batch_size=1024), [0.90, 0.95, 0.98], 90),
+    )
+    table = summary_table(runs)
+    first = table.loc["128"]
+    assert first["seeds"] == 2
+    assert first["validation_accuracy"] == pytest.approx(0.9915)
+    assert first["best_validation_accuracy"] == pytest.approx((0.991 + 0.9925) / 2)
+    assert first["test_accuracy"] == pytest.approx(0.9905)
+    assert first["updates"] == 30
+    assert first["seconds"] == pytest.approx(45)
+    assert first["seconds_to_target"] == pytest.approx((20 + 20) / 2)
+    assert first["images_per_second"] == pytest.approx((5400 + 2700) / 2)
+    assert math.isnan(table.loc["1024", "seconds_to_target"])
+    assert format_table(table).loc["1024", "to 99%, s"] == "not reached"
+    assert "3 runs" in describe_study(runs)
+
+
+def test_a_target_that_one_seed_never_reached_is_not_averaged_away():
+    runs = runs_of((RunConfig(seed=0), [0.991], 30), (RunConfig(seed=1), [0.98], 30))
+    assert math.isnan(summary_table(runs)["seconds_to_target"].item())
+
+
+def test_the_pick_is_the_cheapest_within_the_noise_of_the_best():
+    runs = runs_of(
+        (RunConfig(batch_size=32), [0.9950], 300),
+        (RunConfig(batch_size=64), [0.9945], 100),
+        (RunConfig(batch_size=128), [0.9940], 50),
+        (RunConfig(batch_size=1024), [0.9800], 10),
+    )
+    choice = pick(summary_table(runs))
+    low, _ = proportion_interval(0.9950, 6000)
+    assert choice.best == "32"
+    assert choice.threshold == pytest.approx(low)
+    assert choice.candidates == ["32", "64", "128"]
+    assert choice.setting == "128"
+    assert "Pick: 128." in str(choice)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    close = summary_table(runs_of(*[(RunConfig(seed=s), [0.99], 1) for s in range(3)]))
+    apart = summary_table(
+        runs_of(*[(RunConfig(seed=s), [a], 1) for s, a in enumerate((0.98, 0.99, 1.0))])
+    )
+    assert apart["validation_low"].item() < close["validation_low"].item()
+
+
+def test_mean_interval_against_a_worked_example():
+    # n = 4, mean 5, standard deviation 2, t(0.975, 3) = 3.1824
+    low, high = mean_interval([3.0, 5.0, 5.0 - 6**0.5 / 3, 7.0 + 6**0.5 / 3])
+    assert (low + high) / 2 == pytest.approx(5)
+    low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (high - low) / 2 == pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6)
+    assert all(math.isnan(end) for end in mean_interval([0.5]))
+
+
+@given(st.integers(1, 2000), st.data())
+def test_wilsons_interval_holds_the_share_and_stays_in_0_to_1(n, data):
+    correct = data.draw(st.integers(0, n))
+    low, high = proportion_interval(correct / n, n)
+    assert 0 <= low <= correct / n + 1e-12
+    assert correct / n - 1e-12 <= high <= 1
+    assert low < high

@@ -105,7 +105,10 @@ def _override(text: str) -> tuple[str, list[Any]]:
 
 def _value(text: str) -> Any:
     """A YAML value; and 1e-3, which YAML takes for text."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
     if isinstance(value, str):
         with suppress(ValueError):
             return float(value)

@@ -98,9 +98,11 @@ def train(
     with _repeatable(config.seed, device):
         run = _Run(config, data, device)
         rows: list[dict[str, float]] = []
-        with tqdm(total=run.total_updates, unit="update", disable=not progress) as bar:
+        # Left to itself, tqdm can be switched off from outside: $TQDM_DISABLE.
+        hidden: dict[str, Any] = {} if progress else {"disable": True}
+        with tqdm(total=run.total_updates, unit="update", **hidden) as bar:
             for epoch in range(1, config.epochs + 1):
-                bar.set_description(f"{config.run_id}: epoch {epoch}/{config.epochs}")
+                bar.set_description(f"epoch {epoch}/{config.epochs}")
                 rows.append({"epoch": epoch} | run.train_one_epoch(bar) | run.evaluate())
                 bar.set_postfix(validation_accuracy=f"{rows[-1]['validation_accuracy']:.4f}")
                 if log_folder:
@@ -209,7 +211,8 @@ class _Run:
             config.last_window,
         ):
             self.optimizer.zero_grad()
-            accumulate_gradient(window, losses)
+            # A diverged run goes on: its history is to show that it diverged.
+            accumulate_gradient(self.model, window, losses, check_finite=False)
             self.optimizer.step()
             self.scheduler.step()
             self.updates += 1

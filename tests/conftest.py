@@ -1,9 +1,12 @@
 import pytest
 import torch
+from hypothesis import settings
 
 from nbutils.data import Dataset, Split, data_folder, load_dataset
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 def pytest_configure(config):

@@ -71,6 +71,7 @@ def test_a_study_from_command_to_figure(study_file, tmp_path):
         (["run", "batch-size", "--set", "batch_size=9999"], "has only 3600 images to train on"),
         (["run", "batch-size", "--set", "learning_rate=-1e-3"], "learning_rate = -0.001"),
         (["run", "batch-size", "--set", "seed=0,0"], "are planned twice"),
+        (["run", "batch-size", "--set", "norm=[none"], "norm = '[none', but it must be one of"),
         (["run", "batch-size", "--jobs", "0"], "jobs = 0, but it must be"),
         (["run", "batch-size", "--set", "device=cuda:99"], "device = 'cuda:99', but this machine"),
         (["run", "batch-size", "--out", "pyproject.toml"], "is not a folder"),

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nbutils.check import check_accumulation
     from nbutils.config import InputError, RunConfig
     from nbutils.data import Dataset, load_dataset
     from nbutils.model import DigitCNN
@@ -20,6 +21,7 @@ __all__ = [
     "InputError",
     "RunConfig",
     "RunResult",
+    "check_accumulation",
     "load_dataset",
     "load_runs",
     "save_run",
@@ -32,6 +34,7 @@ _HOME = {
     "InputError": "config",
     "RunConfig": "config",
     "RunResult": "training",
+    "check_accumulation": "check",
     "load_dataset": "data",
     "load_runs": "records",
     "save_run": "records",

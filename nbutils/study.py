@@ -440,7 +440,7 @@ def _run_all(
                 active = [run for run in waiting if 0 < at[run.config.run_id] < run.config.epochs]
                 bar.set_description(f"{done}/{len(study.runs)} runs done", refresh=False)
                 bar.set_postfix_str("; ".join(_progress(out, run) for run in active), refresh=False)
-                bar.update(sum(at.values()) - bar.n)
+                bar.n = sum(at.values())
                 bar.refresh()
     return failures
 

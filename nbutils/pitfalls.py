@@ -1,0 +1,187 @@
+"""The ways accumulation goes wrong: training loops as people write them, each with one mistake.
+
+Every loop trains one epoch, with the signature that `nbutils.check_accumulation` takes. The line
+with the mistake is marked. They are here to be looked at and caught, not to be used.
+"""
+
+# mypy: disallow-untyped-defs=False
+# The loops are shown to readers, who know what the arguments are.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
+
+from nbutils.accumulation import accumulate_gradient, windows_of_batches
+
+
+def correct(model, optimizer, scheduler, batches, accumulation_steps):
+    """As it should be."""
+    logged = []
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        loss = accumulate_gradient(
+            model,
+            window,
+            lambda batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"),
+        )
+        optimizer.step()
+        scheduler.step()
+        logged.append(loss.item())
+    return logged
+
+
+def classic(model, optimizer, scheduler, batches, accumulation_steps):
+    """The loop of most tutorials; it breaks three rules at once."""
+    for number, (images, labels) in enumerate(batches, start=1):
+        loss = F.cross_entropy(model(images), labels) / accumulation_steps
+        loss.backward()
+        if number % accumulation_steps == 0 or number == len(batches):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def mean_of_means(model, optimizer, scheduler, batches, accumulation_steps):
+    """The mean of the micro-batches' means, though the last one is smaller."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        for images, labels in window:
+            loss = F.cross_entropy(model(images), labels)
+            (loss / len(window)).backward()  # wrong: an image of a small one weighs more
+        optimizer.step()
+        scheduler.step()
+
+
+def full_factor(model, optimizer, scheduler, batches, accumulation_steps):
+    """The short last window is divided as if it were full."""
+    effective_batch_size = accumulation_steps * len(batches[0][1])
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / effective_batch_size).backward()  # wrong where fewer images are left
+        optimizer.step()
+        scheduler.step()
+
+
+def no_division(model, optimizer, scheduler, batches, accumulation_steps):
+    """The micro-batches' gradients are added up and never divided."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window * len(window)).backward()  # wrong: the sum of the means
+        optimizer.step()
+        scheduler.step()
+
+
+def carry_over(model, optimizer, scheduler, batches, accumulation_steps):
+    """What is left at the end of an epoch goes into the first update of the next."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+        if (
+            len(window) == accumulation_steps
+        ):  # wrong: a short window is neither stepped nor cleared
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+
+def zero_grad_inside(model, optimizer, scheduler, batches, accumulation_steps):
+    """The gradient is cleared before each micro-batch, so only the last one counts."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            optimizer.zero_grad()  # wrong: it belongs before the window
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def clip_inside(model, optimizer, scheduler, batches, accumulation_steps):
+    """The gradient is clipped after each micro-batch."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+            clip_grad_norm_(model.parameters(), 0.2)  # wrong: the sum is clipped while it grows
+        optimizer.step()
+        scheduler.step()
+
+
+def scheduler_inside(model, optimizer, scheduler, batches, accumulation_steps):
+    """The schedule advances with each micro-batch, so it ends too early."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+            scheduler.step()  # wrong: it belongs after the update
+        optimizer.step()
+
+
+def optimizer_inside(model, optimizer, scheduler, batches, accumulation_steps):
+    """The optimizer steps after each micro-batch: more updates, each from fewer images."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+            optimizer.step()  # wrong: it belongs after the window
+        scheduler.step()
+
+
+def weight_decay_inside(model, optimizer, scheduler, batches, accumulation_steps):
+    """Weight decay is applied with each micro-batch."""
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
+            (loss_sum / images_in_window).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 - 1e-2)  # wrong: the weights move inside the window
+        optimizer.step()
+        scheduler.step()
+
+
+def logged_loss_divided(model, optimizer, scheduler, batches, accumulation_steps):
+    """The training is right, but the loss that is logged was divided for the gradient."""
+    logged = []
+    for window in windows_of_batches(batches, accumulation_steps):
+        optimizer.zero_grad()
+        images_in_window = sum(len(labels) for _, labels in window)
+        for images, labels in window:
+            loss = F.cross_entropy(model(images), labels, reduction="sum") / images_in_window
+            loss.backward()
+            logged.append(loss.item())  # wrong: a micro-batch's share, shown as its mean
+        optimizer.step()
+        scheduler.step()
+    return logged
+
+
+PITFALLS = {
+    mean_of_means: "equal weight",
+    full_factor: "short window",
+    no_division: "division",
+    carry_over: "one epoch",
+    zero_grad_inside: "whole gradient",
+    clip_inside: "clipping",
+    scheduler_inside: "schedule",
+    optimizer_inside: "one update",
+    weight_decay_inside: "still weights",
+    logged_loss_divided: "logged loss",
+}
+"""Each loop with one mistake, and the rule of `nbutils.check.RULES` that it breaks."""

@@ -84,8 +84,8 @@ def _print_results(out: Path) -> None:
     from nbutils.records import load_runs
     from nbutils.summary import format_table, pick, summary_table
 
-    table = summary_table(load_runs(out))
-    print(f"\n{format_table(table).to_string()}\n\n{pick(table)}\n")
+    runs = load_runs(out)
+    print(f"\n{format_table(summary_table(runs)).to_string()}\n\n{pick(runs)}\n")
     for kind, pattern in (("figure", "*.png"), ("figure", "*.svg"), ("summary", "summary.ipynb")):
         for path in sorted(out.glob(pattern)):
             print(f"{kind}: {path}")

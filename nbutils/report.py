@@ -54,7 +54,7 @@ def _blocks() -> dict[str, str]:
     return {
         "study": describe_study(runs),
         "table": _markdown(format_table(table)),
-        "pick": str(pick(table)).replace("\n", " "),
+        "pick": str(pick(runs)).replace("\n", " "),
     }
 
 

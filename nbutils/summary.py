@@ -100,41 +100,42 @@ class Pick:
 
     Attributes:
         setting: Its name.
-        best: The setting of highest validation accuracy.
+        best: The setting of highest final validation accuracy.
         threshold: Lower end of the best setting's interval.
-        candidates: The settings whose validation accuracy is at or above it.
+        costs: Seconds of training until the validation accuracy, mean over seeds, first reached
+            the threshold; for each setting that ended at or above it.
     """
 
     setting: str
     best: str
     threshold: float
-    candidates: list[str]
+    costs: dict[str, float]
 
     def __str__(self) -> str:
-        others = ", ".join(self.candidates)
+        costs = ", ".join(f"{name} ({seconds:.0f} s)" for name, seconds in self.costs.items())
         return (
             f"Pick: {self.setting}.\n"
-            f"The best validation accuracy is that of {self.best}; within its noise, that is at "
-            f"{self.threshold:.2%} or above, are: {others}.\n"
-            f"Of these, {self.setting} took the fewest seconds of training."
+            f"The best final validation accuracy is that of {self.best}. Within its noise, that "
+            f"is at {self.threshold:.2%} or above, ended: {', '.join(self.costs)}.\n"
+            f"Of these, {self.setting} got there with the least training: {costs}."
         )
 
 
-def pick(table: pd.DataFrame) -> Pick:
+def pick(runs: pd.DataFrame) -> Pick:
     """The smallest cost within the noise of the best validation accuracy.
 
     Args:
-        table: From `summary_table`.
+        runs: From `load_runs`.
     """
+    table = summary_table(runs)
     best = str(table["validation_accuracy"].idxmax())
     threshold = float(table["validation_low"][best])
-    candidates = table[table["validation_accuracy"] >= threshold]
-    return Pick(
-        setting=str(candidates["seconds"].idxmin()),
-        best=best,
-        threshold=threshold,
-        candidates=[str(name) for name in candidates.index],
-    )
+    by_epoch = name_settings(runs).groupby(["setting", "epoch"], sort=False)
+    curves = by_epoch[["validation_accuracy", "seconds"]].mean()
+    reached = curves[curves["validation_accuracy"] >= threshold].groupby("setting")["seconds"]
+    ended = table.index[table["validation_accuracy"] >= threshold]
+    costs = reached.min()[ended]
+    return Pick(str(costs.idxmin()), best, threshold, {str(k): v for k, v in costs.items()})
 
 
 def describe_study(runs: pd.DataFrame) -> str:

@@ -78,18 +78,30 @@ def test_a_target_that_one_seed_never_reached_is_not_averaged_away():
 
 def test_the_pick_is_the_cheapest_within_the_noise_of_the_best():
     runs = runs_of(
-        (RunConfig(batch_size=32), [0.9950], 300),
-        (RunConfig(batch_size=64), [0.9945], 100),
-        (RunConfig(batch_size=128), [0.9940], 50),
-        (RunConfig(batch_size=1024), [0.9800], 10),
+        (RunConfig(batch_size=32), [0.9800, 0.9950], 300),
+        (RunConfig(batch_size=64), [0.9940, 0.9945], 180),  # there after one epoch: 90 s
+        (RunConfig(batch_size=128), [0.9900, 0.9940], 100),
+        (RunConfig(batch_size=1024), [0.9940, 0.9800], 10),  # was there, but did not end there
     )
-    choice = pick(summary_table(runs))
+    choice = pick(runs)
     low, _ = proportion_interval(0.9950, 6000)
     assert choice.best == "32"
     assert choice.threshold == pytest.approx(low)
-    assert choice.candidates == ["32", "64", "128"]
-    assert choice.setting == "128"
-    assert "Pick: 128." in str(choice)
+    assert choice.costs == {"32": 300, "64": 90, "128": 100}
+    assert choice.setting == "64"
+    assert "Pick: 64." in str(choice)
+
+
+def test_the_pick_judges_the_mean_over_seeds():
+    settings = [(32, [0.995, 0.995]), (64, [0.9999, 0.90])]
+    runs = runs_of(
+        *[
+            (RunConfig(batch_size=size, seed=seed), [accuracy], 1)
+            for size, accuracies in settings
+            for seed, accuracy in enumerate(accuracies)
+        ]
+    )
+    assert pick(runs).setting == "32"
 
 
 def test_seeds_that_differ_widen_the_interval():

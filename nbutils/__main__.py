@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     if failures:
         for run_id, cause in failures.items():
             print(f"failed: {run_id}: {cause}", file=sys.stderr)
-        print(f"{len(failures)} runs failed; the same command tries them again", file=sys.stderr)
+        print("what is done is kept; the same command tries the rest again", file=sys.stderr)
         return 1
     _print_results(out.absolute())
     return 0

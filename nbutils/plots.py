@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from nbutils.data import Dataset, Split
+from nbutils.statistics import mean_interval
 from nbutils.summary import name_settings
 
 Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
@@ -25,7 +26,10 @@ METRIC_NAMES = {
     "test_accuracy": "test accuracy (after the epoch)",
 }
 
-ACCURACY_TICKS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999)
+ACCURACY_TICKS = (
+    *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
+    *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9999),
+)
 
 
 def use_style() -> None:
@@ -90,8 +94,7 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
         style="setting",
         palette=settings["effective_batch_size"].map(colours).to_dict(),
         dashes=settings["accumulation_steps"].map(_dashes).to_dict(),
-        errorbar=("ci", 95),
-        seed=0,
+        errorbar=mean_interval,
         linewidth=2,
         ax=ax,
     )
@@ -101,6 +104,40 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
     ax.set(xlabel="epoch", ylabel="accuracy", title=METRIC_NAMES[metric])
     ax.margins(x=0.02)
     ax.legend(title="images per update", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
+    """Mean and 95 % interval of a metric of the last epoch, a line a kind of normalisation.
+
+    Args:
+        ax: Where to draw.
+        runs: From `load_runs`; settings with equal effective batch size.
+        metric: The column to draw, an accuracy, shown as errors in percent; or a loss.
+    """
+    final = runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
+    final = final.sort_values("batch_size", ascending=False)
+    accuracy = metric.endswith("accuracy")
+    sns.pointplot(
+        data=final.assign(
+            pieces=final["accumulation_steps"].astype(str)
+            + " x "
+            + final["batch_size"].astype(str),
+            value=100 * (1 - final[metric]) if accuracy else final[metric],
+        ),
+        x="pieces",
+        y="value",
+        hue="norm",
+        hue_order=["batch", "ghost", "group", "none"],
+        palette=["#b8de29", "#29af7f", "#2d708e", "#440154"],
+        markers=["o", "s", "D", "^"],
+        dodge=0.3,
+        errorbar=mean_interval,
+        linewidth=1.5,
+        ax=ax,
+    )
+    name = metric.replace("_", " ").replace("accuracy", "error (%)")
+    ax.set(xlabel="micro-batches x images in each", ylabel=name)
+    ax.legend(title="norm")
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:

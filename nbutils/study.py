@@ -276,8 +276,9 @@ def run_study(
         executor: What runs them, in place of processes of our own on this machine.
 
     Returns:
-        The cause of each failure, by run id: empty when all is done. The other runs go on when
-        one fails; the summary is executed only when none did.
+        The cause of each failure, by run id, or by the name of the summary notebook: empty when
+        all is done. The other runs go on when one fails; the summary is executed only when none
+        did.
 
     Raises:
         InputError: `out` holds another study, or a dataset or device is not there, or an update
@@ -299,9 +300,11 @@ def run_study(
             failures = _run_all(study, waiting, out, pool)
     if not failures:
         print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-        execute_notebook(
-            study.summary, out / "summary.ipynb", {"runs": str(out), "figures": str(out)}
-        )
+        parameters = {"runs": str(out), "figures": str(out)}
+        try:
+            execute_notebook(study.summary, out / "summary.ipynb", parameters)
+        except Exception as error:  # whatever a cell raises; the runs are safe on disk
+            return {study.summary: _cause(error)}
         shutil.rmtree(out / ".work", ignore_errors=True)
     return failures
 

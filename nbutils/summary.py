@@ -91,7 +91,7 @@ def validation_interval(final: pd.DataFrame) -> tuple[float, float]:
     ends = [proportion_interval(accuracy.mean(), images)]
     if len(accuracy) > 1:
         ends.append(mean_interval(accuracy.tolist()))
-    return min(low for low, _ in ends), max(high for _, high in ends)
+    return max(0.0, min(low for low, _ in ends)), min(1.0, max(high for _, high in ends))
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,35 @@ def pick(runs: pd.DataFrame) -> Pick:
     ended = table.index[table["validation_accuracy"] >= threshold]
     costs = reached.min()[ended]
     return Pick(str(costs.idxmin()), best, threshold, {str(k): v for k, v in costs.items()})
+
+
+def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """Changes of the last epoch's metrics from one large batch to the same in pieces.
+
+    Pairs are runs with the same normalisation and seed, one without and one with accumulation.
+
+    Args:
+        runs: From `load_runs`; settings with equal effective batch size.
+        metrics: Columns to compare.
+
+    Returns:
+        A row a normalisation and accumulated setting, a column a metric: the mean over seeds of
+        the paired difference, with Student's 95 % interval, as text.
+    """
+    final = runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
+    whole = final[final["accumulation_steps"] == 1]
+    pieces = final[final["accumulation_steps"] > 1]
+    pairs = pieces.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
+    for metric in metrics:
+        pairs[metric] -= pairs[f"{metric}_whole"]
+
+    def text(values: pd.Series) -> str:
+        low, high = mean_interval(values.tolist())
+        if str(values.name).endswith("accuracy"):
+            return f"{values.mean():+.2%} ({low:+.2%} to {high:+.2%})"
+        return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+
+    return pairs.groupby(["norm", "accumulation_steps", "batch_size"])[metrics].agg(text)
 
 
 def describe_study(runs: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `python -m nbutils run | status | export | figures`."""
+"""The command line: `python -m nbutils run | status | export | figures | peers`."""
 
 from __future__ import annotations
 
@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
         "figures", help="make figures/ and the README's numbers from notebooks/reference/"
     )
     figures.set_defaults(command=_figures)
+
+    peers = commands.add_parser(
+        "peers", help="run other libraries' accumulation (needs the extra: pip install -e .[peers])"
+    )
+    peers.set_defaults(command=_peers)
     return parser
 
 
@@ -138,6 +143,17 @@ def _figures(options: argparse.Namespace) -> int:
 
     for path in make_figures():
         print(path)
+    return 0
+
+
+def _peers(_: argparse.Namespace) -> int:
+    from nbutils.peers import observe_all
+
+    try:
+        path = observe_all()
+    except ModuleNotFoundError as error:
+        raise InputError(f"{error}; install the extra: pip install -e '.[peers]'") from error
+    print(f"table: {path}")
     return 0
 
 

@@ -176,10 +176,17 @@ def watch(
 
 
 def gradient_errors(
-    step_function: StepFunction, model: nn.Module, batches: Sequence[Batch], accumulation_steps: int
+    step_function: StepFunction,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    accumulation_steps: int,
+    epochs: int = 1,
 ) -> list[float]:
-    """How far the gradient of each update of an epoch is from the true one, relative to it."""
-    watched = watch(step_function, model, batches, accumulation_steps, learning_rate=1e-12)
+    """How far the gradient of each update is from the true one, relative to it.
+
+    The rate is so small that the weights stay where they are. Arguments as in `watch`.
+    """
+    watched = watch(step_function, model, batches, accumulation_steps, epochs, 1e-12)
     errors = []
     for update in watched.updates:
         truth = update.true_gradient()

@@ -51,7 +51,7 @@ papermill-test: install
 		build/03.ipynb -p batch_size 64 -p accumulation_steps 8 -p epochs 1
 
 notebooks: install  ## run the notebooks and store their outputs, after a change
-	TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
+	$(ONE_THREAD) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
 	$(BIN)/ruff format notebooks
 

@@ -18,7 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0 when all went well, 1 when a run failed, 2 when the input was bad.
+        Exit status: 0 when all went well, 1 when a run failed, 2 when the input was bad, 130 when
+        it was interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -26,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ mistake shows in it and the others do not.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,8 +169,11 @@ def watch(
     hooks = [model.register_forward_pre_hook(before_forward)]
     hooks.append(optimizer.register_step_pre_hook(before_step))
     returned = None
-    for epoch in range(epochs):  # noqa: B007  (read by before_forward)
-        returned = step_function(model, optimizer, scheduler, batches, accumulation_steps)
+    with warnings.catch_warnings():
+        # A loop that steps its schedule too early is told so by the report.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for epoch in range(epochs):  # noqa: B007  (read by before_forward)
+            returned = step_function(model, optimizer, scheduler, batches, accumulation_steps)
     for hook in hooks:
         hook.remove()
     return Watched(updates, scheduler.last_epoch, returned)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 
 import pandas as pd
 import torch
@@ -228,8 +229,10 @@ def measure_damage(data: Dataset, seeds: int = 3, epochs: int = 4) -> pd.DataFra
             scheduler = torch.optim.lr_scheduler.LambdaLR(
                 optimizer, lambda step: max(0.0, 1 - step / updates)
             )
-            for _ in range(epochs):
-                loop(model, optimizer, scheduler, batches, 8)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                for _ in range(epochs):
+                    loop(model, optimizer, scheduler, batches, 8)
             with torch.no_grad():
                 right = model(test_inputs).argmax(1) == data.test.labels
             rows.append(

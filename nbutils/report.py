@@ -14,7 +14,7 @@ from nbutils.summary import describe_study, format_table, pick, summary_table
 ROOT = REFERENCE_FOLDER.parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "figures"
-FIGURE_NOTEBOOKS = ("01_data_and_model", "04_summary")
+FIGURE_NOTEBOOKS = ("01_data_and_model", "04_summary", "07_normalisation")
 
 
 def make_figures() -> list[Path]:

@@ -26,9 +26,9 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -424,8 +424,11 @@ def _run_all(
     done = len(study.runs) - len(waiting)
     epochs = {run.config.run_id: run.config.epochs for run in waiting}
     print(f"{study.title}: {len(waiting)} runs to make, {done} done before, in {out}", flush=True)
-    with tqdm(total=sum(epochs.values()), unit="epoch", smoothing=0.05) as bar:
-        pending, shown = set(futures), {"": -1}
+    pending, shown = set(futures), {"": -1}
+    with (
+        tqdm(total=sum(epochs.values()), unit="epoch", smoothing=0.05) as bar,
+        _cancelling(futures),
+    ):
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -446,6 +449,17 @@ def _run_all(
                 bar.n = sum(at.values())
                 bar.refresh()
     return failures
+
+
+@contextmanager
+def _cancelling(futures: Iterable[Future[None]]) -> Iterator[None]:
+    """Drop the tasks that have not begun when the block is interrupted."""
+    try:
+        yield
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        raise
 
 
 def make_run(run: PlannedRun, out: str) -> None:

@@ -5,7 +5,7 @@ from torch import nn
 
 from nbutils import check_accumulation
 from nbutils.check import RULES, gradient_errors
-from nbutils.pitfalls import PITFALLS, classic, correct
+from nbutils.pitfalls import PITFALLS, classic, correct, describe, measure_damage
 
 EXAMPLE = (torch.randn(12, 6, dtype=torch.float64), torch.arange(12) % 3)
 
@@ -150,6 +150,23 @@ def test_bad_input_is_refused():
 
     with pytest.raises(ValueError, match="must pass them on as they are"):
         check_accumulation(changes_images)
+
+
+def test_the_damage_of_each_pitfall_is_measured(digits):
+    table = measure_damage(digits, seeds=1, epochs=1)
+    assert table["loop"].tolist() == [
+        loop.__name__.replace("_", " ") for loop in (correct, *PITFALLS)
+    ]
+    errors = table.set_index("loop")["gradient_error"]
+    assert errors["correct"] < 1e-4
+    assert errors["no division"] == pytest.approx(7, rel=1e-3)
+    assert table["accuracy"].between(0, 1).all()
+
+
+def test_a_description_shows_the_loop_and_the_verdict():
+    text = describe(classic)
+    assert "def classic(" in text
+    assert "Broken: A short last window" in text
 
 
 def test_gradient_errors_of_a_short_last_window():

@@ -71,6 +71,21 @@ def test_class_balance_has_a_bar_a_class_and_split(ax, digits):
     assert heights[:30] == pytest.approx([10.0] * 30)
 
 
+def test_normalisations_are_drawn_as_errors_in_percent(ax):
+    configs = [
+        RunConfig(norm=norm, batch_size=b, accumulation_steps=s, seed=seed)
+        for norm in ("batch", "ghost", "group", "none")
+        for b, s in ((1024, 1), (128, 8))
+        for seed in (0, 1)
+    ]
+    runs = runs_of(*[(config, [0.5, 0.98 + config.seed / 100], 1) for config in configs])
+    plots.plot_normalisations(ax, runs, "validation_accuracy")
+    assert ax.get_ylabel() == "validation error (%)"
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1 x 1024", "8 x 128"]
+    assert ax.lines[0].get_ydata()[0] == pytest.approx(1.5)
+    assert [text.get_text() for text, _ in zip_legend(ax)] == ["batch", "ghost", "group", "none"]
+
+
 def test_saved_figures_are_the_same_bytes_each_time(ax, tmp_path):
     contents = []
     for folder in ("one", "two"):

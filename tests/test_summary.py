@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from nbutils import RunConfig
 from nbutils.statistics import mean_interval, proportion_interval
-from nbutils.summary import describe_study, format_table, name_settings, pick, summary_table
+from nbutils.summary import (
+    compare_settings,
+    describe_study,
+    format_table,
+    name_settings,
+    pick,
+    summary_table,
+)
 
 
 def runs_of(*settings):
@@ -102,6 +109,19 @@ def test_the_pick_judges_the_mean_over_seeds():
         ]
     )
     assert pick(runs).setting == "32"
+
+
+def test_changes_from_one_batch_to_pieces_are_paired_by_seed():
+    pieces = {"batch_size": 128, "accumulation_steps": 8}
+    runs = runs_of(
+        (RunConfig(batch_size=1024, seed=0), [0.5, 0.90], 1),
+        (RunConfig(batch_size=1024, seed=1), [0.5, 0.95], 1),
+        (RunConfig(**pieces, seed=0), [0.5, 0.91], 1),
+        (RunConfig(**pieces, seed=1), [0.5, 0.96], 1),
+    )
+    table = compare_settings(runs, ["validation_accuracy"])
+    assert table.index.tolist() == [("group", 8, 128)]
+    assert table["validation_accuracy"].item() == "+1.00% (+1.00% to +1.00%)"
 
 
 def test_seeds_that_differ_widen_the_interval():

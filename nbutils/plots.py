@@ -137,7 +137,7 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     )
     name = metric.replace("_", " ").replace("accuracy", "error (%)")
     ax.set(xlabel="micro-batches x images in each", ylabel=name)
-    ax.legend(title="norm")
+    ax.legend(title="norm", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> None:

@@ -98,9 +98,9 @@ def train(
     with _repeatable(config.seed, device):
         run = _Run(config, data, device)
         rows: list[dict[str, float]] = []
-        # Left to itself, tqdm can be switched off from outside: $TQDM_DISABLE.
-        hidden: dict[str, Any] = {} if progress else {"disable": True}
-        with tqdm(total=run.total_updates, unit="update", **hidden) as bar:
+        # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
+        hidden = not progress or bool(os.environ.get("TQDM_DISABLE"))
+        with tqdm(total=run.total_updates, unit="update", disable=hidden) as bar:
             for epoch in range(1, config.epochs + 1):
                 bar.set_description(f"epoch {epoch}/{config.epochs}")
                 rows.append({"epoch": epoch} | run.train_one_epoch(bar) | run.evaluate())

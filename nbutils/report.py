@@ -7,7 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from nbutils.config import InputError
-from nbutils.records import REFERENCE_FOLDER, load_runs
+from nbutils.peers import peers_table
+from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
 from nbutils.study import execute_notebook
 from nbutils.summary import describe_study, format_table, pick, summary_table
 
@@ -55,7 +56,30 @@ def _blocks() -> dict[str, str]:
         "study": describe_study(runs),
         "table": _markdown(format_table(table)),
         "pick": str(pick(runs)).replace("\n", " "),
+        "agreement": _agreement(runs),
+        "peers": _markdown(peers_table()),
     }
+
+
+def _agreement(runs: pd.DataFrame) -> str:
+    """On how many test images the large batch and its accumulated twin predict otherwise."""
+    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
+
+    def differing(one: tuple[int, int], other: tuple[int, int]) -> int:
+        names = [
+            runs.query(f"batch_size == {size} and accumulation_steps == {steps} and seed == 0")
+            .run_id.unique()
+            .item()
+            for size, steps in (one, other)
+        ]
+        return int((predictions[names[0]] != predictions[names[1]]).sum())
+
+    return (
+        f"After 20 epochs in float32, the network trained with one batch of 1024 and the one with "
+        f"8 x 128 accumulated predict {differing((1024, 1), (128, 8))} of {len(labels):,} test "
+        f"images differently: rounding, grown over the updates. For comparison, batches of 512 and "
+        f"1024 differ on {differing((512, 1), (1024, 1))}."
+    )
 
 
 def _markdown(table: pd.DataFrame) -> str:

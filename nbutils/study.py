@@ -101,7 +101,8 @@ def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> S
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"study {path}: cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"study {path}: cannot be read: {reason}") from error
     try:
         study = _parse(path.stem, content, overrides or {})
         for notebook in {run.notebook for run in study.runs}:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "reference"
+REFERENCE_FILES = ("runs.csv", "history.csv", "predictions.npz")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
 
 
@@ -222,9 +223,6 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
     content = {"environments": [json.loads(text) for text in environments], "files": files}
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-REFERENCE_FILES = ("runs.csv", "history.csv", "predictions.npz")
 
 
 def _read_all(folder: Path) -> list[RunRecord]:

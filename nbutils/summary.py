@@ -177,10 +177,12 @@ def describe_study(runs: pd.DataFrame) -> str:
         "norm": "norm {}",
         "dropout": "dropout {:g}",
     }
+    seeds = runs["seed"].nunique()
     same = [text.format(first[name]) for name, text in common.items() if not _varies(runs[name])]
+    settings = name_settings(runs)["setting"].nunique()
     return (
-        f"**{runs['run_id'].nunique()} runs** on `{first['dataset']}`: "
-        f"{name_settings(runs)['setting'].nunique()} settings, {runs['seed'].nunique()} seed(s), "
+        f"**{runs['run_id'].nunique()} runs** on `{first['dataset']}`: {settings} settings, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, "
         f"{epochs} epochs; {first['images_per_epoch']:,} training images, "
         f"{first['validation_images']:,} to validate, {first['test_images']:,} to test. "
         f"Equal in all: {', '.join(same)}."

@@ -394,12 +394,19 @@ def _is_done(out: Path, run: PlannedRun) -> bool:
 def _default_jobs(runs: int) -> int:
     import torch
 
-    return 1 if torch.cuda.is_available() else min(runs, os.cpu_count() or 1)
+    return 1 if torch.cuda.is_available() else min(runs, _processors())
+
+
+def _processors() -> int:
+    """Processors that this process may use; not every system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _process_pool(jobs: int) -> ProcessPoolExecutor:
     """Processes that share the processors: more threads than those slow each other down much."""
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, _processors() // jobs)
     return ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("spawn"),

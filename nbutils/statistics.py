@@ -1,4 +1,4 @@
-"""Intervals around what was measured. scipy does the mathematics."""
+"""Intervals around what was measured, and what could be told apart. scipy does the mathematics."""
 
 from __future__ import annotations
 
@@ -26,3 +26,38 @@ def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tu
     """Wilson's interval of the chance behind `fraction`, a share of `n` independent images."""
     interval = stats.binomtest(round(fraction * n), n).proportion_ci(confidence, method="wilson")
     return interval.low, interval.high
+
+
+def gain_interval(gained: int, lost: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of `gained - lost`, from two networks' answers to the same images.
+
+    Only images that one of the two gets right count. If the networks are equally good, each such
+    image falls to either with chance 1/2: McNemar's test. The interval is the exact (Clopper and
+    Pearson) one of that chance, times the number of such images; it leaves out 0 just where the
+    exact test rejects.
+
+    Args:
+        gained: Images that only the second network gets right.
+        lost: Images that only the first does.
+        confidence: Of the interval.
+    """
+    disagreements = gained + lost
+    if disagreements == 0:
+        return 0.0, 0.0
+    interval = stats.binomtest(gained, disagreements).proportion_ci(confidence, method="exact")
+    return (2 * interval.low - 1) * disagreements, (2 * interval.high - 1) * disagreements
+
+
+def detectable_gain(disagreements: int, power: float = 0.8, confidence: float = 0.95) -> float:
+    """Images that one of two networks must be ahead by to be told apart with chance `power`.
+
+    Args:
+        disagreements: Images that only one of the two gets right.
+        power: Chance to find a true lead of that size.
+        confidence: Of the two-sided test.
+
+    Returns:
+        The lead in images, by the normal approximation of McNemar's test.
+    """
+    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    return float(quantiles * math.sqrt(disagreements))

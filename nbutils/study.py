@@ -28,7 +28,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -296,8 +296,10 @@ def run_study(
     failures: dict[str, str] = {}
     if waiting:
         jobs = jobs or _default_jobs(len(waiting))
-        ours = _process_pool(min(jobs, len(waiting)))
-        with nullcontext(executor) if executor else ours as pool:
+        workers: AbstractContextManager[Executor] = (
+            nullcontext(executor) if executor else _process_pool(min(jobs, len(waiting)))
+        )
+        with workers as pool:
             failures = _run_all(study, waiting, out, pool)
     if not failures:
         print(f"Summing up in {out / 'summary.ipynb'}", flush=True)

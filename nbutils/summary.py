@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from nbutils.config import RunConfig
-from nbutils.statistics import mean_interval, proportion_interval
+from nbutils.statistics import (
+    detectable_gain,
+    gain_interval,
+    mean_interval,
+    proportion_interval,
+)
 
 TARGET_ACCURACY = 0.99
 """Validation accuracy that `seconds_to_target` waits for."""
@@ -136,6 +142,46 @@ def pick(runs: pd.DataFrame) -> Pick:
     ended = table.index[table["validation_accuracy"] >= threshold]
     costs = reached.min()[ended]
     return Pick(str(costs.idxmin()), best, threshold, {str(k): v for k, v in costs.items()})
+
+
+def compare_predictions(
+    runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray], baseline: str
+) -> pd.DataFrame:
+    """How many test images each setting gains over a baseline setting.
+
+    Args:
+        runs: From `load_runs`.
+        labels: True classes of the test images, from `load_predictions`.
+        predictions: Predicted classes by run id, from `load_predictions`.
+        baseline: Name of a setting, as `name_settings` gives it.
+
+    Returns:
+        A row a setting but the baseline: `seeds` in which both ran, and means over them of
+        `disagreements` (images that only one gets right), of `gained` (net, in images) and of
+        `detectable` (see `detectable_gain`); and the 95 % interval of `gained`, `low` and `high`:
+        Student's t from two seeds on, `gain_interval` for one.
+    """
+    ids = name_settings(runs).drop_duplicates("run_id").set_index(["setting", "seed"])["run_id"]
+    right = {run_id: predictions[run_id] == labels for run_id in ids}
+    rows = {}
+    for setting in ids.index.unique("setting").drop(baseline):
+        seeds = ids[setting].index.intersection(ids[baseline].index)
+        pairs = [(right[ids[baseline, seed]], right[ids[setting, seed]]) for seed in seeds]
+        won = [int((ours & ~theirs).sum()) for theirs, ours in pairs]
+        lost = [int((theirs & ~ours).sum()) for theirs, ours in pairs]
+        gains = [w - m for w, m in zip(won, lost, strict=True)]
+        both = [w + m for w, m in zip(won, lost, strict=True)]
+        one = len(seeds) == 1
+        low, high = gain_interval(won[0], lost[0]) if one else mean_interval(gains)
+        rows[setting] = {
+            "seeds": len(seeds),
+            "disagreements": np.mean(both),
+            "gained": np.mean(gains),
+            "low": low,
+            "high": high,
+            "detectable": np.mean([detectable_gain(n) for n in both]),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting")
 
 
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

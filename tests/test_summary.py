@@ -1,13 +1,16 @@
 import math
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from nbutils import RunConfig
-from nbutils.statistics import mean_interval, proportion_interval
+from nbutils.statistics import detectable_gain, gain_interval, mean_interval, proportion_interval
 from nbutils.summary import (
+    compare_predictions,
     compare_settings,
     describe_study,
     format_table,
@@ -122,6 +125,51 @@ def test_changes_from_one_batch_to_pieces_are_paired_by_seed():
     table = compare_settings(runs, ["validation_accuracy"])
     assert table.index.tolist() == [("group", 8, 128)]
     assert table["validation_accuracy"].item() == "+1.00% (+1.00% to +1.00%)"
+
+
+def predictions_of(*answers):
+    """Labels 0, and predictions by run: 0 is right, 1 is wrong."""
+    configs = {config.run_id: np.array(list(text), dtype=np.uint8) for config, text in answers}
+    return np.zeros(len(answers[0][1]), dtype=np.uint8), configs
+
+
+def test_gains_are_paired_image_by_image():
+    small, large = RunConfig(batch_size=32), RunConfig(batch_size=64)
+    runs = runs_of((small, [0.9], 1), (large, [0.9], 1))
+    table = compare_predictions(runs, *predictions_of((small, "00011"), (large, "01000")), "32")
+    row = table.loc["64"]
+    assert (row["seeds"], row["disagreements"], row["gained"]) == (1, 3, 1)
+    assert (row["low"], row["high"]) == gain_interval(2, 1)
+    assert row["detectable"] == pytest.approx(2.8016 * 3**0.5, rel=1e-4)
+
+
+def test_gains_are_paired_seed_by_seed():
+    configs = [RunConfig(batch_size=b, seed=s) for b in (32, 64) for s in (0, 1)]
+    runs = runs_of(*[(config, [0.9], 1) for config in [*configs, RunConfig(batch_size=32, seed=9)]])
+    answers = predictions_of(*zip(configs, ["1111", "0011", "0011", "0000"], strict=True))
+    answers[1][RunConfig(batch_size=32, seed=9).run_id] = answers[0]
+    row = compare_predictions(runs, *answers, "32").loc["64"]
+    assert (row["seeds"], row["gained"]) == (2, 2)
+    assert (row["low"], row["high"]) == (2, 2)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_the_interval_of_a_gain_leaves_out_zero_where_mcnemars_test_rejects(gained, lost):
+    low, high = gain_interval(gained, lost)
+    assert low <= gained - lost <= high
+    assert gain_interval(lost, gained) == (pytest.approx(-high), pytest.approx(-low))
+    if gained + lost:
+        rejects = stats.binomtest(gained, gained + lost).pvalue < 0.05
+        assert (low > 0 or high < 0) == rejects
+
+
+def test_the_detectable_gain_against_simulation():
+    # 400 images fall to either network; one is ahead by the lead that should be found in 80 %.
+    lead = detectable_gain(400)
+    generator = np.random.default_rng(0)
+    won = generator.binomial(400, 0.5 + lead / 800, size=2000)
+    found = np.mean([gain_interval(int(w), 400 - int(w))[0] > 0 for w in won])
+    assert 0.75 < found < 0.85
 
 
 def test_seeds_that_differ_widen_the_interval():

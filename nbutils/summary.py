@@ -156,16 +156,19 @@ def compare_predictions(
         baseline: Name of a setting, as `name_settings` gives it.
 
     Returns:
-        A row a setting but the baseline: `seeds` in which both ran, and means over them of
+        A row a setting but the baseline, if they have seeds in common: the number of `seeds`, and means over them of
         `disagreements` (images that only one gets right), of `gained` (net, in images) and of
         `detectable` (see `detectable_gain`); and the 95 % interval of `gained`, `low` and `high`:
         Student's t from two seeds on, `gain_interval` for one.
     """
+    columns = ["seeds", "disagreements", "gained", "low", "high", "detectable"]
     ids = name_settings(runs).drop_duplicates("run_id").set_index(["setting", "seed"])["run_id"]
     right = {run_id: predictions[run_id] == labels for run_id in ids}
     rows = {}
     for setting in ids.index.unique("setting").drop(baseline):
         seeds = ids[setting].index.intersection(ids[baseline].index)
+        if seeds.empty:
+            continue
         pairs = [(right[ids[baseline, seed]], right[ids[setting, seed]]) for seed in seeds]
         won = [int((ours & ~theirs).sum()) for theirs, ours in pairs]
         lost = [int((theirs & ~ours).sum()) for theirs, ours in pairs]
@@ -173,15 +176,9 @@ def compare_predictions(
         both = [w + m for w, m in zip(won, lost, strict=True)]
         one = len(seeds) == 1
         low, high = gain_interval(won[0], lost[0]) if one else mean_interval(gains)
-        rows[setting] = {
-            "seeds": len(seeds),
-            "disagreements": np.mean(both),
-            "gained": np.mean(gains),
-            "low": low,
-            "high": high,
-            "detectable": np.mean([detectable_gain(n) for n in both]),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("setting")
+        detectable = np.mean([detectable_gain(n) for n in both])
+        rows[setting] = [len(seeds), np.mean(both), np.mean(gains), low, high, detectable]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("setting")
 
 
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

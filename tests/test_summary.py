@@ -153,6 +153,17 @@ def test_gains_are_paired_seed_by_seed():
     assert (row["low"], row["high"]) == (2, 2)
 
 
+def test_without_a_common_seed_there_is_no_comparison():
+    small, large = RunConfig(batch_size=32), RunConfig(batch_size=64, seed=1)
+    answers = predictions_of((small, "00"), (large, "01"))
+    both = runs_of((small, [0.9], 1), (large, [0.9], 1))
+    alone = runs_of((small, [0.9], 1))
+    for runs in (both, alone):
+        table = compare_predictions(runs, *answers, "32")
+        assert len(table) == 0
+        assert "gained" in table
+
+
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_the_interval_of_a_gain_leaves_out_zero_where_mcnemars_test_rejects(gained, lost):
     low, high = gain_interval(gained, lost)

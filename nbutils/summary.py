@@ -156,10 +156,10 @@ def compare_predictions(
         baseline: Name of a setting, as `name_settings` gives it.
 
     Returns:
-        A row a setting but the baseline, if they have seeds in common: the number of `seeds`, and means over them of
-        `disagreements` (images that only one gets right), of `gained` (net, in images) and of
-        `detectable` (see `detectable_gain`); and the 95 % interval of `gained`, `low` and `high`:
-        Student's t from two seeds on, `gain_interval` for one.
+        A row a setting but the baseline, if they have seeds in common: the number of `seeds`;
+        means over them of `disagreements` (images that only one gets right), of `gained` (net, in
+        images) and of `detectable` (see `detectable_gain`); and the 95 % interval of `gained`,
+        `low` and `high`: Student's t from two seeds on, `gain_interval` for one.
     """
     columns = ["seeds", "disagreements", "gained", "low", "high", "detectable"]
     ids = name_settings(runs).drop_duplicates("run_id").set_index(["setting", "seed"])["run_id"]

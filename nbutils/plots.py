@@ -265,11 +265,12 @@ def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: 
 
 def plot_class_balance(ax: Axes, data: Dataset) -> None:
     """The share of each class in each split, in percent."""
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    named = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {f"{name} ({len(split.labels):,} images)": split for name, split in named.items()}
     table = pd.DataFrame(
         {
             "class": [data.class_names[label] for label in split.labels.tolist()],
-            "split": f"{name} ({len(split.labels):,} images)",
+            "split": name,
         }
         for name, split in splits.items()
     ).explode("class", ignore_index=True)
@@ -285,6 +286,7 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
         x="class",
         y="share",
         hue="split",
+        hue_order=list(splits),
         order=data.class_names,
         ax=ax,
         palette=["#31688e", "#35b779", "#c8c8c8"],

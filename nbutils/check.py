@@ -98,7 +98,7 @@ class Update:
         model = copy.deepcopy(self.model)
         model.zero_grad()
         F.cross_entropy(model(_inputs(batches)), _labels(batches)).backward()
-        return _gradient(model)
+        return flat_gradient(model)
 
     def true_loss(self) -> float:
         """Mean loss over the images of the window."""
@@ -139,7 +139,7 @@ def watch(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     updates: list[Update] = []
     seen: list[tuple[Batch, int]] = []
-    weights_at_start = [_weights(model)]
+    weights_at_start = [flat_weights(model)]
     moved = [False]
     epoch = 0
 
@@ -147,8 +147,8 @@ def watch(
         if not torch.is_grad_enabled():
             return
         if not seen:
-            weights_at_start[0] = _weights(model)
-        moved[0] |= not torch.equal(_weights(model), weights_at_start[0])
+            weights_at_start[0] = flat_weights(model)
+        moved[0] |= not torch.equal(flat_weights(model), weights_at_start[0])
         seen.append((_find(inputs[0], batches), epoch))
 
     def before_step(*_: Any) -> None:
@@ -158,9 +158,9 @@ def watch(
             Update(
                 [batch for batch, _ in seen],
                 [when for _, when in seen],
-                _gradient(model),
+                flat_gradient(model),
                 snapshot,
-                moved[0] or not torch.equal(_weights(model), weights_at_start[0]),
+                moved[0] or not torch.equal(flat_weights(model), weights_at_start[0]),
             )
         )
         seen.clear()
@@ -194,7 +194,7 @@ def gradient_errors(
     errors = []
     for update in watched.updates:
         truth = update.true_gradient()
-        errors.append(((update.gradient - truth).norm() / truth.norm()).item())
+        errors.append(relative_difference(update.gradient, truth))
     return errors
 
 
@@ -293,7 +293,7 @@ def _explain(update: Update, findings: dict[str, str], batches: list[Batch] | No
             f"{BATCH} in one of {BATCH}"
         )
     else:
-        error = ((gradient - truth).norm() / truth.norm()).item()
+        error = relative_difference(gradient, truth)
         findings["other"] = f"a gradient {error:.0%} off, in a way that none of the rules explains"
 
 
@@ -397,14 +397,20 @@ def _labels(batches: Sequence[Batch]) -> Tensor:
     return torch.cat([labels for _, labels in batches])
 
 
-def _weights(model: nn.Module) -> Tensor:
+def flat_weights(model: nn.Module) -> Tensor:
+    """A copy of all weights, flat."""
     return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
 
 
-def _gradient(model: nn.Module) -> Tensor:
+def flat_gradient(model: nn.Module) -> Tensor:
     """The gradient of all parameters, flat; zero where there is none."""
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     return torch.cat([part.detach().flatten().clone() for part in parts])
+
+
+def relative_difference(vector: Tensor, other: Tensor) -> float:
+    """Norm of the difference, relative to the norm of `other`."""
+    return ((vector - other).norm() / other.norm()).item()
 
 
 def _close(gradient: Tensor, other: Tensor) -> bool:

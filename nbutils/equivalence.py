@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation import accumulate_gradient, windows
+from nbutils.check import flat_gradient, flat_weights, relative_difference
 from nbutils.model import Norm, norm_layer
 
 OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -64,14 +65,6 @@ class Racer:
         )
         self.optimizer.step()
 
-    def weights(self) -> Tensor:
-        """All weights, flat."""
-        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
-
-    def gradient(self) -> Tensor:
-        """The gradient of all weights, flat."""
-        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
-
 
 def drift(
     model: nn.Module,
@@ -122,8 +115,12 @@ def drift(
                         "update": update,
                         "epoch": epoch,
                         "images": len(window),
-                        "gradient": _relative(other.gradient(), whole.gradient()),
-                        "weights": _relative(other.weights(), whole.weights()),
+                        "gradient": relative_difference(
+                            flat_gradient(other.model), flat_gradient(whole.model)
+                        ),
+                        "weights": relative_difference(
+                            flat_weights(other.model), flat_weights(whole.model)
+                        ),
                     }
                 )
     return pd.DataFrame(rows)
@@ -166,7 +163,3 @@ def ladder(
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(table.index, names=["norm", "optimizer", "pieces"])
     return table
-
-
-def _relative(mine: Tensor, theirs: Tensor) -> float:
-    return ((mine - theirs).norm() / theirs.norm()).item()

@@ -41,7 +41,7 @@ def correct(model, optimizer, scheduler, batches, accumulation_steps):
 
 
 def classic(model, optimizer, scheduler, batches, accumulation_steps):
-    """The loop of most tutorials; it breaks three rules at once."""
+    """The loop of most tutorials; it breaks two rules at once."""
     for number, (images, labels) in enumerate(batches, start=1):
         loss = F.cross_entropy(model(images), labels) / accumulation_steps
         loss.backward()
@@ -93,9 +93,7 @@ def carry_over(model, optimizer, scheduler, batches, accumulation_steps):
         for images, labels in window:
             loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
             (loss_sum / images_in_window).backward()
-        if (
-            len(window) == accumulation_steps
-        ):  # wrong: a short window is neither stepped nor cleared
+        if len(window) == accumulation_steps:  # wrong: a short one is not cleared either
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()

@@ -16,7 +16,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullForm
 
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
-from nbutils.summary import name_settings
+from nbutils.summary import last_epochs, name_settings
 
 Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
 
@@ -114,8 +114,7 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
         runs: From `load_runs`; settings with equal effective batch size.
         metric: The column to draw, an accuracy, shown as errors in percent; or a loss.
     """
-    final = runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
-    final = final.sort_values("batch_size", ascending=False)
+    final = last_epochs(runs).sort_values("batch_size", ascending=False)
     accuracy = metric.endswith("accuracy")
     sns.pointplot(
         data=final.assign(

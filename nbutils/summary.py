@@ -43,6 +43,11 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
     return named.assign(setting=named.apply(setting, axis=1))
 
 
+def last_epochs(runs: pd.DataFrame) -> pd.DataFrame:
+    """The row of each run's last epoch."""
+    return runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
+
+
 def _varies(values: pd.Series) -> bool:
     return len(values.unique()) > 1
 
@@ -62,7 +67,7 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for setting, group in name_settings(runs).groupby("setting", sort=False):
-        final = group[group["epoch"] == group.groupby("run_id")["epoch"].transform("max")]
+        final = last_epochs(group)
         reached = group[group["validation_accuracy"] >= TARGET_ACCURACY]
         first = reached.groupby("run_id")["seconds"].min().reindex(final["run_id"])
         low, high = validation_interval(final)
@@ -194,7 +199,7 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         A row a normalisation and accumulated setting, a column a metric: the mean over seeds of
         the paired difference, with Student's 95 % interval, as text.
     """
-    final = runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
+    final = last_epochs(runs)
     whole = final[final["accumulation_steps"] == 1]
     pieces = final[final["accumulation_steps"] > 1]
     pairs = pieces.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nbutils.data import Dataset, load_dataset
     from nbutils.model import DigitCNN
     from nbutils.records import load_runs, save_run
-    from nbutils.training import RunResult, train
+    from nbutils.training import RunResult, train, train_many
 
 __all__ = [
     "Dataset",
@@ -26,6 +26,7 @@ __all__ = [
     "load_runs",
     "save_run",
     "train",
+    "train_many",
 ]
 
 _HOME = {
@@ -39,6 +40,7 @@ _HOME = {
     "load_runs": "records",
     "save_run": "records",
     "train": "training",
+    "train_many": "training",
 }
 
 

@@ -142,8 +142,17 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     Returns:
         New images, like `images`. What moves in from outside repeats the border.
     """
-    draw = torch.rand(len(images), 4, generator=generator, device=images.device) * 2 - 1
-    angle, zoom, right, down = (draw.to(images.dtype)).unbind(1)
+    return move(images, draw_moves(len(images), generator))
+
+
+def draw_moves(images: int, generator: torch.Generator) -> Tensor:
+    """How to `move` so many images: float32, shape (images, 4), uniform in [-1, 1)."""
+    return torch.rand(images, 4, generator=generator, device=generator.device) * 2 - 1
+
+
+def move(images: Tensor, moves: Tensor) -> Tensor:
+    """Rotate, zoom and shift each image; the moves' columns are these three, right and down."""
+    angle, zoom, right, down = moves.to(images.dtype).unbind(1)
     angle, zoom = angle * math.radians(10), 1 + zoom * 0.1
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     # A shift by 10 % of the width is 0.2 in affine_grid's coordinates, which run from -1 to 1.

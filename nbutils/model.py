@@ -35,6 +35,30 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         )
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose random numbers come from `generator`, image by image.
+
+    Several runs on one device, or several pieces of one batch, then draw the same numbers as one
+    run or one batch alone. `generator` is None (torch's own) or on the device of the features;
+    `draw`, if it is not None, is used for the next batch instead of new numbers.
+    """
+
+    generator: torch.Generator | None = None
+    draw: Tensor | None = None
+
+    def drawn(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+        """Numbers in [0, 1), float32; features where they are below `1 - p` are kept."""
+        return torch.rand(shape, generator=self.generator, device=device)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Drop some of `features`, shape (n, width), and scale up the rest, in training."""
+        if not self.training or self.p == 0:
+            return features
+        draw = self.drawn(features.shape, features.device) if self.draw is None else self.draw
+        kept = (draw < 1 - self.p).to(features.dtype)
+        return features * kept.div_(1 - self.p)
+
+
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
     """The layer that normalises `channels` channels (a multiple of `GROUPS` for "group")."""
     match norm:
@@ -74,7 +98,7 @@ class DigitCNN(nn.Module):
             for inputs, outputs in pairwise(channels)
         ]
         self.features = nn.Sequential(*blocks)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(channels[-1] * 3 * 3, classes)
 
     def forward(self, images: Tensor) -> Tensor:

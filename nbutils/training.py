@@ -6,12 +6,13 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,20 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient, updates_per_epoch, windows
-from nbutils.config import InputError, RunConfig
-from nbutils.data import Dataset, augment
+from nbutils.config import InputError, RunConfig, suggest
+from nbutils.cuda_graph import GraphedEpoch
+from nbutils.data import Dataset, augment, draw_moves
 from nbutils.model import DigitCNN
+from nbutils.pieces import Pieces
+
+Engine = Literal["auto", "eager", "pieces", "cuda-graph"]
+"""How the updates are computed; what they compute is the same, to rounding.
+
+- "eager": the plain loop over `accumulate_gradient`, on any device. The others are held to it.
+- "pieces": on the CPU, in pieces that fit the cache, dealt to threads; see `nbutils.pieces`.
+- "cuda-graph": on a GPU, each update a replayed CUDA graph; see `nbutils.cuda_graph`.
+- "auto": the fastest that the device and the precision allow.
+"""
 
 EVALUATION_BATCH = 500
 """Images at a time in evaluation. It changes memory and speed only."""
@@ -57,6 +69,7 @@ class RunResult:
         data: The dataset it was trained on.
         images_per_epoch: Training images that take part in an epoch's updates.
         device: Where it ran.
+        engine: What computed its updates; one of `Engine`.
         peak_memory: Bytes: CUDA's peak of allocated memory during the run; elsewhere the peak
             resident memory of the process so far.
     """
@@ -68,6 +81,7 @@ class RunResult:
     data: Dataset = field(repr=False)
     images_per_epoch: int
     device: torch.device
+    engine: str
     peak_memory: int
 
 
@@ -77,6 +91,7 @@ def train(
     *,
     log_folder: str | Path | None = None,
     progress: bool = True,
+    engine: Engine = "auto",
 ) -> RunResult:
     """Train `DigitCNN` as `config` says.
 
@@ -89,35 +104,83 @@ def train(
         data: The images, from `load_dataset(config.dataset)`.
         log_folder: A folder that gets `progress.csv`, the history so far, after every epoch.
         progress: Whether to show a progress bar.
+        engine: How the updates are computed: a matter of speed, not of what is computed.
 
     Raises:
-        InputError: The device is not there, or an update needs more images than there are.
+        InputError: The device is not there, or the engine does not run on it, or an update needs
+            more images than there are.
     """
-    device = resolve_device(config.device)
-    check_fits(config, data)
-    with _repeatable(config.seed, device):
-        run = _Run(config, data, device)
-        rows: list[dict[str, float]] = []
-        # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
-        hidden = not progress or bool(os.environ.get("TQDM_DISABLE"))
-        with tqdm(total=run.total_updates, unit="update", disable=hidden) as bar:
-            for epoch in range(1, config.epochs + 1):
-                bar.set_description(f"epoch {epoch}/{config.epochs}")
-                rows.append({"epoch": epoch} | run.train_one_epoch(bar) | run.evaluate())
-                bar.set_postfix(validation_accuracy=f"{rows[-1]['validation_accuracy']:.4f}")
+    (run,) = _prepared([config], data, engine)
+    return _train_together([run], progress, log_folder)[0]
+
+
+def train_many(
+    configs: Sequence[RunConfig], data: Dataset, *, progress: bool = True, engine: Engine = "auto"
+) -> list[RunResult]:
+    """Train several networks on the same data: seeds, or different settings.
+
+    On a GPU the runs share it, each on a stream of its own, since one small network leaves most
+    of it idle; `seconds` are then those of the whole group, and `peak_memory` too. Elsewhere
+    they run one after the other. Each result equals that of `train` with the same config.
+
+    Args:
+        configs: The settings of each, all on one device.
+        data: The images.
+        progress: Whether to show a progress bar.
+        engine: As in `train`.
+
+    Raises:
+        InputError: As in `train`, or the configs name several devices.
+    """
+    runs = _prepared(configs, data, engine)
+    if runs and runs[0].device.type == "cuda":
+        return _train_together(runs, progress)
+    return [_train_together([run], progress)[0] for run in runs]
+
+
+def _prepared(configs: Iterable[RunConfig], data: Dataset, engine: Engine) -> list[Run]:
+    """The runs, checked but not begun."""
+    runs = []
+    for config in configs:
+        device = resolve_device(config.device)
+        check_fits(config, data)
+        runs.append(Run(config, data, device, resolve_engine(engine, config, device)))
+    devices = sorted({str(run.device) for run in runs})
+    if len(devices) > 1:
+        raise InputError(f"device = {devices}, but runs trained together must share one")
+    return runs
+
+
+def _train_together(
+    runs: Sequence[Run], progress: bool, log_folder: str | Path | None = None
+) -> list[RunResult]:
+    """Train all `runs` at once, their updates in turn."""
+    # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
+    hidden = not progress or bool(os.environ.get("TQDM_DISABLE"))
+    with ExitStack() as stack:
+        stack.enter_context(deterministic(runs[0].device))
+        for run in runs:
+            stack.enter_context(run)
+        total = sum(run.total_updates for run in runs)
+        bar = stack.enter_context(tqdm(total=total, unit="update", disable=hidden))
+        epochs = max(run.config.epochs for run in runs)
+        for epoch in range(1, epochs + 1):
+            bar.set_description(f"epoch {epoch}/{epochs}")
+            training = [run for run in runs if epoch <= run.config.epochs]
+            for run in training:
+                run.begin_epoch()
+            going = training
+            while going:
+                going = [run for run in going if run.next_update()]
+                bar.update(len(going))
+            for run in training:
+                run.end_epoch()
+            for run in training:
+                row = run.evaluate()
+                bar.set_postfix(validation_accuracy=f"{row['validation_accuracy']:.4f}")
                 if log_folder:
-                    _history(rows).to_csv(Path(log_folder) / "progress.csv", index=False)
-        run.model.eval()
-        return RunResult(
-            config=config,
-            history=_history(rows),
-            model=run.model,
-            predictions=run.logits(run.test_images).argmax(1).to("cpu", torch.uint8),
-            data=data,
-            images_per_epoch=run.images_per_epoch,
-            device=device,
-            peak_memory=_peak_memory(device),
-        )
+                    run.history().to_csv(Path(log_folder) / "progress.csv", index=False)
+        return [run.result() for run in runs]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -138,6 +201,28 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def resolve_engine(
+    engine: Engine, config: RunConfig, device: torch.device
+) -> Literal["eager", "pieces", "cuda-graph"]:
+    """The engine that `engine` means for this config on this device.
+
+    Raises:
+        InputError: It is unknown, or does not run there.
+    """
+    if engine not in get_args(Engine):
+        raise InputError(f"no engine {engine!r}; {suggest(engine, get_args(Engine))}")
+    fits = {"pieces": device.type == "cpu" and config.precision != "bfloat16"}
+    fits["cuda-graph"] = device.type == "cuda"
+    if engine == "auto":
+        return next((name for name in ("pieces", "cuda-graph") if fits[name]), "eager")
+    if not fits.get(engine, True):
+        raise InputError(
+            f"engine = {engine!r}, but it does not run on {device.type!r} in {config.precision}; "
+            f"use 'auto' or 'eager'"
+        )
+    return engine
+
+
 def check_fits(config: RunConfig, data: Dataset) -> None:
     """Refuse a config whose update needs more images than `data` has to train on.
 
@@ -155,118 +240,236 @@ def check_fits(config: RunConfig, data: Dataset) -> None:
             )
 
 
-class _Run:
-    """The moving parts of one run, on their device."""
+class Run:
+    """The moving parts of one run, for callers that time or interleave epochs; else use `train`.
 
-    def __init__(self, config: RunConfig, data: Dataset, device: torch.device) -> None:
-        dtype = torch.float64 if config.precision == "float64" else torch.float32
+    A context manager: inside it, `begin_epoch`, `next_update` until it returns False, `end_epoch`
+    and `evaluate`, again and again.
+    """
+
+    def __init__(self, config: RunConfig, data: Dataset, device: torch.device, engine: str) -> None:
         self.config = config
+        self.data = data
         self.device = device
-        self.train_images = data.normalised(data.train.images, device, dtype)
-        self.train_labels = data.train.labels.to(device)
-        self.validation_images = data.normalised(data.validation.images, device, dtype)
-        self.validation_labels = data.validation.labels.to(device)
-        self.test_images = data.normalised(data.test.images, device, dtype)
-        self.test_labels = data.test.labels.to(device)
-
-        # Weights are drawn on the CPU so that a seed means the same start on every device.
-        model = DigitCNN(config.norm, config.dropout, classes=len(data.class_names))
-        self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
-        self.order_generator = torch.Generator().manual_seed(config.seed)
-        self.augment_generator = torch.Generator(device).manual_seed(config.seed)
-
-        images = len(self.train_labels)
+        self.engine = engine
+        images = len(data.train.labels)
         updates = updates_per_epoch(images, config.effective_batch_size, config.last_window)
         self.total_updates = updates * config.epochs
         self.images_per_epoch = min(images, updates * config.effective_batch_size)
-        self.optimizer = _optimizer(config, self.model)
-        self.scheduler = _scheduler(config, self.optimizer, self.total_updates)
         self.updates = 0
         self.seconds = 0.0
+        self.rows: list[dict[str, float]] = []
 
-    def train_one_epoch(self, bar: tqdm) -> dict[str, float]:
-        """Every image once, in a new order; the training part of the history's row."""
+    def __enter__(self) -> Run:
+        config, data, device = self.config, self.data, self.device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        dtype = torch.float64 if config.precision == "float64" else torch.float32
+        self.pieces: Pieces | None = None
+        self.graphed: GraphedEpoch | None = None
+        with ExitStack() as stack, self._place():
+            self.train_images = data.normalised(data.train.images, device, dtype)
+            self.train_labels = data.train.labels.to(device)
+            self.validation_images = data.normalised(data.validation.images, device, dtype)
+            self.test_images = data.normalised(data.test.images, device, dtype)
+            # Of the epoch so far, on the device: nothing waits for it before the epoch's end.
+            exact = torch.float32 if device.type == "mps" else torch.float64
+            self.loss_sum = torch.zeros((), dtype=exact, device=device)
+            self.correct = torch.zeros((), dtype=torch.int64, device=device)
+
+            # Weights are drawn on the CPU so that a seed means the same start on every device.
+            torch.manual_seed(config.seed)
+            model = DigitCNN(config.norm, config.dropout, classes=len(data.class_names))
+            self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
+            self.order_generator = torch.Generator().manual_seed(config.seed)
+            self.augment_generator = generator_for(device, config.seed, "augment")
+            self.model.dropout.generator = generator_for(device, config.seed, "dropout")
+            self.optimizer = _optimizer(config, self.model, self.engine)
+            self.scheduler = _scheduler(config, self.optimizer, self.total_updates)
+
+            if self.engine == "pieces":
+                self.pieces = stack.enter_context(
+                    Pieces(
+                        self.model,
+                        separable=config.norm in ("group", "none"),
+                        threads=torch.get_num_threads(),
+                    )
+                )
+            if self.engine == "cuda-graph":
+                self.graphed = GraphedEpoch(
+                    self._update,
+                    self._windows,
+                    len(self.train_labels),
+                    self.model,
+                    self.optimizer,
+                    [self.augment_generator, self.model.dropout.generator],
+                )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def _place(self) -> AbstractContextManager[Any]:
+        """Inside it, the run has its own stream on a GPU, or the cores as its pieces need them."""
+        if self._stream:
+            return torch.cuda.stream(self._stream)
+        return self.pieces.cores() if self.pieces else nullcontext()
+
+    def begin_epoch(self) -> None:
+        """Put the images in a new order."""
+        with self._place():
+            self._start = time.perf_counter()
+            self.model.train()
+            self.loss_sum.zero_()
+            self.correct.zero_()
+            order = torch.randperm(len(self.train_labels), generator=self.order_generator)
+            order = order.to(self.device)
+            self._epoch = self.graphed.epoch(order) if self.graphed else self._eager_epoch(order)
+
+    def next_update(self) -> bool:
+        """Launch the epoch's next update; False where there is none left."""
+        with self._place():
+            if next(self._epoch, "over") == "over":
+                return False
+            self.updates += 1
+            if self.scheduler:
+                self.scheduler.step()
+            return True
+
+    def end_epoch(self) -> None:
+        """Wait for the updates; begin the history's row."""
+        with self._place():
+            row = {
+                "epoch": len(self.rows) + 1,
+                "train_loss": self.loss_sum.item() / self.images_per_epoch,
+                "train_accuracy": self.correct.item() / self.images_per_epoch,
+            }
+        self.seconds += time.perf_counter() - self._start
+        self.rows.append(row | {"updates": self.updates, "seconds": self.seconds})
+
+    def evaluate(self) -> dict[str, float]:
+        """Complete the history's row, with the weights as they are now."""
+        with self._place():
+            self.model.eval()
+            validation_logits = self.logits(self.validation_images)
+            test_logits = self.logits(self.test_images)
+            self.predictions = test_logits.argmax(1).to(torch.uint8)
+        labels = self.data.test.labels
+        self.rows[-1] |= {
+            "validation_accuracy": _accuracy(validation_logits, self.data.validation.labels),
+            "test_loss": F.cross_entropy(test_logits.double(), labels).item(),
+            "test_accuracy": _accuracy(test_logits, labels),
+        }
+        return self.rows[-1]
+
+    def history(self) -> pd.DataFrame:
+        """A row for each epoch so far."""
+        return pd.DataFrame(self.rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)
+
+    def result(self) -> RunResult:
+        """The run as it is now, after its last evaluation."""
+        return RunResult(
+            config=self.config,
+            history=self.history(),
+            model=self.model,
+            predictions=self.predictions,
+            data=self.data,
+            images_per_epoch=self.images_per_epoch,
+            device=self.device,
+            engine=self.engine,
+            peak_memory=_peak_memory(self.device),
+        )
+
+    def _eager_epoch(self, order: Tensor) -> Iterator[None]:
+        for window in self._windows(order):
+            self._update(window)
+            yield
+
+    def _windows(self, order: Tensor) -> Iterator[tuple[Tensor, ...]]:
         config = self.config
-        loss_sums: list[Tensor] = []  # summed once at the end: no wait for the device before
-        correct: list[Tensor] = []
+        return windows(order, config.batch_size, config.accumulation_steps, config.last_window)
+
+    def _update(self, window: tuple[Tensor, ...]) -> None:
+        self.optimizer.zero_grad()
+        if self.pieces:
+            self._gradient_in_pieces(self.pieces, window)
+        else:
+            self._gradient(window)
+        self.optimizer.step()
+
+    def _gradient(self, window: tuple[Tensor, ...]) -> None:
+        """The window's gradient, by the plain loop."""
 
         def losses(micro_batch: Tensor) -> Tensor:
             images, labels = self.train_images[micro_batch], self.train_labels[micro_batch]
-            if config.augment:
+            if self.config.augment:
                 images = augment(images, self.augment_generator)
             with self._autocast():
                 logits = self.model(images)
             image_losses = F.cross_entropy(logits.to(images.dtype), labels, reduction="none")
-            loss_sums.append(image_losses.detach().sum())
-            correct.append((logits.detach().argmax(1) == labels).sum())
+            self.loss_sum += image_losses.detach().sum()
+            self.correct += (logits.detach().argmax(1) == labels).sum()
             return image_losses
 
-        self.model.train()
-        start = time.perf_counter()
-        order = torch.randperm(len(self.train_labels), generator=self.order_generator)
-        for window in windows(
-            order.to(self.device),
-            config.batch_size,
-            config.accumulation_steps,
-            config.last_window,
-        ):
-            self.optimizer.zero_grad()
-            # A diverged run goes on: its history is to show that it diverged.
-            accumulate_gradient(self.model, window, losses, check_finite=False)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.updates += 1
-            bar.update()
-        train_loss = torch.stack(loss_sums).cpu().double().sum().item() / self.images_per_epoch
-        train_accuracy = torch.stack(correct).sum().item() / self.images_per_epoch
-        self.seconds += time.perf_counter() - start
-        return {
-            "train_loss": train_loss,
-            "train_accuracy": train_accuracy,
-            "updates": self.updates,
-            "seconds": self.seconds,
-        }
+        # A diverged run goes on: its history is to show that it diverged.
+        accumulate_gradient(self.model, window, losses, check_finite=False)
 
-    def evaluate(self) -> dict[str, float]:
-        """The evaluated part of the history's row, with the weights as they are now."""
-        self.model.eval()
-        validation_logits = self.logits(self.validation_images)
-        test_logits = self.logits(self.test_images)
-        return {
-            "validation_accuracy": _accuracy(validation_logits, self.validation_labels),
-            "test_loss": F.cross_entropy(test_logits.double(), self.test_labels).item(),
-            "test_accuracy": _accuracy(test_logits, self.test_labels),
-        }
+    def _gradient_in_pieces(self, pieces: Pieces, window: tuple[Tensor, ...]) -> None:
+        """The same, in pieces."""
+        moves = None
+        if self.config.augment:
+            moves = draw_moves(sum(map(len, window)), self.augment_generator)
+        loss_sum, correct = pieces.gradient(window, self.train_images, self.train_labels, moves)
+        self.loss_sum += loss_sum
+        self.correct += correct
 
-    @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Logits, shape (n, classes), of all `images`."""
-        with self._autocast():
-            return torch.cat([self.model(batch) for batch in images.split(EVALUATION_BATCH)])
+        """Logits, shape (n, classes), of all `images`; on the CPU."""
+        batches = images.split(EVALUATION_BATCH)
+        if self.pieces:
+            return self.pieces.logits(batches)
+        with torch.inference_mode(), self._autocast():
+            return torch.cat([self.model(batch) for batch in batches]).cpu()
 
     def _autocast(self) -> torch.autocast:
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
-def _optimizer(config: RunConfig, model: nn.Module) -> torch.optim.Optimizer:
+def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A generator whose numbers have nothing to do with those for other purposes."""
+    words = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) >> 1)
+
+
+def _optimizer(config: RunConfig, model: nn.Module, engine: str) -> torch.optim.Optimizer:
+    device = next(model.parameters()).device
+    rate: float | Tensor = config.learning_rate
+    if device.type == "cuda" or engine == "cuda-graph":
+        # A graph reads the rate from the device; the other engines then do as well, in float32.
+        rate = torch.tensor(rate, dtype=torch.float32, device=device)
     if config.optimizer == "adam":
         return torch.optim.Adam(
-            model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+            model.parameters(),
+            rate,
+            weight_decay=config.weight_decay,
+            fused=True,
+            capturable=engine == "cuda-graph",
         )
     return torch.optim.SGD(
         model.parameters(),
-        config.learning_rate,
+        rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
+        fused=True,
     )
 
 
 def _scheduler(
     config: RunConfig, optimizer: torch.optim.Optimizer, total_updates: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LRScheduler | None:
     if config.schedule == "constant":
-        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+        return None
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_updates, cycle_momentum=False
     )
@@ -274,10 +477,6 @@ def _scheduler(
 
 def _accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(1) == labels).sum().item() / len(labels)
-
-
-def _history(rows: list[dict[str, float]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)
 
 
 def _peak_memory(device: torch.device) -> int:
@@ -288,20 +487,19 @@ def _peak_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _repeatable(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's own generators and choose deterministic kernels; put all back afterwards."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Choose deterministic kernels; put that and torch's own generators back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.reset_peak_memory_stats(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(deterministic)
+            torch.use_deterministic_algorithms(before)
             settings.fill_uninitialized_memory = fill

@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Tests run on every processor, so each of their processes keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help install study lab test lint unit notebooks-test papermill-test notebooks figures clean
+.PHONY: help install study lab test lint unit notebooks-test papermill-test notebooks figures bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ notebooks: install  ## run the notebooks and store their outputs, after a change
 
 figures: install  ## make figures/ and the README's numbers from notebooks/reference/
 	$(BIN)/python -m nbutils figures
+
+bench: install  ## time the training against the usual DataLoader loop (DATASET=mnist for all digits)
+	$(BIN)/python -m nbutils bench --dataset $(DATASET) --out build/bench.json
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""The command line: `python -m nbutils run | status | export | figures | peers`."""
+"""The command line: `python -m nbutils run | status | export | figures | bench | peers`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,14 @@ def _parser() -> argparse.ArgumentParser:
         "figures", help="make figures/ and the README's numbers from notebooks/reference/"
     )
     figures.set_defaults(command=_figures)
+
+    bench = commands.add_parser("bench", help="time the training against the usual loop")
+    bench.add_argument("--out", type=Path, help="JSON file to write the rows to")
+    bench.add_argument("--dataset", default="mnist", help="whose images (default: mnist)")
+    bench.add_argument("--images", type=int, default=13_500, help="images of a timed epoch")
+    bench.add_argument("--repeats", type=int, default=5, help="timed epochs of each loop")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    bench.set_defaults(command=_bench)
 
     peers = commands.add_parser(
         "peers", help="run other libraries' accumulation (needs the extra: pip install -e .[peers])"
@@ -147,6 +155,21 @@ def _figures(options: argparse.Namespace) -> int:
 
     for path in make_figures():
         print(path)
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from nbutils.bench import run_bench, save, table
+    from nbutils.data import load_dataset
+
+    if options.out and options.out.suffix != ".json":
+        raise InputError(f"--out {options.out}: it must end in .json")
+    data = load_dataset(options.dataset)
+    rows = run_bench(data, options.images, options.repeats, options.device)
+    print(table(rows).to_string())
+    if options.out:
+        save(rows, options.out)
+        print(f"rows: {options.out}")
     return 0
 
 

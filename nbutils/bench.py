@@ -19,14 +19,18 @@ from statistics import median
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from nbutils.accumulation import windows_of_batches
 from nbutils.config import InputError, RunConfig
+from nbutils.cuda_graph import record
 from nbutils.data import Dataset, Split
 from nbutils.model import DigitCNN
+from nbutils.records import processor
 from nbutils.training import Run, deterministic, generator_for, resolve_device, resolve_engine
 
 SETTINGS = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
@@ -50,8 +54,11 @@ class Row:
         baseline_seconds: Median of the usual loop.
         seconds: Median of ours.
         ratio: Median of the quotients of neighbouring epochs.
-        floor_ratio: Median of our seconds over what the epoch's arithmetic alone would take at
-            the speed of a float32 matrix product, which is measured after each epoch.
+        floor_ratio: Median of our seconds over the largest floor.
+        floors: Seconds that an epoch takes at least, medians: "arithmetic", its operations at
+            the speed of a float32 matrix product, measured after each epoch. On a GPU also
+            "memory", the bytes that its kernels read and write at the speed of a copy, and
+            "launch", its kernels at the pace of a graph of empty ones.
         spread: Lowest and highest of each of the four figures.
         repeats: Timed epochs of each loop.
         images: Images of a timed epoch; the seconds are scaled up to all.
@@ -65,6 +72,7 @@ class Row:
     seconds: float
     ratio: float
     floor_ratio: float
+    floors: dict[str, float]
     spread: dict[str, tuple[float, float]]
     repeats: int
     images: int
@@ -127,7 +135,7 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
             "usual loop, s/epoch": [text(row, "baseline_seconds", 1) for row in rows],
             "ours, s/epoch": [text(row, "seconds", 2) for row in rows],
             "times as fast": [text(row, "ratio", 1) for row in rows],
-            "ours / arithmetic": [f"{row.floor_ratio:.2f}" for row in rows],
+            "ours / floor": [f"{row.floor_ratio:.2f}" for row in rows],
         }
     ).set_index("setting")
 
@@ -136,6 +144,11 @@ def save(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as JSON, a list of objects with the attributes of `Row`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+def load(path: Path) -> list[Row]:
+    """The rows that `save` wrote."""
+    return [Row(**row) for row in json.loads(path.read_text())]
 
 
 class UsualLoop:
@@ -237,7 +250,8 @@ def _time(
     trials = [_seconds(loop.epoch, device) for loop in candidates]
     usual = candidates[trials.index(min(trials))]
     del candidates  # their processes end
-    flops = _flops(config, data, device)
+    counts = _counts(config, data, device)
+    floors: list[dict[str, float]] = []
     figures: dict[str, list[float]] = {
         name: [] for name in ("baseline_seconds", "seconds", "ratio", "floor_ratio")
     }
@@ -246,21 +260,28 @@ def _time(
         for _ in range(config.epochs - 1):
             ours = _seconds(lambda: our_epoch(run), device) * scale
             theirs = _seconds(usual.epoch, device) * scale
-            floor = flops * all_images / _matrix_product_rate(device)
-            values = (theirs, ours, theirs / ours, ours / floor)
+            floors.append(_floors(counts, all_images, device))
+            values = (theirs, ours, theirs / ours, ours / max(floors[-1].values()))
             for name, value in zip(figures, values, strict=True):
                 figures[name].append(value)
             bar.update()
     return Row(
         setting=_name(config),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        device=_device_name(device),
         **{name: median(values) for name, values in figures.items()},
+        floors={name: median(floor[name] for floor in floors) for name in floors[0]},
         spread={name: (min(values), max(values)) for name, values in figures.items()},
         repeats=config.epochs - 1,
         images=images,
         workers=usual.loader.num_workers,
         weights_differ=float("nan"),
     )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({processor()}, {torch.get_num_threads()} threads)"
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -271,19 +292,73 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _flops(config: RunConfig, data: Dataset, device: torch.device) -> float:
-    """Floating-point operations of one image's passes forward and backward."""
-    images = data.normalised(data.train.images[:32], device, torch.float32)
+class _Traffic(TorchDispatchMode):
+    """Counts the kernels that run inside it, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        seen = {t.untyped_storage().data_ptr() for t in read}
+        if func._schema.is_mutable or any(
+            t.untyped_storage().data_ptr() not in seen for t in written
+        ):  # not a mere view
+            self.kernels += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
+        return result
+
+
+def _counts(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, float]:
+    """Operations, bytes and kernels of one image's share of a micro-batch, both passes."""
+    images = data.normalised(data.train.images[: config.batch_size], device, torch.float32)
     model = DigitCNN(config.norm, config.dropout, len(data.class_names)).to(device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         model(images).sum().backward()
-    return counter.get_total_flops() / len(images)
+    totals = {
+        "arithmetic": flops.get_total_flops(),
+        "memory": traffic.bytes,
+        "launch": traffic.kernels,
+    }
+    return {name: total / len(images) for name, total in totals.items()}
 
 
-def _matrix_product_rate(device: torch.device, size: int = 1536) -> float:
-    """Floating-point operations a second of a float32 matrix product, the best of several."""
+def _floors(counts: dict[str, float], images: int, device: torch.device) -> dict[str, float]:
+    """Seconds for so many images, if one thing alone took time."""
+    seconds = {"arithmetic": _product_seconds_per_operation(device)}
+    if device.type == "cuda":
+        seconds["memory"] = _copy_seconds_per_byte(device)
+        seconds["launch"] = _graph_seconds_per_kernel(device)
+    return {name: counts[name] * images * per_unit for name, per_unit in seconds.items()}
+
+
+def _product_seconds_per_operation(device: torch.device, size: int = 1536) -> float:
     a = torch.rand(size, size, device=device)
-    return 2 * size**3 / min(_seconds(lambda: torch.mm(a, a), device) for _ in range(8))
+    return _best(lambda: torch.mm(a, a), device) / (2 * size**3)
+
+
+def _copy_seconds_per_byte(device: torch.device, size: int = 2**28) -> float:
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return _best(lambda: target.copy_(source), device) / (2 * size)
+
+
+def _graph_seconds_per_kernel(device: torch.device, kernels: int = 1000) -> float:
+    one = torch.zeros(1, device=device)
+
+    def body() -> None:
+        for _ in range(kernels):
+            one.add_(1)
+
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        return _best(record(body, []), device) / kernels
+
+
+def _best(work: Callable[[], object], device: torch.device) -> float:
+    return min(_seconds(work, device) for _ in range(8))
 
 
 def _first(data: Dataset, images: int) -> Dataset:

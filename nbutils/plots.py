@@ -9,7 +9,6 @@ from typing import Literal
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
@@ -34,6 +33,8 @@ ACCURACY_TICKS = (
 
 def use_style() -> None:
     """Set the house style for the figures that follow."""
+    import seaborn as sns
+
     sns.set_theme(
         context="notebook",
         style="whitegrid",
@@ -83,6 +84,8 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
         runs: From `load_runs`.
         metric: The column to draw.
     """
+    import seaborn as sns
+
     runs = name_settings(runs)
     settings = runs.drop_duplicates("setting").set_index("setting")
     colours = batch_size_colours(settings["effective_batch_size"])
@@ -114,6 +117,8 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
         runs: From `load_runs`; settings with equal effective batch size.
         metric: The column to draw, an accuracy, shown as errors in percent; or a loss.
     """
+    import seaborn as sns
+
     final = last_epochs(runs).sort_values("batch_size", ascending=False)
     accuracy = metric.endswith("accuracy")
     sns.pointplot(
@@ -147,6 +152,8 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> N
         table: From `nbutils.equivalence.ladder`.
         limits: The limit of each rung.
     """
+    import seaborn as sns
+
     rungs = list(limits)
     values = table[rungs].melt(var_name="rung", value_name="difference", ignore_index=False)
     sns.stripplot(
@@ -174,6 +181,8 @@ def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
         ax: Where to draw.
         table: From `nbutils.equivalence.drift`, with columns `precision` and `optimizer`.
     """
+    import seaborn as sns
+
     sns.lineplot(
         data=table,
         x="update",
@@ -195,6 +204,8 @@ def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
         table: From `nbutils.pitfalls.measure_damage`. Bars are means over seeds, with their
             95 % intervals.
     """
+    import seaborn as sns
+
     table = table.assign(error=100 * (1 - table["accuracy"]))
     labels = {
         "gradient_error": "largest relative error of an update's gradient",
@@ -210,6 +221,8 @@ def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
     """Training, validation and test accuracy of one run against epoch."""
+    import seaborn as sns
+
     names = {name: title.partition(" (")[0] for name, title in METRIC_NAMES.items()}
     curves = history.melt("epoch", list(names), "split", "accuracy").replace({"split": names})
     sns.lineplot(
@@ -249,6 +262,8 @@ def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:
 
 def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: int = 16) -> None:
     """The first images of each class, one row a class."""
+    import seaborn as sns
+
     rows = []
     for label in range(len(class_names)):
         examples = images.images[images.labels == label][:columns, 0]
@@ -264,6 +279,8 @@ def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: 
 
 def plot_class_balance(ax: Axes, data: Dataset) -> None:
     """The share of each class in each split, in percent."""
+    import seaborn as sns
+
     named = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {f"{name} ({len(split.labels):,} images)": split for name, split in named.items()}
     table = pd.DataFrame(

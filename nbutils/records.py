@@ -289,14 +289,15 @@ def _environment(result: RunResult) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor(),
         "device": torch.cuda.get_device_name(result.device) if on_cuda else result.device.type,
         "threads": torch.get_num_threads(),
+        "engine": result.engine,
         "cpus": os.cpu_count(),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name as Linux tells it, else what Python knows."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

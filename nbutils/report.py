@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nbutils.bench import load, table
 from nbutils.config import InputError
 from nbutils.peers import peers_table
 from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
@@ -51,13 +52,13 @@ def renew_blocks(text: str) -> str:
 
 def _blocks() -> dict[str, str]:
     runs = load_runs(REFERENCE_FOLDER / "batch-size")
-    table = summary_table(runs)
     return {
         "study": describe_study(runs),
-        "table": _markdown(format_table(table)),
+        "table": _markdown(format_table(summary_table(runs))),
         "pick": str(pick(runs)).replace("\n", " "),
         "agreement": _agreement(runs),
         "peers": _markdown(peers_table()),
+        "bench": _bench(),
     }
 
 
@@ -80,6 +81,19 @@ def _agreement(runs: pd.DataFrame) -> str:
         f"images differently: rounding, grown over the updates. For comparison, batches of 512 and "
         f"1024 differ on {differing((512, 1), (1024, 1))}."
     )
+
+
+def _bench() -> str:
+    """A table for each machine on which `python -m nbutils bench` was recorded."""
+    parts = []
+    for path in sorted((REFERENCE_FOLDER / "bench").glob("*.json")):
+        rows = load(path)
+        images, repeats = rows[0].images, rows[0].repeats
+        parts.append(
+            f"{rows[0].device}; medians of {repeats} pairs of epochs of {images:,} images, scaled "
+            f"to a whole epoch, with the lowest and the highest:\n\n{_markdown(table(rows))}"
+        )
+    return "\n\n".join(parts)
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy import stats
-
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of independent, roughly normal values, such as seeds'.
@@ -14,6 +12,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     Returns:
         Its lower and upper end; both NaN where one value or none says nothing of the spread.
     """
+    from scipy import stats
+
     n = len(values)
     if n < 2:
         return math.nan, math.nan
@@ -24,6 +24,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of the chance behind `fraction`, a share of `n` independent images."""
+    from scipy import stats
+
     interval = stats.binomtest(round(fraction * n), n).proportion_ci(confidence, method="wilson")
     return interval.low, interval.high
 
@@ -41,6 +43,8 @@ def gain_interval(gained: int, lost: int, confidence: float = 0.95) -> tuple[flo
         lost: Images that only the first does.
         confidence: Of the interval.
     """
+    from scipy import stats
+
     disagreements = gained + lost
     if disagreements == 0:
         return 0.0, 0.0
@@ -59,5 +63,7 @@ def detectable_gain(disagreements: int, power: float = 0.8, confidence: float = 
     Returns:
         The lead in images, by the normal approximation of McNemar's test.
     """
+    from scipy import stats
+
     quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
     return float(quantiles * math.sqrt(disagreements))

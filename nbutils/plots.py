@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+)
 
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
@@ -24,6 +32,15 @@ METRIC_NAMES = {
     "validation_accuracy": "validation accuracy (after the epoch)",
     "test_accuracy": "test accuracy (after the epoch)",
 }
+
+Progress = Literal["epoch", "updates", "seconds"]
+PROGRESS_NAMES = {
+    "epoch": "epoch",
+    "updates": "updates",
+    "seconds": "seconds of training",
+}
+
+Scale = Literal["accuracy", "error"]
 
 ACCURACY_TICKS = (
     *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
@@ -72,27 +89,37 @@ def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, tuple[
     return dict(zip(sizes, shades, strict=True))
 
 
-def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
-    """Accuracy against epoch, a line a setting, with a 95 % band where there are several seeds.
+def plot_accuracy(
+    ax: Axes,
+    runs: pd.DataFrame,
+    metric: Metric,
+    against: Progress = "epoch",
+    scale: Scale = "accuracy",
+) -> None:
+    """How a metric develops, a line a setting, with a 95 % band where there are several seeds.
 
     Colour tells the effective batch size; dashes tell that gradients were accumulated, the
-    shorter the more steps. The axis is stretched towards 100 %, so that curves near 99 % can be
-    told apart.
+    shorter the more steps.
 
     Args:
         ax: Where to draw.
         runs: From `load_runs`.
         metric: The column to draw.
+        against: The horizontal axis. Seeds are averaged epoch by epoch, also in their seconds.
+        scale: "accuracy", on an axis stretched towards 100 % so that curves near 99 % can be
+            told apart; or "error", the percentage of wrong answers on a log axis.
     """
     import seaborn as sns
 
     runs = name_settings(runs)
     settings = runs.drop_duplicates("setting").set_index("setting")
     colours = batch_size_colours(settings["effective_batch_size"])
+    progress = runs.groupby(["setting", "epoch"])[against].transform("mean")
+    values = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
     sns.lineplot(
-        data=runs,
-        x="epoch",
-        y=metric,
+        data=runs.assign(progress=progress, value=values),
+        x="progress",
+        y="value",
         hue="setting",
         style="setting",
         palette=settings["effective_batch_size"].map(colours).to_dict(),
@@ -101,12 +128,62 @@ def plot_accuracy(ax: Axes, runs: pd.DataFrame, metric: Metric) -> None:
         linewidth=2,
         ax=ax,
     )
-    # The limits come from all of these, so that panels side by side have one scale.
-    _stretch_towards_one(ax, runs[list(METRIC_NAMES)])
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="accuracy", title=METRIC_NAMES[metric])
+    if scale == "accuracy":
+        # The limits come from all of these, so that panels side by side have one scale.
+        _stretch_towards_one(ax, runs[list(METRIC_NAMES)])
+    else:
+        ax.set_yscale("log")
+        _plain_log_ticks(ax.yaxis, "{:g} %")
+    if against == "epoch":
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        ax.set_xscale("log")
+        _plain_log_ticks(ax.xaxis, "{:,g}")
+    ax.set(xlabel=PROGRESS_NAMES[against], ylabel=scale, title=METRIC_NAMES[metric])
     ax.margins(x=0.02)
     ax.legend(title="images per update", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
+    """A value of each run's last epoch against the effective batch size: dots, means, intervals.
+
+    Each run is a dot, pale; each setting a mark with the 95 % interval of its mean, a circle
+    without accumulation and a diamond with, the larger the more steps.
+
+    Args:
+        ax: Where to draw.
+        runs: From `load_runs`, their last epochs.
+        values: What to draw of each row of `runs`, in its order.
+    """
+    table = name_settings(runs.assign(value=values))
+    colours = batch_size_colours(table["effective_batch_size"])
+    for _, group in table.groupby("setting", sort=False):
+        size = int(group["effective_batch_size"].iloc[0])
+        steps = int(group["accumulation_steps"].iloc[0])
+        # Settings of one size stand side by side.
+        place = size * 1.09 ** np.log2(steps)
+        style: dict[str, Any] = {"color": colours[size], "marker": "o" if steps == 1 else "D"}
+        ax.plot([place] * len(group), group["value"], linestyle="", alpha=0.3, ms=4, **style)
+        mean, (low, high) = group["value"].mean(), mean_interval(group["value"].tolist())
+        ends = [[mean - low], [high - mean]] if len(group) > 1 else None
+        label = "1 pass per update" if steps == 1 else f"{steps} passes per update"
+        known = {container.get_label() for container in ax.containers}
+        ax.errorbar(
+            [place],
+            [mean],
+            yerr=ends,
+            capsize=4,
+            ms=8 if steps == 1 else 4 + np.log2(steps),
+            label="_" if label in known else label,
+            **style,
+        )
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(colours)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
+    ax.set(xlabel="images per update", ylabel=None)
+    ax.legend(title=None)
 
 
 def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
@@ -245,6 +322,13 @@ def _dashes(accumulation_steps: int) -> tuple[float, float] | str:
         return ""
     length = max(1.0, 6 - np.log2(accumulation_steps))
     return (length, length / 2)
+
+
+def _plain_log_ticks(axis: Axis, text: str) -> None:
+    """Ticks at 1, 2, 5, 10 and so on, written out."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:

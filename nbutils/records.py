@@ -205,23 +205,42 @@ def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarr
 
 
 def export_runs(folder: str | Path, reference: str | Path) -> None:
-    """Write the runs of a study's folder as a reference, in place of the one that was there.
+    """Add the runs of a study's folder to a reference, in place of earlier ones of the same id.
+
+    A reference that takes more than one machine or evening to make grows that way. To begin
+    anew, remove its folder first.
 
     Raises:
-        InputError: As `load_runs`.
+        InputError: As `load_runs`, or the reference holds runs on other images.
     """
     folder, reference = Path(folder), Path(reference)
     load_runs(folder)
     runs, history = _read_records(folder)
-    final = history.groupby("run_id", sort=False).tail(1).drop(columns="epoch")
+    runs = runs.merge(history.groupby("run_id").tail(1).drop(columns="epoch"), on="run_id")
     labels, predictions = load_predictions(folder)
+    environments = [record.environment for record in _read_all(folder)]
+    if (reference / "runs.csv").exists():
+        _read_reference(reference)
+        before = _read_csv(reference / "runs.csv")
+        if set(before["dataset_fingerprint"]) != set(runs["dataset_fingerprint"]):
+            raise InputError(f"{folder} and {reference} hold runs on different images")
+        kept = before[~before["run_id"].isin(runs["run_id"])]
+        earlier = _read_csv(reference / "history.csv")
+        history = pd.concat([earlier[earlier["run_id"].isin(kept["run_id"])], history])
+        runs = pd.concat([kept, runs])
+        _, held = load_predictions(reference)
+        predictions = {run_id: held[run_id] for run_id in kept["run_id"]} | predictions
+        if len(kept):
+            known = json.loads((reference / "environment.json").read_text())["environments"]
+            environments = [*known, *environments]
     reference.mkdir(parents=True, exist_ok=True)
-    runs.merge(final, on="run_id").to_csv(reference / "runs.csv", index=False)
-    history.to_csv(reference / "history.csv", index=False)
-    np.savez_compressed(reference / "predictions.npz", labels=labels, **predictions)  # type: ignore[arg-type]
-    environments = {json.dumps(record.environment): None for record in _read_all(folder)}
+    runs.sort_values("run_id").to_csv(reference / "runs.csv", index=False)
+    history.sort_values(["run_id", "epoch"]).to_csv(reference / "history.csv", index=False)
+    in_order = dict(sorted(predictions.items()))
+    np.savez_compressed(reference / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
+    distinct = {json.dumps(environment): environment for environment in environments}
     files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
-    content = {"environments": [json.loads(text) for text in environments], "files": files}
+    content = {"environments": list(distinct.values()), "files": files}
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

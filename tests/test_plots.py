@@ -6,6 +6,7 @@ from matplotlib.colors import rgb_to_hsv, to_rgb
 from test_summary import runs_of
 
 from nbutils import RunConfig, plots
+from nbutils.summary import last_epochs
 
 mpl.use("agg")
 
@@ -96,3 +97,37 @@ def test_saved_figures_are_the_same_bytes_each_time(ax, tmp_path):
         plt.close(figure)
     assert [path.suffix for path in paths] == [".png", ".svg"]
     assert contents[0] == contents[1]
+
+
+def several_seeds():
+    sizes = ((32, 1), (1024, 1), (128, 8))
+    return runs_of(
+        *[
+            (RunConfig(batch_size=b, accumulation_steps=s, seed=seed), [0.9, 0.98 + seed / 100], 4)
+            for b, s in sizes
+            for seed in (0, 1)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("against", "expected"), [("updates", [10, 20]), ("seconds", [2, 4])])
+def test_curves_can_be_drawn_against_updates_or_seconds(ax, against, expected):
+    plots.plot_accuracy(ax, several_seeds(), "validation_accuracy", against)
+    assert ax.lines[0].get_xdata().tolist() == expected
+    assert ax.get_xscale() == "log"
+
+
+def test_errors_are_percentages_on_a_log_axis(ax):
+    plots.plot_accuracy(ax, several_seeds(), "validation_accuracy", scale="error")
+    assert ax.lines[0].get_ydata() == pytest.approx([10.0, 1.5])
+    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "error")
+
+
+def test_final_values_show_each_run_and_the_mean_of_each_setting(ax):
+    final = last_epochs(several_seeds())
+    plots.plot_final(ax, final, final["test_accuracy"])
+    dots, means = ax.lines[0].get_ydata(), ax.containers[0].lines[0].get_ydata()
+    assert dots == pytest.approx([0.979, 0.989])
+    assert means == pytest.approx([0.984])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["1 pass per update", "8 passes per update"]

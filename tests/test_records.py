@@ -166,6 +166,35 @@ def test_runs_on_different_images_are_not_mixed(few_digits, folder):
         load_runs(folder)
 
 
+def test_an_export_adds_to_a_reference(results, few_digits, folder, tmp_path):
+    reference = tmp_path / "reference"
+    first, second = tmp_path / "first", tmp_path / "second"
+    for result in results[:2]:
+        save_run(result, first)
+    for result in results[1:]:
+        save_run(result, second)
+    export_runs(first, reference)
+    export_runs(second, reference)
+    at_once = tmp_path / "at-once"
+    export_runs(folder, at_once)
+    pd.testing.assert_frame_equal(load_runs(reference), load_runs(at_once), check_exact=True)
+    labels, predictions = load_predictions(reference)
+    expected_labels, expected = load_predictions(at_once)
+    assert (labels == expected_labels).all()
+    assert predictions.keys() == expected.keys()
+    assert all((predictions[name] == expected[name]).all() for name in expected)
+
+
+def test_an_export_does_not_mix_images(results, few_digits, folder, tmp_path):
+    export_runs(folder, tmp_path / "reference")
+    before = load_runs(tmp_path / "reference")
+    other = replace(few_digits, test=few_digits.validation)
+    save_run(train(TINY, other, progress=False), tmp_path / "others")
+    with pytest.raises(InputError, match="hold runs on different images"):
+        export_runs(tmp_path / "others", tmp_path / "reference")
+    pd.testing.assert_frame_equal(load_runs(tmp_path / "reference"), before)
+
+
 @pytest.mark.parametrize("name", ["runs.csv", "history.csv", "predictions.npz"])
 def test_a_damaged_reference_is_refused_by_name(folder, tmp_path, name):
     reference = tmp_path / "reference"

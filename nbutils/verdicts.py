@@ -1,0 +1,202 @@
+"""The blog post's claims, each put to the runs: what they show, and whether it holds.
+
+A verdict follows from intervals by a rule laid down here, before the runs were looked at:
+differences count as none when their whole 95 % interval lies within `MARGIN`, as real when it
+leaves out zero, and are otherwise not decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from nbutils.statistics import mean_interval
+from nbutils.summary import TARGET_ACCURACY, last_epochs
+
+MARGIN = 0.001
+"""Accuracies that differ by less count as equal: 10 images of 10,000."""
+
+FIXED_RATE = "at one learning rate for all sizes"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A mean over seeds with its 95 % interval (Student's t); NaN ends where seeds are too few."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def negligible(self) -> bool:
+        """Whether the whole interval lies within `MARGIN` of zero."""
+        return self.low > -MARGIN and self.high < MARGIN
+
+    def __str__(self) -> str:
+        if self.seeds < 2:
+            return f"{100 * self.mean:+.3f} points (n = {self.seeds}: no interval)"
+        return (
+            f"{100 * self.mean:+.3f} points ({100 * self.low:+.3f} to {100 * self.high:+.3f}, "
+            f"n = {self.seeds})"
+        )
+
+
+def effect(values: pd.Series) -> Effect:
+    """The mean of one value a seed."""
+    values = values.dropna()
+    return Effect(values.mean(), *mean_interval(values.tolist()), len(values))
+
+
+def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame) -> pd.DataFrame:
+    """The table of the claims.
+
+    Args:
+        runs: The study `batch-size`, from `load_runs`.
+        normalisation: The study `normalisation`, from `load_runs`.
+
+    Returns:
+        A row a claim: `claim` as the post has it, `these runs show` the effect with interval and
+        number of seeds n, and `verdict`.
+    """
+    test = by_size(last_epochs(runs), "test_accuracy")
+    rows: list[tuple[str, Callable[[], tuple[str, str]]]] = [
+        ("With all else equal, accuracy rises with the batch size.", lambda: _rises(test)),
+        ("512 is within a small margin of 1024, so it is the best choice.", lambda: _best(test)),
+        ("Small batches converge faster.", lambda: _faster(runs)),
+        ("Too large a batch generalises worse.", lambda: _generalises(test)),
+        ("8 x 128 accumulated has the net effect of 1024.", lambda: _same(test)),
+        (
+            "BatchNorm works per micro-batch, so accumulation needs GroupNorm.",
+            lambda: _needs_group_norm(normalisation),
+        ),
+        (
+            "8 x 128 instead of 128 raised the Kaggle score from 99.257 % to 99.442 %.",
+            lambda: (
+                "13 of 7,000 public images, one run each; no runs on such a split yet",
+                "not decidable from this",
+            ),
+        ),
+        (
+            "Accumulation fits a large batch into the memory of a small one.",
+            lambda: (
+                "no memory of a GPU was measured yet; on a CPU every batch is cut to fit the cache",
+                "not decidable from this",
+            ),
+        ),
+    ]
+    table = [(claim, *judge()) for claim, judge in rows]
+    return pd.DataFrame(table, columns=["claim", "these runs show", "verdict"]).rename(
+        index=lambda position: position + 1
+    )
+
+
+def by_size(final: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A row a seed, a column a setting (batch size, accumulation steps): `metric`, or NaN."""
+    return final.pivot_table(
+        index="seed", columns=["batch_size", "accumulation_steps"], values=metric
+    )
+
+
+def _rises(test: pd.DataFrame) -> tuple[str, str]:
+    whole = test.xs(1, axis=1, level="accumulation_steps").dropna()
+    doublings = np.log2(whole.columns.to_numpy(dtype=float))
+    slopes = pd.Series([np.polyfit(doublings, row, 1)[0] for row in whole.to_numpy()])
+    slope = effect(slopes)
+    shown = f"per doubling of the batch size, test accuracy changes by {slope}"
+    across = doublings.max() - doublings.min()
+    if slope.decided:
+        return shown, "holds, " + FIXED_RATE if slope.low > 0 else "fails: it falls, " + FIXED_RATE
+    if max(abs(slope.low), abs(slope.high)) * across < MARGIN:
+        return shown, "fails: it does not change"
+    return shown, "not decidable from this"
+
+
+def _best(test: pd.DataFrame) -> tuple[str, str]:
+    near = effect(test[1024, 1] - test[512, 1])
+    others = test.drop(columns=[(512, 1)])
+    ahead = [s for s in _settings(others) if effect(others[s] - test[512, 1]).low > 0]
+    shown = f"1024 less 512: {near}"
+    if not (near.decided or near.negligible):
+        return shown, "not decidable from this"
+    first = "within 0.1 points" if near.negligible else "not within 0.1 points"
+    if ahead:
+        names = ", ".join(_name(*setting) for setting in ahead)
+        return shown, f"fails: {first}, but {names} is ahead of 512"
+    return shown, f"{first}; best choice not decidable: no size is ahead of 512 by more than chance"
+
+
+def _faster(runs: pd.DataFrame) -> tuple[str, str]:
+    reached = runs[runs["validation_accuracy"] >= TARGET_ACCURACY]
+    first = reached.groupby(["run_id", "batch_size", "accumulation_steps", "seed"], as_index=False)[
+        ["epoch", "updates"]
+    ].min()
+    parts, faster = [], {}
+    for unit in ("epoch", "updates"):
+        table = by_size(first, unit)
+        small, large = table[32, 1].mean(), table[1024, 1].mean()
+        gap = effect(table[1024, 1] - table[32, 1])
+        faster[unit] = gap.low > 0, gap.high < 0
+        name = {"epoch": "epochs", "updates": "updates"}[unit]
+        parts.append(
+            f"{small:,.1f} and {large:,.1f} {name} (difference {gap.low:+,.1f} to "
+            f"{gap.high:+,.1f}, n = {gap.seeds})"
+        )
+    shown = f"to {TARGET_ACCURACY:.0%} validation accuracy, 32 and 1024 need " + "; ".join(parts)
+    if faster["epoch"][0] and faster["updates"][1]:
+        return shown, "holds only if counted in epochs; in updates the large batch is faster"
+    if faster["epoch"][0]:
+        return shown, "holds, counted in epochs"
+    return shown, "not decidable from this"
+
+
+def _generalises(test: pd.DataFrame) -> tuple[str, str]:
+    gap = effect(test[1024, 1] - test[32, 1])
+    shown = f"test accuracy of 1024 less that of 32: {gap}"
+    if gap.high < 0:
+        return shown, "holds, " + FIXED_RATE + "; whether it does at tuned rates is not tested here"
+    if gap.low > 0 or gap.negligible:
+        return shown, "fails, up to 1024"
+    return shown, "not decidable from this"
+
+
+def _same(test: pd.DataFrame) -> tuple[str, str]:
+    gap = effect(test[128, 8] - test[1024, 1])
+    shown = f"8 x 128 less 1024, after 20 epochs in float32: {gap}"
+    exact = "the updates are equal to rounding (05_equivalence)"
+    if gap.decided and not gap.negligible:
+        return shown, "fails"
+    return shown, f"holds with GroupNorm: {exact}"
+
+
+def _needs_group_norm(runs: pd.DataFrame) -> tuple[str, str]:
+    final = last_epochs(runs)
+    final = final[final["norm"] == "batch"]
+    table = by_size(final, "validation_accuracy")
+    whole, *_, cut = _settings(table)
+    gap = effect(table[cut] - table[whole])
+    shown = f"BatchNorm, {_name(*cut)} less {_name(*whole)}: {gap}"
+    first = "per micro-batch: holds, exactly (07_normalisation)"
+    if gap.high < 0:
+        return shown, f"{first}; harmful here"
+    if gap.negligible or gap.low > 0:
+        return shown, f"{first}; GroupNorm is not needed here"
+    return shown, f"{first}; whether it harms is not decidable from this"
+
+
+def _settings(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """The columns of `by_size`, by images per update."""
+    sizes, steps = (map(int, table.columns.get_level_values(level)) for level in (0, 1))
+    return sorted(zip(sizes, steps, strict=True), key=lambda s: (s[0] * s[1], s[1]))
+
+
+def _name(batch_size: int, steps: int) -> str:
+    return f"{batch_size}" if steps == 1 else f"{steps} x {batch_size}"

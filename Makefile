@@ -52,7 +52,8 @@ papermill-test: install
 
 notebooks: install  ## run the notebooks and store their outputs, after a change
 	$(ONE_THREAD) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False $(NOTEBOOKS)
+		--ExecutePreprocessor.record_timing=False \
+		--ExecutePreprocessor.store_widget_state=False $(NOTEBOOKS)
 	$(BIN)/ruff format notebooks
 
 figures: install  ## make figures/ and the README's numbers from notebooks/reference/

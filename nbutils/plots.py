@@ -133,12 +133,12 @@ def plot_accuracy(
         _stretch_towards_one(ax, runs[list(METRIC_NAMES)])
     else:
         ax.set_yscale("log")
-        _plain_log_ticks(ax.yaxis, "{:g} %")
+        _plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
     if against == "epoch":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         ax.set_xscale("log")
-        _plain_log_ticks(ax.xaxis, "{:,g}")
+        _plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
     ax.set(xlabel=PROGRESS_NAMES[against], ylabel=scale, title=METRIC_NAMES[metric])
     ax.margins(x=0.02)
     ax.legend(title="images per update", loc="upper left", bbox_to_anchor=(1, 1))
@@ -324,9 +324,9 @@ def _dashes(accumulation_steps: int) -> tuple[float, float] | str:
     return (length, length / 2)
 
 
-def _plain_log_ticks(axis: Axis, text: str) -> None:
-    """Ticks at 1, 2, 5, 10 and so on, written out."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _plain_log_ticks(axis: Axis, text: str, steps: tuple[int, ...]) -> None:
+    """Ticks at the `steps` of each power of ten, written out."""
+    axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
     axis.set_minor_locator(NullLocator())
 

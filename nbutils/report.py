@@ -11,7 +11,16 @@ from nbutils.config import InputError
 from nbutils.peers import peers_table
 from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
 from nbutils.study import execute_notebook
-from nbutils.summary import describe_study, format_table, pick, summary_table
+from nbutils.summary import (
+    compare_predictions,
+    describe_study,
+    format_table,
+    last_epochs,
+    markdown_table,
+    pick,
+    summary_table,
+)
+from nbutils.verdicts import by_size, effect, verdicts
 
 ROOT = REFERENCE_FOLDER.parents[1]
 README = ROOT / "README.md"
@@ -54,12 +63,36 @@ def _blocks() -> dict[str, str]:
     runs = load_runs(REFERENCE_FOLDER / "batch-size")
     return {
         "study": describe_study(runs),
-        "table": _markdown(format_table(summary_table(runs))),
+        "table": markdown_table(format_table(summary_table(runs))),
+        "claims": markdown_table(verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"))),
         "pick": str(pick(runs)).replace("\n", " "),
         "agreement": _agreement(runs),
-        "peers": _markdown(peers_table()),
+        "trust": _trust(runs),
+        "peers": markdown_table(peers_table()),
         "bench": _bench(),
     }
+
+
+def _trust(runs: pd.DataFrame) -> str:
+    """How small a difference these runs could have shown."""
+    table = by_size(last_epochs(runs), "test_accuracy")
+    gaps = [effect(table[setting] - table[128, 1]) for setting in table if setting != (128, 1)]
+    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
+    gains = compare_predictions(runs, labels, predictions, baseline="128")
+    seeds = f"{len(table)} seed{'s' if len(table) > 1 else ''}"
+    text = (
+        f"n = {seeds} a setting, {len(labels):,} test images. Two networks of different settings "
+        f"and the same seed disagree about {gains['disagreements'].mean():.0f} of them; a lead of "
+        f"fewer than {gains['detectable'].mean():.0f} images between one such pair would be found "
+        f"less than four times in five."
+    )
+    if len(table) > 1:
+        half = max((gap.high - gap.low) / 2 for gap in gaps)
+        text += (
+            f" Over the seeds together, the 95 % interval of a difference from batch size 128 is "
+            f"up to ±{100 * half:.2f} points of test accuracy wide on either side."
+        )
+    return text
 
 
 def _agreement(runs: pd.DataFrame) -> str:
@@ -91,14 +124,6 @@ def _bench() -> str:
         images, repeats = rows[0].images, rows[0].repeats
         parts.append(
             f"{rows[0].device}; medians of {repeats} pairs of epochs of {images:,} images, scaled "
-            f"to a whole epoch, with the lowest and the highest:\n\n{_markdown(table(rows))}"
+            f"to a whole epoch, with the lowest and the highest:\n\n{markdown_table(table(rows))}"
         )
     return "\n\n".join(parts)
-
-
-def _markdown(table: pd.DataFrame) -> str:
-    """A Markdown table, its index first, numbers to the right."""
-    header = [table.index.name or "", *table.columns]
-    rows = [[str(cell) for cell in row] for row in table.reset_index().to_numpy()]
-    rule = ["---", *["---:"] * len(table.columns)]
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, rule, *rows])

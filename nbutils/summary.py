@@ -261,3 +261,12 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
             "images/s": table["images_per_second"].map("{:,.0f}".format),
         }
     )
+
+
+def markdown_table(table: pd.DataFrame) -> str:
+    """A Markdown table, its index first; columns of short cells to the right."""
+    rows = [[str(cell) for cell in row] for row in table.reset_index().to_numpy()]
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    rule = ["---", *("---" if width > 30 else "---:" for width in widths[1:])]
+    header = [str(name or "") for name in (table.index.name, *table.columns)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])

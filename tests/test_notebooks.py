@@ -35,7 +35,8 @@ def test_it_was_executed_from_top_to_bottom_without_errors(path):
         for output in cell.outputs:
             assert output.output_type != "error"
             assert output.get("name") != "stderr"
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
+            if "interactive" not in cell.metadata.get("tags", []):
+                assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
 
 
 @every_notebook

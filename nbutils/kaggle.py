@@ -10,6 +10,7 @@ A submission has a line for each image of `test.csv`: `ImageId`, counted from 1,
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -251,6 +252,7 @@ def _first_fault(lines: list[bytes], columns: Mapping[str, int]) -> str:
     raise AssertionError("rows were refused, but none has a fault")
 
 
+@functools.lru_cache(maxsize=1024)  # few values fill a whole file
 def _fault(field: bytes, largest: int) -> str | None:
     """What is wrong with one value, if anything is."""
     if not field:

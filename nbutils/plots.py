@@ -307,7 +307,7 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
         hue_order=list(splits),
         order=data.class_names,
         ax=ax,
-        palette=["#31688e", "#35b779", "#c8c8c8"],
+        palette=["#31688e", "#35b779", "#c8c8c8"][: len(splits)],
     )
     ax.set(xlabel="class", ylabel="share of the images (%)")
     ax.legend(title=None, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.12))

@@ -1,5 +1,6 @@
 """Kaggle's files, read and written, and what follows where the test images' classes are unknown."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from nbutils.kaggle import (
     write_submission,
 )
 from nbutils.records import export_runs, load_predictions, read_record
-from nbutils.study import PlannedRun, _status
+from nbutils.study import PlannedRun, Study, run_status
 from nbutils.summary import compare_predictions, format_table, pick, summary_table
 
 TINY = RunConfig(batch_size=64, epochs=1, device="cpu", norm="none")  # shrunken for speed
@@ -307,8 +308,9 @@ def test_its_record_is_saved_loaded_and_exported(result, tmp_path):
     assert (predictions[result.config.run_id] == result.predictions.numpy()).all()
     export_runs(tmp_path / "runs", tmp_path / "reference")
     pd.testing.assert_frame_equal(load_runs(tmp_path / "reference"), runs, check_exact=True)
-    run = PlannedRun("02_train_batch_size", result.config)
-    assert _status(tmp_path / "runs", run) == "done: test accuracy unknown"
+    plan = Study("any", "any", (PlannedRun("02_train_batch_size", result.config),), "04_summary")
+    (tmp_path / "runs" / "study.json").write_text(json.dumps(plan.to_dict()))
+    assert list(run_status(tmp_path / "runs").values()) == ["done: test accuracy unknown"]
 
 
 def test_its_study_is_summed_up(result, tmp_path):

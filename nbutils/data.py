@@ -23,6 +23,9 @@ from nbutils.config import InputError, suggest
 VALIDATION_EVERY = 10
 """The splitting rule: every tenth image of the training data, in file order, is validation."""
 
+KAGGLE = "kaggle:"
+"""How a dataset's name begins where the rest of it is the folder of Kaggle's files."""
+
 DIGITS = tuple("0123456789")
 CLOTHES = (
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
@@ -62,7 +65,8 @@ class Split(NamedTuple):
 
     Attributes:
         images: uint8, shape (n, 1, height, width), 0 is black.
-        labels: int64, shape (n,), class of each image, from 0.
+        labels: int64, shape (n,), class of each image, from 0; shape (0,) where the classes are
+            unknown, as those of Kaggle's test images are.
     """
 
     images: Tensor
@@ -124,13 +128,17 @@ def load_dataset(name: str) -> Dataset:
     "fashion-mnist", "kmnist" (local files under the data folder, else torchvision's download)
     and "mnist-kaggle" (the 70,000 MNIST digits, three of every five to train and two to test,
     the sizes of Kaggle's Digit Recognizer). The data folder is `$NBUTILS_DATA`, else `data/`.
+    "kaggle:FOLDER" is Kaggle's own `train.csv` and `test.csv` in that folder; the classes of its
+    test images are unknown.
 
     Raises:
         InputError: The name is unknown, or its files are damaged, or neither on disk nor to be
             downloaded; the message says what to do.
     """
+    if name.startswith(KAGGLE):
+        return _kaggle(name)
     if name not in DATASETS:
-        raise InputError(f"no dataset {name!r}; {suggest(name, DATASETS)}")
+        raise InputError(f"no dataset {name!r}; {suggest(name, [*DATASETS, f'{KAGGLE}FOLDER'])}")
     return DATASETS[name](name)
 
 
@@ -219,6 +227,23 @@ def _mnist_kaggle(name: str) -> Dataset:
         Split(images[to_train], labels[to_train]),
         Split(images[~to_train], labels[~to_train]),
     )
+
+
+def _kaggle(name: str) -> Dataset:
+    from nbutils.kaggle import read_test, read_train
+
+    folder = name.removeprefix(KAGGLE)
+    if not folder.strip():
+        raise InputError(f"dataset {name!r} lacks the folder of train.csv and test.csv")
+    path = Path(folder).expanduser()
+    images, labels = read_train(path / "train.csv")
+    if len(labels) < VALIDATION_EVERY:
+        raise InputError(
+            f"{path / 'train.csv'} has {len(labels)} rows, but every {VALIDATION_EVERY}th is for "
+            f"validation: there must be at least {VALIDATION_EVERY}"
+        )
+    test = read_test(path / "test.csv")
+    return _dataset(name, Split(images, labels), Split(test, labels[:0]))
 
 
 DATASETS: dict[str, Callable[[str], Dataset]] = {

@@ -297,11 +297,12 @@ def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
-    """Training, validation and test accuracy of one run against epoch."""
+    """Training, validation and, where it is known, test accuracy of one run against epoch."""
     import seaborn as sns
 
     names = {name: title.partition(" (")[0] for name, title in METRIC_NAMES.items()}
     curves = history.melt("epoch", list(names), "split", "accuracy").replace({"split": names})
+    curves = curves.dropna()
     sns.lineplot(
         data=curves,
         x="epoch",
@@ -334,7 +335,7 @@ def _plain_log_ticks(axis: Axis, text: str, steps: tuple[int, ...]) -> None:
 def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:
     """A logit axis for `accuracies`, with percentages at its ticks."""
     values = accuracies.to_numpy()
-    low = max(0.05, float(np.quantile(values, 0.02)))
+    low = max(0.05, float(np.nanquantile(values, 0.02)))  # NaN: unknown
     high = float(values.max(initial=0.5, where=values < 1))
     ax.set_ylim(low, 1 - (1 - high) / 1.4)  # before the scale, which warns of data all at 1
     ax.set_yscale("logit", nonpositive="clip")
@@ -362,11 +363,12 @@ def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: 
 
 
 def plot_class_balance(ax: Axes, data: Dataset) -> None:
-    """The share of each class in each split, in percent."""
+    """The share of each class in each split whose classes are known, in percent."""
     import seaborn as sns
 
     named = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {f"{name} ({len(split.labels):,} images)": split for name, split in named.items()}
+    splits = {name: split for name, split in splits.items() if len(split.labels)}
     table = pd.DataFrame(
         {
             "class": [data.class_names[label] for label in split.labels.tolist()],
@@ -389,7 +391,7 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
         hue_order=list(splits),
         order=data.class_names,
         ax=ax,
-        palette=["#31688e", "#35b779", "#c8c8c8"],
+        palette=["#31688e", "#35b779", "#c8c8c8"][: len(splits)],
     )
     ax.set(xlabel="class", ylabel="share of the images (%)")
     ax.legend(title=None, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.12))

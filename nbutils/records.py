@@ -4,7 +4,8 @@ A record is a folder `<out>/<run_id>/`:
 
 - `run.json`: the fields of `RunRecord`, and a checksum over them.
 - `history.csv`: a row an epoch, columns `nbutils.training.HISTORY_COLUMNS`.
-- `predictions.npz`: `predictions` and `labels`, uint8, one a test image, in file order.
+- `predictions.npz`: `predictions` and `labels`, uint8, one a test image, in file order; no
+  `labels` where they are unknown.
 - `notebook.ipynb`: the notebook as executed, where the run was part of a study.
 
 It is written to a temporary folder, whose name starts with a dot, and renamed when whole.
@@ -99,7 +100,7 @@ def save_run(result: RunResult, out: str | Path) -> Path:
                 "fingerprint": result.data.fingerprint,
                 "train": len(result.data.train.labels),
                 "validation": len(result.data.validation.labels),
-                "test": len(result.data.test.labels),
+                "test": len(result.data.test.images),
             },
             images_per_epoch=result.images_per_epoch,
             environment=_environment(result),
@@ -186,6 +187,8 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
 
 def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Labels of the test images, and each run's predictions of them by run id; all uint8.
+
+    Where the labels are unknown, there are none: shape (0,).
 
     Raises:
         InputError: As `load_runs`.

@@ -22,6 +22,7 @@ import ast
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -329,7 +330,8 @@ def _status(out: Path, run: PlannedRun) -> str:
             record = read_record(out / run_id)
         except InputError as error:
             return f"damaged: {error}"
-        return f"done: test accuracy {record.final['test_accuracy']:.2%}"
+        accuracy = record.final["test_accuracy"]
+        return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
     cause = out / ".work" / run_id / "failed.txt"
     if cause.exists():
         return f"failed: {cause.read_text()}"

@@ -156,17 +156,20 @@ def compare_predictions(
 
     Args:
         runs: From `load_runs`.
-        labels: True classes of the test images, from `load_predictions`.
+        labels: True classes of the test images, from `load_predictions`; none where unknown.
         predictions: Predicted classes by run id, from `load_predictions`.
         baseline: Name of a setting, as `name_settings` gives it.
 
     Returns:
-        A row a setting but the baseline, if they have seeds in common: the number of `seeds`;
+        A row a setting but the baseline, if they have seeds in common and the labels are known:
+        the number of `seeds`;
         means over them of `disagreements` (images that only one gets right), of `gained` (net, in
         images) and of `detectable` (see `detectable_gain`); and the 95 % interval of `gained`,
         `low` and `high`: Student's t from two seeds on, `gain_interval` for one.
     """
     columns = ["seeds", "disagreements", "gained", "low", "high", "detectable"]
+    if len(labels) == 0:
+        return pd.DataFrame(columns=columns, dtype=float).rename_axis("setting")
     ids = name_settings(runs).drop_duplicates("run_id").set_index(["setting", "seed"])["run_id"]
     right = {run_id: predictions[run_id] == labels for run_id in ids}
     rows = {}
@@ -254,7 +257,7 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
             + " to "
             + percent(table["validation_high"]),
             "best epoch": percent(table["best_validation_accuracy"]),
-            "test": percent(table["test_accuracy"]),
+            "test": percent(table["test_accuracy"]).mask(table["test_accuracy"].isna(), "unknown"),
             "updates": table["updates"].map("{:,}".format),
             "training, s": seconds(table["seconds"]),
             f"to {TARGET_ACCURACY:.0%}, s": seconds(table["seconds_to_target"]),

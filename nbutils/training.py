@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -52,7 +53,8 @@ HISTORY_COLUMNS = {
 
 `train_loss` (mean cross-entropy, nats) and `train_accuracy` are as seen during the epoch, with
 dropout and while the weights change; validation and test are evaluated after it. Accuracies are
-fractions in [0, 1]. `updates` and `seconds` count from the start of the run; seconds are of
+fractions in [0, 1]; `test_loss` and `test_accuracy` are NaN where the test images' classes are
+unknown. `updates` and `seconds` count from the start of the run; seconds are of
 training alone, without evaluation.
 """
 
@@ -357,9 +359,14 @@ class Run:
         labels = self.data.test.labels
         self.rows[-1] |= {
             "validation_accuracy": _accuracy(validation_logits, self.data.validation.labels),
-            "test_loss": F.cross_entropy(test_logits.double(), labels).item(),
-            "test_accuracy": _accuracy(test_logits, labels),
+            "test_loss": math.nan,
+            "test_accuracy": math.nan,
         }
+        if len(labels):  # else they are unknown
+            self.rows[-1] |= {
+                "test_loss": F.cross_entropy(test_logits.double(), labels).item(),
+                "test_accuracy": _accuracy(test_logits, labels),
+            }
         return self.rows[-1]
 
     def history(self) -> pd.DataFrame:

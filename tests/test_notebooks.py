@@ -21,8 +21,13 @@ def code_cells(path):
     return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
 
 
-def test_there_are_notebooks():
-    assert [path.stem[:2] for path in PATHS] == [f"{n:02}" for n in range(len(PATHS))]
+def test_notebooks_are_numbered_and_listed_in_that_order():
+    stems = [path.stem for path in PATHS]
+    assert all(re.fullmatch(r"\d\d_[a-z_]+", stem) for stem in stems)
+    assert len({stem[:2] for stem in stems}) == len(stems)
+    # The overview lists all but itself.
+    for page, listed in ((README, stems), (NOTEBOOKS / "00_overview.ipynb", stems[1:])):
+        assert re.findall(r"\| \[(\d\d_[a-z_]+)\]", page.read_text()) == listed
 
 
 @every_notebook

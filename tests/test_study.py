@@ -24,13 +24,13 @@ def test_the_main_study():
     runs = load_study("batch-size").runs
     assert [(r.config.batch_size, r.config.accumulation_steps) for r in runs] == [
         *((size, 1) for size in (32, 64, 128, 256, 512, 1024)),
-        (128, 8),
+        *((128, 8), (64, 16), (32, 32)),
     ]
     assert {r.config.epochs for r in runs} == {20}
     assert {(r.config.norm, r.config.optimizer, r.config.learning_rate) for r in runs} == {
         ("group", "adam", 1e-3)
     }
-    assert [r.notebook for r in runs] == ["02_train_batch_size"] * 6 + ["03_train_accumulation"]
+    assert [r.notebook for r in runs] == ["02_train_batch_size"] * 6 + ["03_train_accumulation"] * 3
 
 
 def test_a_users_own_study_works_the_same_way(tmp_path):
@@ -48,7 +48,7 @@ def test_a_users_own_study_works_the_same_way(tmp_path):
 
 def test_overrides_take_the_place_of_the_files_values():
     runs = load_study("batch-size", {"seed": [0, 1, 2], "batch_size": [64], "epochs": [1]}).runs
-    assert len(runs) == 6
+    assert len(runs) == 12  # with 1, 8, 16 and 32 accumulation steps
     assert {(r.config.batch_size, r.config.epochs) for r in runs} == {(64, 1)}
     assert {r.config.seed for r in runs} == {0, 1, 2}
 

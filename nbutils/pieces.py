@@ -28,7 +28,7 @@ from nbutils.data import move
 from nbutils.model import DigitCNN
 
 PIECE = 128
-"""Most images in a piece. `DigitCNN` then keeps about 16 MB for the backward pass in float32."""
+"""Most images in a piece; `DigitCNN` then keeps 23 MB for the backward pass, in float32."""
 
 Outcome = TypeVar("Outcome")
 
@@ -100,10 +100,8 @@ class Pieces:
 
         def work(worker: int) -> tuple[Tensor, Tensor]:
             twin = self.twins[worker]
-            loss_sum, correct = (
-                torch.zeros((), dtype=images.dtype),
-                torch.zeros((), dtype=torch.int64),
-            )
+            loss_sum = torch.zeros((), dtype=images.dtype)
+            correct = torch.zeros((), dtype=torch.int64)
             mine = slice(worker, None, self.workers)
             for piece, place in zip(pieces[mine], slices[mine], strict=True):
                 inputs, targets = images[piece], labels[piece]

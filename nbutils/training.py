@@ -104,7 +104,8 @@ def train(
     Args:
         config: The settings.
         data: The images, from `load_dataset(config.dataset)`.
-        log_folder: A folder that gets `progress.csv`, the history so far, after every epoch.
+        log_folder: A folder that gets `progress.csv`, the history so far, after every epoch;
+            made where there is none.
         progress: Whether to show a progress bar.
         engine: How the updates are computed: a matter of speed, not of what is computed.
 
@@ -159,6 +160,8 @@ def _train_together(
     """Train all `runs` at once, their updates in turn."""
     # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
     hidden = not progress or bool(os.environ.get("TQDM_DISABLE"))
+    if log_folder:
+        Path(log_folder).mkdir(parents=True, exist_ok=True)  # fails now rather than later
     with ExitStack() as stack:
         stack.enter_context(deterministic(runs[0].device))
         for run in runs:

@@ -115,7 +115,7 @@ def test_the_start_and_the_order_do_not_depend_on_the_batch_size(few_digits):
 
 def test_what_a_result_holds(few_digits, tmp_path):
     config = replace(TINY, accumulation_steps=2, epochs=3)
-    result = train(config, few_digits, log_folder=tmp_path, progress=False)
+    result = train(config, few_digits, log_folder=tmp_path / "new", progress=False)
     assert result.history.dtypes.astype(str).to_dict() == HISTORY_COLUMNS
     assert result.history["epoch"].tolist() == [1, 2, 3]
     assert result.history["updates"].tolist() == [3, 6, 9]  # 300 images: 128 + 128 + 44
@@ -126,7 +126,7 @@ def test_what_a_result_holds(few_digits, tmp_path):
     correct = (result.predictions == few_digits.test.labels).double().mean().item()
     assert correct == result.history["test_accuracy"].iloc[-1]
     assert not result.model.training
-    log = pd.read_csv(tmp_path / "progress.csv")
+    log = pd.read_csv(tmp_path / "new" / "progress.csv")
     pd.testing.assert_frame_equal(log, result.history, check_exact=True)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any, get_args
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
-from IPython.display import display
 
 from nbutils.plots import METRIC_NAMES, Progress, Scale, plot_accuracy
 from nbutils.summary import name_settings
@@ -40,12 +40,12 @@ class Explorer(widgets.VBox):
         )
         self.against = widgets.ToggleButtons(options=get_args(Progress), description="against")
         self.scale = widgets.ToggleButtons(options=get_args(Scale), description="scale")
-        self.output = widgets.Output()
+        self.picture = widgets.Image(format="png")
         controls = (self.settings, self.seeds, self.metric, self.against, self.scale)
         for control in controls:
             control.observe(self.draw, names="value")
         choice = widgets.HBox([self.settings, self.seeds])
-        super().__init__([choice, self.metric, self.against, self.scale, self.output])
+        super().__init__([choice, self.metric, self.against, self.scale, self.picture])
         self.draw()
 
     def __repr__(self) -> str:
@@ -59,9 +59,9 @@ class Explorer(widgets.VBox):
             & self.runs["seed"].isin(self.seeds.value)
         ]
         self.figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
-        plt.close(self.figure)  # it is shown below, and not once more at the end of the cell
+        plt.close(self.figure)  # it is shown here, and not once more at the end of the cell
         if len(chosen):
             plot_accuracy(ax, chosen, self.metric.value, self.against.value, self.scale.value)
-        with self.output:
-            self.output.clear_output(wait=True)
-            display(self.figure)
+        picture = BytesIO()
+        self.figure.savefig(picture, format="png", dpi=100)
+        self.picture.value = picture.getvalue()

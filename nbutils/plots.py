@@ -42,6 +42,10 @@ PROGRESS_NAMES = {
 
 Scale = Literal["accuracy", "error"]
 
+BAND_SEEDS = 3
+"""Seeds of each setting from which on curves have bands. Student's interval of two seeds is 13
+standard errors wide on either side: such bands would hide the curves and say nothing."""
+
 ACCURACY_TICKS = (
     *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
     *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9999),
@@ -96,7 +100,7 @@ def plot_accuracy(
     against: Progress = "epoch",
     scale: Scale = "accuracy",
 ) -> None:
-    """How a metric develops, a line a setting, with a 95 % band where there are several seeds.
+    """How a metric develops, a line a setting, with a 95 % band from `BAND_SEEDS` seeds on.
 
     Colour tells the effective batch size; dashes tell that gradients were accumulated, the
     shorter the more steps.
@@ -124,7 +128,8 @@ def plot_accuracy(
         style="setting",
         palette=settings["effective_batch_size"].map(colours).to_dict(),
         dashes=settings["accumulation_steps"].map(_dashes).to_dict(),
-        errorbar=mean_interval,
+        errorbar=mean_interval if _fewest_seeds(runs) >= BAND_SEEDS else None,
+        err_kws={"alpha": 0.12},
         linewidth=2,
         ax=ax,
     )
@@ -183,7 +188,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
     ax.set(xlabel="images per update", ylabel=None)
-    ax.legend(title=None)
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
@@ -316,6 +321,10 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
     _stretch_towards_one(ax, history[list(METRIC_NAMES)])
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title=None)
+
+
+def _fewest_seeds(runs: pd.DataFrame) -> int:
+    return int(runs.groupby("setting")["seed"].nunique().min())
 
 
 def _dashes(accumulation_steps: int) -> tuple[float, float] | str:

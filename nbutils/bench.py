@@ -117,8 +117,8 @@ def run_bench(
             bar.set_description(_name(config))
             difference = verify(config, _first(data, max(VERIFIED_IMAGES, largest + 7)), place)
             config = replace(config, precision="float32")
-            rows.append(_time(config, _first(data, images), place, len(data.train.labels), bar))
-            rows[-1] = replace(rows[-1], weights_differ=difference)
+            few = _first(data, images)
+            rows.append(_time(config, few, place, len(data.train.labels), difference, bar))
     return rows
 
 
@@ -239,7 +239,12 @@ def verify(config: RunConfig, data: Dataset, device: torch.device) -> float:
 
 
 def _time(
-    config: RunConfig, data: Dataset, device: torch.device, all_images: int, bar: tqdm
+    config: RunConfig,
+    data: Dataset,
+    device: torch.device,
+    all_images: int,
+    weights_differ: float,
+    bar: tqdm,
 ) -> Row:
     images = len(data.train.labels)
     scale = all_images / images
@@ -274,7 +279,7 @@ def _time(
         repeats=config.epochs - 1,
         images=images,
         workers=usual.loader.num_workers,
-        weights_differ=float("nan"),
+        weights_differ=weights_differ,
     )
 
 

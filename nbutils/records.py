@@ -223,12 +223,11 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     labels, predictions = load_predictions(folder)
     environments = [record.environment for record in _read_all(folder)]
     if (reference / "runs.csv").exists():
-        _read_reference(reference)
+        _, earlier = _read_reference(reference)
         before = _read_csv(reference / "runs.csv")
         if set(before["dataset_fingerprint"]) != set(runs["dataset_fingerprint"]):
             raise InputError(f"{folder} and {reference} hold runs on different images")
         kept = before[~before["run_id"].isin(runs["run_id"])]
-        earlier = _read_csv(reference / "history.csv")
         history = pd.concat([earlier[earlier["run_id"].isin(kept["run_id"])], history])
         runs = pd.concat([kept, runs])
         _, held = load_predictions(reference)

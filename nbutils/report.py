@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from nbutils.bench import load, table
@@ -61,23 +62,23 @@ def renew_blocks(text: str) -> str:
 
 def _blocks() -> dict[str, str]:
     runs = load_runs(REFERENCE_FOLDER / "batch-size")
+    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
     return {
         "study": describe_study(runs),
         "table": markdown_table(format_table(summary_table(runs))),
         "claims": markdown_table(verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"))),
         "pick": str(pick(runs)).replace("\n", " "),
-        "agreement": _agreement(runs),
-        "trust": _trust(runs),
+        "agreement": _agreement(runs, labels, predictions),
+        "trust": _trust(runs, labels, predictions),
         "peers": markdown_table(peers_table()),
         "bench": _bench(),
     }
 
 
-def _trust(runs: pd.DataFrame) -> str:
+def _trust(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray]) -> str:
     """How small a difference these runs could have shown."""
     table = by_size(last_epochs(runs), "test_accuracy")
     gaps = [effect(table[setting] - table[128, 1]) for setting in table if setting != (128, 1)]
-    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
     gains = compare_predictions(runs, labels, predictions, baseline="128")
     seeds = f"{len(table)} seed{'s' if len(table) > 1 else ''}"
     text = (
@@ -95,9 +96,8 @@ def _trust(runs: pd.DataFrame) -> str:
     return text
 
 
-def _agreement(runs: pd.DataFrame) -> str:
+def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray]) -> str:
     """On how many test images the large batch and its accumulated twin predict otherwise."""
-    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
 
     def differing(one: tuple[int, int], other: tuple[int, int]) -> int:
         names = [

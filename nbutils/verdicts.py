@@ -1,13 +1,12 @@
 """The blog post's claims, each put to the runs: what they show, and whether it holds.
 
-A verdict follows from intervals by a rule laid down here, before the runs were looked at:
+A verdict follows from intervals by a rule laid down here when one seed's runs were known:
 differences count as none when their whole 95 % interval lies within `MARGIN`, as real when it
 leaves out zero, and are otherwise not decided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,32 +67,28 @@ def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame) -> pd.DataFrame:
         number of seeds n, and `verdict`.
     """
     test = by_size(last_epochs(runs), "test_accuracy")
-    rows: list[tuple[str, Callable[[], tuple[str, str]]]] = [
-        ("With all else equal, accuracy rises with the batch size.", lambda: _rises(test)),
-        ("512 is within a small margin of 1024, so it is the best choice.", lambda: _best(test)),
-        ("Small batches converge faster.", lambda: _faster(runs)),
-        ("Too large a batch generalises worse.", lambda: _generalises(test)),
-        ("8 x 128 accumulated has the net effect of 1024.", lambda: _same(test)),
+    undecided = "not decidable from this"
+    table = [
+        ("With all else equal, accuracy rises with the batch size.", *_rises(test)),
+        ("512 is within a small margin of 1024, so it is the best choice.", *_best(test)),
+        ("Small batches converge faster.", *_faster(runs)),
+        ("Too large a batch generalises worse.", *_generalises(test)),
+        ("8 x 128 accumulated has the net effect of 1024.", *_same(test)),
         (
             "BatchNorm works per micro-batch, so accumulation needs GroupNorm.",
-            lambda: _needs_group_norm(normalisation),
+            *_needs_group_norm(normalisation),
         ),
         (
             "8 x 128 instead of 128 raised the Kaggle score from 99.257 % to 99.442 %.",
-            lambda: (
-                "13 of 7,000 public images, one run each; no runs on such a split yet",
-                "not decidable from this",
-            ),
+            "13 of 7,000 public images, one run each; no runs on such a split yet",
+            undecided,
         ),
         (
             "Accumulation fits a large batch into the memory of a small one.",
-            lambda: (
-                "no memory of a GPU was measured yet; on a CPU every batch is cut to fit the cache",
-                "not decidable from this",
-            ),
+            "no memory of a GPU was measured yet; on a CPU every batch is cut to fit the cache",
+            undecided,
         ),
     ]
-    table = [(claim, *judge()) for claim, judge in rows]
     return pd.DataFrame(table, columns=["claim", "these runs show", "verdict"]).rename(
         index=lambda position: position + 1
     )

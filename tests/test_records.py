@@ -58,15 +58,18 @@ def test_predictions_are_loaded_with_their_labels(results, folder):
         assert (mine == labels).mean() == result.history["test_accuracy"].iloc[-1]
 
 
+def assert_same_predictions(folder, other):
+    (labels, predictions), (other_labels, others) = map(load_predictions, (folder, other))
+    assert (labels == other_labels).all()
+    assert sorted(predictions) == sorted(others)
+    assert all((predictions[name] == others[name]).all() for name in predictions)
+
+
 def test_an_export_is_loaded_as_the_runs_were(folder, tmp_path):
     reference = tmp_path / "reference"
     export_runs(folder, reference)
     pd.testing.assert_frame_equal(load_runs(reference), load_runs(folder), check_exact=True)
-    labels, predictions = load_predictions(folder)
-    exported_labels, exported = load_predictions(reference)
-    assert (labels == exported_labels).all()
-    assert all((predictions[name] == exported[name]).all() for name in predictions)
-    assert sorted(predictions) == sorted(exported)
+    assert_same_predictions(folder, reference)
     before = {path.name: path.read_bytes() for path in reference.iterdir()}
     export_runs(folder, reference)
     assert {path.name: path.read_bytes() for path in reference.iterdir()} == before
@@ -178,11 +181,7 @@ def test_an_export_adds_to_a_reference(results, few_digits, folder, tmp_path):
     at_once = tmp_path / "at-once"
     export_runs(folder, at_once)
     pd.testing.assert_frame_equal(load_runs(reference), load_runs(at_once), check_exact=True)
-    labels, predictions = load_predictions(reference)
-    expected_labels, expected = load_predictions(at_once)
-    assert (labels == expected_labels).all()
-    assert predictions.keys() == expected.keys()
-    assert all((predictions[name] == expected[name]).all() for name in expected)
+    assert_same_predictions(reference, at_once)
 
 
 def test_an_export_does_not_mix_images(results, few_digits, folder, tmp_path):

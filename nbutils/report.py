@@ -85,7 +85,7 @@ def _answer(runs: pd.DataFrame) -> str:
     test = by_size(final, "test_accuracy")
     means = test.mean()[:, 1]
     gap = effect(test[128, 8] - test[1024, 1])
-    seconds = by_size(final, "seconds").mean()
+    seconds = by_size(final, "seconds").median()
     choice = pick(runs)
     claim = size_verdicts(runs).loc[1]
     return (

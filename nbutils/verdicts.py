@@ -138,6 +138,12 @@ def size_verdicts(runs: pd.DataFrame) -> pd.DataFrame:
     return _numbered(_claims(table))
 
 
+def can_be_judged(runs: pd.DataFrame) -> bool:
+    """Whether `runs` have the settings that `size_verdicts` compares."""
+    held = set(zip(runs["batch_size"], runs["accumulation_steps"], strict=True))
+    return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held
+
+
 def _claims(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "these runs show", "verdict"])
 

@@ -9,6 +9,7 @@ import pytest
 from nbutils.verdicts import (
     Effect,
     KaggleRuns,
+    can_be_judged,
     effect,
     seed_chance,
     size_verdicts,
@@ -125,6 +126,11 @@ def test_an_effect_has_an_interval_from_two_seeds_on():
 )
 def test_the_truth_is_found(number, accuracy, expected):
     assert size_verdict(number, study(accuracy)).startswith(expected)
+
+
+def test_the_claims_need_their_settings():
+    assert can_be_judged(study(level))
+    assert not can_be_judged(study(level).query("batch_size != 512"))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])

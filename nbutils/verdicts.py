@@ -255,9 +255,9 @@ def _raises_the_score(kaggle: KaggleRuns) -> tuple[str, str]:
     shown = (
         f"8 x 128 less 128 on {images:,} images: {as_posted}, that is "
         f"{as_posted.mean * images:+.0f} images{_gain_at_tuned_rates(kaggle)}. "
-        f"The post's gain is {lead} of {SCORED:,} images from one run each: two seeds of batch 128 alone lie that far apart, in this direction, "
-        f"with chance {chance:.0%} there, and with chance {chance_of_all:.0%} by as much "
-        f"({lead_of_all} images) on all {images:,}"
+        f"The post's gain is {lead} of {SCORED:,} images from one run each: two seeds of batch "
+        f"128 alone lie that far apart, in this direction, with chance {chance:.0%} there, and "
+        f"with chance {chance_of_all:.0%} by as much ({lead_of_all} images) on all {images:,}"
     )
     posted = SCORES[1] - SCORES[0]
     if as_posted.negligible:

@@ -15,6 +15,10 @@ import pandas as pd
 from nbutils.statistics import mean_interval
 from nbutils.summary import TARGET_ACCURACY, last_epochs
 
+SAME_MEMORY = 1.25
+"""Peaks of memory whose ratio is below this count as the same: an allocator's holes vary by about
+as much."""
+
 MARGIN = 0.001
 """Accuracies that differ by less count as equal: 10 images of 10,000."""
 
@@ -55,12 +59,13 @@ def effect(values: pd.Series) -> Effect:
     return Effect(values.mean(), *mean_interval(values.tolist()), len(values))
 
 
-def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame) -> pd.DataFrame:
+def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame, cost: pd.DataFrame) -> pd.DataFrame:
     """The table of the claims.
 
     Args:
         runs: The study `batch-size`, from `load_runs`.
         normalisation: The study `normalisation`, from `load_runs`.
+        cost: The table of the study `cost`, from `nbutils.cost.measure_grid`.
 
     Returns:
         A row a claim: `claim` as the post has it, `these runs show` the effect with interval and
@@ -85,8 +90,7 @@ def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame) -> pd.DataFrame:
         ),
         (
             "Accumulation fits a large batch into the memory of a small one.",
-            "no memory of a GPU was measured yet; on a CPU every batch is cut to fit the cache",
-            undecided,
+            *_fits_memory(cost),
         ),
     ]
     return pd.DataFrame(table, columns=["claim", "these runs show", "verdict"]).rename(
@@ -195,3 +199,35 @@ def _settings(table: pd.DataFrame) -> list[tuple[int, int]]:
 
 def _name(batch_size: int, steps: int) -> str:
     return f"{batch_size}" if steps == 1 else f"{steps} x {batch_size}"
+
+
+def _fits_memory(cost: pd.DataFrame) -> tuple[str, str]:
+    memory = by_repeat(cost, "peak_memory")
+    seconds = by_repeat(cost, "seconds_per_update")
+    parts, fits, fails = [], [], []
+    for micro_batch, steps in ((128, 8), (32, 32)):
+        cut = micro_batch, steps
+        of_small = memory[cut] / memory[micro_batch, 1]
+        of_large = memory[cut] / memory[1024, 1]
+        parts.append(
+            f"{_name(*cut)} takes {_ratio(of_small)} times the peak memory of {micro_batch}, "
+            f"{_ratio(of_large)} times that of 1024, and {_ratio(seconds[cut] / seconds[1024, 1])} "
+            f"times the time of its update"
+        )
+        fits.append(of_small.max() < SAME_MEMORY and of_large.max() < 1 / SAME_MEMORY)
+        fails.append(of_small.min() >= SAME_MEMORY or of_large.min() >= 1 / SAME_MEMORY)
+    spread = f"median, lowest to highest of n = {len(memory)}"
+    verdict = "holds" if all(fits) else "fails" if any(fails) else "not decidable from this"
+    places = ", ".join(cost["device"].unique())
+    return f"{'; '.join(parts)} ({spread})", f"{verdict}; measured on: {places}"
+
+
+def by_repeat(cost: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row a repeat, a column a setting (batch size, accumulation steps): `column`."""
+    return cost.pivot_table(
+        index="repeat", columns=["batch_size", "accumulation_steps"], values=column
+    )
+
+
+def _ratio(values: pd.Series) -> str:
+    return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"

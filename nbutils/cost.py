@@ -379,9 +379,10 @@ def parse_memory(text: str) -> int:
 
 
 def format_memory(size: float) -> str:
-    """So many bytes as people read them, to three digits: "1.25 GB"."""
-    power = max(0, min(4, math.floor(math.log10(size) / 3))) if size >= 1 else 0
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    """So many bytes as people read them: "1.25 GB"."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter("B", places=2)(size)
 
 
 def find_factory(factory: Factory | str) -> Factory:

@@ -372,12 +372,15 @@ def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
             color=colours[int(label)] if accumulated else "0.25",
             label=label,
         )
+    if column == "images_per_second":
+        ax.set_ylim(0)
+    else:
+        ax.set_yscale("log")
+        _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log")
     ax.xaxis.set_major_locator(FixedLocator(sorted(set(points["effective_batch_size"]))))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     ax.set(xlabel="images per update", ylabel=name)
     ax.legend(title="images in a pass", loc="upper left", bbox_to_anchor=(1, 1))
 

@@ -10,7 +10,7 @@ import pandas as pd
 from nbutils.bench import load, table
 from nbutils.config import InputError
 from nbutils.peers import peers_table
-from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
+from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs, load_tables
 from nbutils.study import execute_notebook
 from nbutils.summary import (
     compare_predictions,
@@ -26,7 +26,7 @@ from nbutils.verdicts import by_size, effect, verdicts
 ROOT = REFERENCE_FOLDER.parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "figures"
-FIGURE_NOTEBOOKS = ("01_data_and_model", "04_summary", "07_normalisation")
+FIGURE_NOTEBOOKS = ("01_data_and_model", "04_summary", "07_normalisation", "10_cost")
 
 
 def make_figures() -> list[Path]:
@@ -63,10 +63,13 @@ def renew_blocks(text: str) -> str:
 def _blocks() -> dict[str, str]:
     runs = load_runs(REFERENCE_FOLDER / "batch-size")
     labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
+    cost = load_tables(REFERENCE_FOLDER / "cost")["cost"]
     return {
         "study": describe_study(runs),
         "table": markdown_table(format_table(summary_table(runs))),
-        "claims": markdown_table(verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"))),
+        "claims": markdown_table(
+            verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"), cost)
+        ),
         "pick": str(pick(runs)).replace("\n", " "),
         "agreement": _agreement(runs, labels, predictions),
         "trust": _trust(runs, labels, predictions),

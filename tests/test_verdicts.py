@@ -36,10 +36,27 @@ def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
     return pd.DataFrame(rows)
 
 
+def costs(memory=lambda batch_size, steps: batch_size, repeats=3):
+    """Measurements that need `memory(batch_size, steps)`, give or take a percent."""
+    rows = [
+        {
+            "batch_size": batch_size,
+            "accumulation_steps": steps,
+            "repeat": repeat,
+            "peak_memory": memory(batch_size, steps) * (1 + repeat / 100),
+            "seconds_per_update": batch_size * steps,
+            "device": "cpu",
+        }
+        for batch_size, steps in (*SIZES, (32, 32))
+        for repeat in range(repeats)
+    ]
+    return pd.DataFrame(rows)
+
+
 def verdict(number, runs, normalisation=None):
     if normalisation is None:
         normalisation = study(lambda size, steps: 0.99, norm="batch")
-    return verdicts(runs, normalisation)["verdict"][number]
+    return verdicts(runs, normalisation, costs())["verdict"][number]
 
 
 def rising(size, steps):
@@ -101,7 +118,28 @@ def test_what_small_pieces_do_to_batch_norm(harm, expected):
     assert expected in found
 
 
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        (lambda size, steps: size, "holds"),
+        (lambda size, steps: 4200 + size, "fails"),  # the weights outweigh the activations
+        (lambda size, steps: size * steps, "fails"),
+        (lambda size, steps: size * (1.24 if steps > 1 else 1), "not decidable"),
+    ],
+)
+def test_whether_accumulation_fits_a_large_batch_into_little_memory(memory, expected):
+    noisy = costs(memory)
+    # Accumulated settings vary by a percent more a repeat than the others.
+    cut = noisy["accumulation_steps"] > 1
+    noisy.loc[cut, "peak_memory"] *= 1 + noisy["repeat"] / 100
+    runs, normalisation = study(level), study(level, norm="batch")
+    row = verdicts(runs, normalisation, noisy).loc[8]
+    assert row["verdict"].startswith(expected)
+    assert row["verdict"].endswith("measured on: cpu")
+    assert "n = 3" in row["these runs show"]
+
+
 def test_there_is_a_row_a_claim():
-    table = verdicts(study(level), study(level, norm="batch"))
+    table = verdicts(study(level), study(level, norm="batch"), costs())
     assert list(table.index) == list(range(1, 9))
     assert list(table.columns) == ["claim", "these runs show", "verdict"]

@@ -456,7 +456,10 @@ def _in_own_process(job: _Job) -> tuple[int, float]:
             text = "the measuring process was killed, probably for want of memory"
             raise OutOfMemory(text) from None
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        raise RuntimeError(f"the measuring process ended {how} and told no result") from None
+        raise RuntimeError(
+            f"the measuring process ended {how} and told no result; its own message is in the "
+            f'terminal. A script must measure under `if __name__ == "__main__":`'
+        ) from None
     finally:
         receiver.close()
         process.kill()

@@ -358,10 +358,10 @@ def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
     lines = {f"{size}": points[points["batch_size"] == size] for size in sorted(set(micro_batches))}
     colours = batch_size_colours(map(int, lines))
     whole = points[points["accumulation_steps"] == 1]
-    for label, line in {"the whole batch": whole, **lines}.items():
+    for number, (label, line) in enumerate({"the whole batch": whole, **lines}.items()):
         accumulated = label in lines
         ax.errorbar(
-            line["effective_batch_size"],
+            line["effective_batch_size"] * 1.02**number,  # side by side, so that bars show
             line["median"],
             yerr=[line["median"] - line["min"], line["max"] - line["median"]],
             capsize=3,

@@ -212,7 +212,7 @@ def _fits_memory(cost: pd.DataFrame) -> tuple[str, str]:
         parts.append(
             f"{_name(*cut)} takes {_ratio(of_small)} times the peak memory of {micro_batch}, "
             f"{_ratio(of_large)} times that of 1024, and {_ratio(seconds[cut] / seconds[1024, 1])} "
-            f"times the time of its update"
+            f"times the time of 1024"
         )
         fits.append(of_small.max() < SAME_MEMORY and of_large.max() < 1 / SAME_MEMORY)
         fails.append(of_small.min() >= SAME_MEMORY or of_large.min() >= 1 / SAME_MEMORY)

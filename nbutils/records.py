@@ -34,6 +34,7 @@ import numpy as np
 import pandas as pd
 
 from nbutils.config import InputError, RunConfig
+from nbutils.machine import processor_name
 
 if TYPE_CHECKING:
     from nbutils.training import RunResult
@@ -310,22 +311,12 @@ def _environment(result: RunResult) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
+        "processor": processor_name(),
         "device": torch.cuda.get_device_name(result.device) if on_cuda else result.device.type,
         "threads": torch.get_num_threads(),
         "engine": result.engine,
         "cpus": os.cpu_count(),
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _sha256(path: Path) -> str:

@@ -15,6 +15,9 @@ A reference is a folder that holds many runs in few small files: `runs.csv` (a r
 `history.csv` (a row a run and epoch), `predictions.npz` (`labels`, and an array a run, named by
 its id) and `environment.json` (where the runs were made, checksums of the other files, and one
 over all that; older references lack the last).
+
+What a study measures otherwise than by runs is a folder of tables: `<name>.csv` each, and
+`environment.json` as above.
 """
 
 from __future__ import annotations
@@ -251,9 +254,67 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     np.savez_compressed(reference / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
     distinct = {json.dumps(environment): environment for environment in environments}
     files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
-    content: dict[str, Any] = {"environments": list(distinct.values()), "files": files}
-    content["checksum"] = _checksum(content)
+    content = _describe(list(distinct.values()), files)
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
+    """Write tables of measurements, and where they were made.
+
+    Args:
+        tables: By name; their index is not kept.
+        folder: Where they go; made where there is none. Tables of other names are refused there.
+        device: What was measured: "cpu", or the name of the GPU.
+
+    Raises:
+        InputError: The folder holds other tables.
+    """
+    folder = Path(folder)
+    if holds_tables(folder) and set(load_tables(folder)) != set(tables):
+        raise InputError(f"{folder} holds other tables: {', '.join(load_tables(folder))}")
+    content = {name: table.to_csv(index=False) for name, table in tables.items()}
+    files = {f"{name}.csv": hashlib.sha256(t.encode()).hexdigest() for name, t in content.items()}
+    _write_tables(folder, content, _describe([machine(device)], files))
+
+
+def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables that `save_tables` wrote, by name.
+
+    Raises:
+        InputError: There are none, or they were changed.
+    """
+    folder = Path(folder)
+    try:
+        files = _read_description(folder)["files"]
+    except InputError as error:
+        raise InputError(f"{folder} holds no whole tables: {error}") from error
+    return {file.removesuffix(".csv"): _read_csv(folder / file) for file in files}
+
+
+def holds_tables(folder: str | Path) -> bool:
+    """Whether there are tables of measurements in `folder`, rather than runs."""
+    folder = Path(folder)
+    return (folder / "environment.json").exists() and not (folder / "runs.csv").exists()
+
+
+def export_tables(folder: str | Path, reference: str | Path) -> None:
+    """Copy tables of measurements to a reference, in place of what it held.
+
+    Raises:
+        InputError: As `load_tables`, or the reference holds something else.
+    """
+    folder, reference = Path(folder), Path(reference)
+    content = {name: (folder / f"{name}.csv").read_text() for name in load_tables(folder)}
+    if (reference / "runs.csv").exists():
+        raise InputError(f"{reference} holds runs, and {folder} tables")
+    _write_tables(reference, content, json.loads((folder / "environment.json").read_text()))
+
+
+def _write_tables(folder: Path, content: Mapping[str, str], description: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        (folder / f"{name}.csv").write_text(text)
+    (folder / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
 def _read_all(folder: Path) -> list[RunRecord]:
@@ -322,19 +383,44 @@ def _run_row(record: RunRecord) -> dict[str, Any]:
 def _verify_reference(folder: Path) -> dict[str, Any]:
     """What its `environment.json` holds, every checksum verified."""
     try:
+        content = _read_description(folder)
+        if set(content["files"]) != set(REFERENCE_FILES):
+            raise InputError(f"environment.json lists {', '.join(content['files'])}")
+    except InputError as error:
+        raise InputError(f"the reference {folder} is damaged: {error}") from error
+    return content
+
+
+def _describe(environments: list[dict[str, Any]], files: Mapping[str, str]) -> dict[str, Any]:
+    """What an `environment.json` holds."""
+    content = {"environments": environments, "files": dict(files)}
+    return content | {"checksum": _checksum(content)}
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """What `environment.json` in `folder` holds, itself and the files that it lists verified.
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    try:
         content = json.loads((folder / "environment.json").read_text())
-        unknown = content.keys() - {"environments", "files", "checksum"}
-        if unknown:
-            raise InputError(f"environment.json has the unknown key {min(unknown)!r}")
+        if content.keys() - {"checksum"} != {"environments", "files"}:
+            raise InputError(f"environment.json has the keys {', '.join(content)}")
         checksum = content.pop("checksum", None)
         if checksum and checksum != _checksum(content):
             raise InputError("environment.json was changed")
-        known = content["files"]
-        changed = [name for name in REFERENCE_FILES if _sha256(folder / name) != known[name]]
-        if changed:
-            raise InputError(f"{', '.join(changed)} was changed")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the reference {folder} is damaged: {error}") from error
+        files = content["files"]
+        for name in files:
+            if Path(name).name != name:
+                raise InputError(f"{name!r} is not the name of a file in it")
+        changed = [name for name in files if _sha256(folder / name) != files[name]]
+    except FileNotFoundError as error:
+        raise InputError(f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(str(error)) from error
+    if changed:
+        raise InputError(f"{', '.join(changed)} was changed")
     return content
 
 
@@ -364,14 +450,21 @@ def _environment(result: RunResult) -> dict[str, Any]:
     import torch
 
     on_cuda = result.device.type == "cuda"
+    device = torch.cuda.get_device_name(result.device) if on_cuda else result.device.type
+    return machine(device) | {"engine": result.engine}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Versions and hardware, for a record; `device` is what did the work."""
+    import torch
+
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
-        "device": torch.cuda.get_device_name(result.device) if on_cuda else result.device.type,
+        "device": device,
         "threads": torch.get_num_threads(),
-        "engine": result.engine,
         "cpus": os.cpu_count(),
     }
 

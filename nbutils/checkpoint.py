@@ -19,8 +19,6 @@ import torch
 
 from nbutils.files import write_atomically
 
-CHECKPOINT = "checkpoint.pt"
-
 
 def save_checkpoint(path: Path, state: Mapping[str, Any], conditions: Mapping[str, Any]) -> None:
     """Write a checkpoint in place of an earlier one.

@@ -13,6 +13,9 @@ from nbutils.config import InputError
 
 LOCK = ".lock"
 
+PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"
+"""What a run that is not finished keeps in its folder: its history, and where it can go on."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write aside, wait for the disk, rename: at every instant `path` is the old file or the new.
@@ -35,10 +38,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keep `folder` for this process; the system frees it when the process ends, however it ends.
 
+    Args:
+        folder: Made where there is none. The lock is the file `.lock` in it, which stays.
+
     Raises:
-        InputError: Another process has it.
+        InputError: Another process has it, or it cannot be written.
     """
-    with open(folder / LOCK, "w") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
+    with open(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

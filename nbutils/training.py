@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient, updates_per_epoch, windows
-from nbutils.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from nbutils.checkpoint import load_checkpoint, save_checkpoint
 from nbutils.config import InputError, RunConfig, suggest
 from nbutils.cuda_graph import GraphedEpoch
 from nbutils.data import Dataset, augment, draw_moves
-from nbutils.files import write_atomically
+from nbutils.files import CHECKPOINT, PROGRESS, write_atomically
 from nbutils.machine import processor_name
 from nbutils.model import DigitCNN
 from nbutils.pieces import Pieces
@@ -467,7 +467,7 @@ class Run:
 
     def save(self, folder: Path) -> None:
         """Write `progress.csv` and the checkpoint, after an evaluation."""
-        write_atomically(folder / "progress.csv", self.history().to_csv(index=False).encode())
+        write_atomically(folder / PROGRESS, self.history().to_csv(index=False).encode())
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -10,7 +10,8 @@ import torch
 
 from nbutils import RunConfig, train, training
 from nbutils import cuda_graph as cuda_graph_module
-from nbutils.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from nbutils.checkpoint import load_checkpoint, save_checkpoint
+from nbutils.files import CHECKPOINT
 
 TINY = RunConfig(batch_size=64, epochs=3, device="cpu")  # shrunken for speed
 

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import psutil
 import pytest
 
@@ -182,31 +181,46 @@ def test_random_kills(tmp_path_factory, expected, request, capsys):
     draw, victims, studies = random.Random(kills), [], 0
     folder = tmp_path_factory.mktemp("killed")
     while len(victims) < kills or not done(folder):
-        with Command(folder) as command:
-            kind, delay = draw.choice(["command", "worker", "kernel"]), draw.uniform(0, seconds)
-            if len(victims) < kills:
-                start = time.monotonic()
-                command.until(lambda start=start, delay=delay: time.monotonic() > start + delay)
-                chosen = {"worker": command.workers, "kernel": command.kernels}.get(kind, list)()
-                victim = draw.choice(chosen) if chosen else psutil.Process(command.process.pid)
-                alive = command.process.poll() is None
-                started = command.family()
-                if alive:
-                    victims.append(kind if chosen else "command")
-                    victim.kill()
-            code, output = command.end()
-            assert code in ((0, 1, -signal.SIGKILL) if len(victims) <= kills else (0,)), output
-            assert_ends(started if kills else [])
         if done(folder):
             assert content(folder / "out") == expectation
             studies, folder = studies + 1, tmp_path_factory.mktemp("killed")
-            if len(victims) >= kills:
-                break
-    counts = dict(zip(*map(list, np.unique(victims, return_counts=True)), strict=True))
+        with Command(folder) as command:
+            delay = draw.uniform(0, seconds)
+            victim = kill_one(command, draw, delay) if len(victims) < kills else None
+            code, output = command.end()
+        assert code in {None: [0], "command": [-signal.SIGKILL]}.get(victim, [0, 1]), output
+        assert "Traceback" not in output
+        if victim:
+            victims.append(victim)
+            with capsys.disabled():
+                print(f"\n{len(victims)}: {victim} killed after {delay:.1f} s", end="", flush=True)
+    assert content(folder / "out") == expectation
+    counts = {kind: victims.count(kind) for kind in sorted(set(victims))}
     with capsys.disabled():
-        print(f"\n{len(victims)} kills {counts}, {studies} studies ended as if uninterrupted")
+        print(f"\n{len(victims)} kills {counts}; {studies + 1} studies ended as if uninterrupted")
+
+
+def kill_one(command, draw, delay):
+    """Kill some process of a command after so many seconds, which kind is told, if it still runs.
+
+    Where the command itself is killed, all that it started must end by itself.
+    """
+    kind = draw.choice(["command", "worker", "kernel"])
+    end = time.monotonic() + delay
+    command.until(lambda: time.monotonic() > end)
+    if command.process.poll() is not None:
+        return None
+    started = command.family()
+    chosen = {"worker": command.workers, "kernel": command.kernels}.get(kind, list)()
+    if chosen:
+        draw.choice(chosen).kill()
+        return kind
+    command.process.kill()
+    command.process.wait()
+    assert_ends(started)
+    return "command"
 
 
 def done(folder):
     """Whether the study there ended well."""
-    return (folder / "out").exists() and not list(folder.glob("out/.work-*"))
+    return (folder / "out" / "summary.ipynb").exists() and not list(folder.glob("out/.work-*"))

@@ -38,7 +38,7 @@ def test_a_split_run_is_bitwise_that_of_the_smaller_batch(
     smaller = replace(config, batch_size=24, accumulation_steps=8)
     expected = train(smaller, few_digits, progress=False, engine=engine)
     room(30)
-    with pytest.warns(UserWarning) as warnings:
+    with pytest.warns(UserWarning, match="does not fit") as warnings:
         result = train(
             config, few_digits, progress=False, engine=engine, on_oom="split", log_folder=tmp_path
         )

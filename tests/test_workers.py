@@ -48,7 +48,7 @@ def test_results_and_errors_arrive(tmp_path):
     with Workers(2, 1, tmp_path / "log.txt") as workers:
         good, bad = workers.submit(double, 21), workers.submit(fail)
         assert good.result() == 42
-        with pytest.raises(Failure, match="^ValueError: two lines$"):
+        with pytest.raises(Failure, match=r"^ValueError: two lines$"):
             bad.result()
 
 
@@ -58,7 +58,7 @@ def test_a_task_that_is_killed_takes_nothing_with_it(tmp_path):
         good = workers.submit(double, 1)
         with pytest.raises(Failure, match="killed by SIGKILL, which the system sends when memory"):
             killed.result()
-        with pytest.raises(Failure, match="killed by SIGABRT$"):
+        with pytest.raises(Failure, match=r"killed by SIGABRT$"):
             aborted.result()
         assert good.result() == 2
 
@@ -73,11 +73,11 @@ def test_a_task_is_stopped_at_the_time_limit_with_what_it_started(tmp_path):
 
 
 def test_an_interrupted_block_ends_what_runs_and_drops_what_waits(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Workers(1, 1, tmp_path / "log.txt") as workers:
-        workers.submit(sleep_with_a_child, tmp_path / "pids")
-        dropped = workers.submit(double, 1)
-        pids = read_pids(tmp_path / "pids")
-        raise KeyboardInterrupt
+    workers = Workers(1, 1, tmp_path / "log.txt")
+    workers.submit(sleep_with_a_child, tmp_path / "pids")
+    dropped = workers.submit(double, 1)
+    pids = read_pids(tmp_path / "pids")
+    workers.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert dropped.cancelled() or isinstance(dropped.exception(), Failure)
     assert_gone(pids)
 

@@ -352,8 +352,9 @@ def run_study(
 
     Raises:
         InputError: `out` holds another study or a damaged record, or another command is at work
-            there, or a dataset or device is not there, or an update needs more images than there
-            are. Nothing is run and nothing on disk has changed.
+            there, or a dataset is not there, or an update needs more images than there are, or,
+            where there is no `executor`, this machine lacks a device. Nothing is run and no file
+            has changed.
     """
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
@@ -365,6 +366,8 @@ def run_study(
     study = replace(study, runs=tuple(replace(run, on_oom=on_oom) for run in study.runs))
     _merge_with_folder(study, out)
     fingerprints = _check_runnable(study)
+    if executor is None:
+        _check_devices(study)
     with locked(out):
         plan = _merge_with_folder(study, out)  # now that no other command changes it
         _check_records(plan, out, fingerprints)
@@ -389,7 +392,7 @@ def run_study(
         if not failures:
             failures = _sum_up(study, out, work)
         if not failures:
-            for folder in _work_folders(out):
+            for folder in _numbered_folders(out):
                 shutil.rmtree(folder, ignore_errors=True)
     return failures
 
@@ -431,7 +434,7 @@ def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
         return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
     if run_id in failures:
         return f"failed: {failures[run_id]}"
-    epochs = max((_epochs_done(work, run) for work in _work_folders(out)), default=0)
+    epochs = max((_epochs_done(work, run) for work in _numbered_folders(out)), default=0)
     return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
 
 
@@ -507,16 +510,21 @@ def _merge_with_folder(study: Study, out: Path) -> Study:
 def _check_runnable(study: Study) -> dict[str, str]:
     """Refuse what cannot run here; the fingerprint of each dataset by its name."""
     from nbutils.data import load_dataset
-    from nbutils.training import check_fits, check_on_oom, resolve_device
+    from nbutils.training import check_fits, check_on_oom
 
-    for device in {run.config.device for run in study.runs}:
-        resolve_device(device)
     for run in study.runs:
         check_on_oom(run.on_oom, run.config)
     datasets = {name: load_dataset(name) for name in {run.config.dataset for run in study.runs}}
     for run in study.runs:
         check_fits(run.config, datasets[run.config.dataset])
     return {name: data.fingerprint for name, data in datasets.items()}
+
+
+def _check_devices(study: Study) -> None:
+    from nbutils.training import resolve_device
+
+    for device in {run.config.device for run in study.runs}:
+        resolve_device(device)
 
 
 def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
@@ -535,7 +543,7 @@ def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> N
             )
 
 
-def _work_folders(out: Path) -> list[Path]:
+def _numbered_folders(out: Path) -> list[Path]:
     """The `.work-N` in `out`, by N."""
     folders = [path for path in out.glob(".work-*") if _number(path).isdecimal()]
     return sorted(folders, key=lambda path: int(_number(path)))
@@ -553,7 +561,7 @@ def _take_over(out: Path) -> Path:
     """
     for aside in (*out.glob(".study.json.*"), *out.glob(".failures.json.*")):
         aside.unlink(missing_ok=True)
-    earlier = _work_folders(out)
+    earlier = _numbered_folders(out)
     if not earlier:
         work = out / ".work-1"
         work.mkdir()
@@ -624,7 +632,7 @@ def _publish(run: PlannedRun, work: Path, out: Path) -> Exception | None:
         os.rename(work / run_id, out / run_id)
     except (InputError, OSError) as error:
         return error
-    shutil.rmtree(_making(work, run), ignore_errors=True)
+    shutil.rmtree(_work_folder(work, run), ignore_errors=True)
     return None
 
 
@@ -644,7 +652,7 @@ def make_run(run: PlannedRun, out: str) -> None:
 
     Until then it works in `out/.work/<run_id>/`, where a later call goes on.
     """
-    folder, run_id = _making(Path(out), run), run.config.run_id
+    folder, run_id = _work_folder(Path(out), run), run.config.run_id
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():  # what an earlier attempt left half done
         if path.is_dir():
@@ -670,7 +678,7 @@ def _progress(run: PlannedRun, epochs: int) -> str:
     )
 
 
-def _making(out: Path, run: PlannedRun) -> Path:
+def _work_folder(out: Path, run: PlannedRun) -> Path:
     """Where `make_run` works."""
     return out / ".work" / run.config.run_id
 
@@ -679,7 +687,7 @@ def _epochs_done(out: Path, run: PlannedRun) -> int:
     if (out / run.config.run_id).exists():
         return run.config.epochs
     with suppress(OSError):
-        return max(0, (_making(out, run) / PROGRESS).read_text().count("\n") - 1)
+        return max(0, (_work_folder(out, run) / PROGRESS).read_text().count("\n") - 1)
     return 0
 
 

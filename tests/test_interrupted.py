@@ -159,7 +159,7 @@ def test_a_killed_kernel_fails_its_run_and_a_second_command_is_refused(tmp_path,
     assert content(tmp_path / "out") == expected[0]
 
 
-def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path, expected):
+def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
     with Command(tmp_path) as command:
         command.until(command.kernels)
         started = command.family()

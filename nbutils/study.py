@@ -535,8 +535,8 @@ def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> N
             continue
         if folder.name not in planned:
             raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-        name = planned[folder.name].dataset
-        if read_record(folder).dataset["fingerprint"] != fingerprints.get(name):
+        name, made_on = planned[folder.name].dataset, read_record(folder).dataset["fingerprint"]
+        if fingerprints.get(name, made_on) != made_on:
             raise InputError(
                 f"the record {folder} was made on other images than {name!r} has now; move it "
                 f"elsewhere, or choose another --out"

@@ -256,11 +256,11 @@ def test_a_record_of_another_study_or_other_images_is_refused(
 ):
     out, nothing = tmp_path / "out", Inline()
     run_study(two_runs, out, executor=Inline(train_without_notebook))
-    run_id = two_runs.runs[0].config.run_id
-    fingerprints = {"mnist-5k": "f" * 64}
-    with monkeypatch.context() as patch, pytest.raises(InputError) as error:
-        patch.setattr(study, "_check_runnable", lambda _: fingerprints)
-        run_study(two_runs, out, executor=nothing)
+    run_id = min(run.config.run_id for run in two_runs.runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_check_runnable", lambda _: {"mnist-5k": "f" * 64})
+        with pytest.raises(InputError) as error:
+            run_study(two_runs, out, executor=nothing)
     assert f"{run_id} was made on other images than 'mnist-5k' has now" in str(error.value)
     stranger = RunConfig(seed=5, device="cpu", epochs=1, batch_size=1200)
     train_without_notebook(study.PlannedRun("02", stranger), out)

@@ -30,8 +30,8 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """When each run first reached a validation accuracy.
 
     It is known after whole epochs only, of which a small batch needs few. In between, the
-    logarithm of the error is taken to fall evenly; before the first epoch it is unknown, so that
-    what is reached there counts as reached at its end.
+    logarithm of the error is taken to fall evenly. What is reached in the first epoch counts as
+    reached at its end: an upper bound.
 
     Args:
         runs: From `load_runs`.
@@ -116,6 +116,7 @@ class CriticalBatch:
 def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     """Fit `E = E_min (1 + B / B_crit)` to the runs of one optimizer.
 
+    Runs that reached the target in their first epoch are left out, since how soon is not known.
     Least squares on log E, as runs differ by factors. The interval is Student's on log B_crit,
     from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It knows
     nothing of the choice of the rates, nor of errors that all sizes share.
@@ -128,16 +129,18 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     """
     from scipy import optimize, stats
 
-    sizes = fastest["effective_batch_size"].to_numpy(float)
+    known = fastest[fastest["epochs"] > 1]
+    sizes = known["effective_batch_size"].to_numpy(float)
     if len(np.unique(sizes)) < 3:
         raise InputError(
-            f"the target was reached at {len(np.unique(sizes))} batch sizes, but the fit needs 3"
+            f"the target was reached after the first epoch at {len(np.unique(sizes))} batch sizes, "
+            f"but the fit needs 3; choose another target"
         )
 
     def log_images(batch_size: np.ndarray, log_fewest: float, log_critical: float) -> np.ndarray:
         return log_fewest + np.log1p(batch_size / np.exp(log_critical))
 
-    images = fastest["images"].to_numpy(float)
+    images = known["images"].to_numpy(float)
     start = math.log(images.min()), float(np.log(sizes).mean())
     # Outside these bounds the curve is a straight line, whatever the critical size.
     bounds = [-np.inf, math.log(sizes.min() / 100)], [np.inf, math.log(sizes.max() * 100)]
@@ -173,3 +176,42 @@ def regime(batch_size: float, critical: float) -> Regime:
 def regime_borders(critical: float) -> tuple[float, float]:
     """Batch sizes at which one regime gives way to the next."""
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
+
+
+def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
+    """The noise scale on the way to the target, beside the fitted critical batch size.
+
+    Args:
+        noise: From `nbutils.noise_scale.noise_along_training`.
+        target: Validation accuracy of the fits. A measurement is on the way up to and with the
+            first that shows it.
+        fits: By optimizer.
+
+    Returns:
+        A row an `optimizer` of both: `measurements`; `lowest`, `median` and `highest` noise scale
+        among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
+        `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+    """
+    rows = []
+    for optimizer, fit in fits.items():
+        runs = noise[noise["optimizer"] == optimizer].sort_values("update")
+        reached = runs["validation_accuracy"] >= target
+        reached_before = reached.groupby(runs["seed"]).cumsum() > reached
+        values = runs.loc[~reached_before, "value"]
+        if values.empty:
+            continue
+        rows.append(
+            {
+                "optimizer": optimizer,
+                "measurements": len(values),
+                "lowest": values.min(),
+                "median": values.median(),
+                "highest": values.max(),
+                "fitted": fit.value,
+                "low": fit.low,
+                "high": fit.high,
+                "ratio": values.median() / fit.value,
+                "agree": values.min() <= fit.high and fit.low <= values.max(),
+            }
+        )
+    return pd.DataFrame(rows)

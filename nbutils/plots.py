@@ -323,15 +323,15 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
         norm=shades,
         edgecolor="white",
     )
-    for row in table.itertuples():
-        error = 1 - row.validation_accuracy
+    for _, row in table.iterrows():
+        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
         ax.text(
-            row.effective_batch_size,
-            row.learning_rate,
-            f"{100 * row.validation_accuracy:.1f}" if row.outcome == "learnt" else row.outcome,
-            color="black" if shades(error) < 0.4 else "white",
-            fontsize=9 if row.outcome == "learnt" else 7,
-            fontweight="bold" if row.within_noise else "normal",
+            row["effective_batch_size"],
+            row["learning_rate"],
+            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
+            color="black" if shades(1 - accuracy) < 0.4 else "white",
+            fontsize=9 if learnt else 7,
+            fontweight="bold" if row["within_noise"] else "normal",
             ha="center",
             va="center",
         )
@@ -424,7 +424,8 @@ def plot_updates_to_target(
 ) -> None:
     """Updates to a target against batch size, the fitted curve, and the three regimes.
 
-    Dots are runs. The shaded band is the 95 % interval of the critical batch size.
+    Dots are runs, open ones those that reached it in their first epoch, where it is an upper
+    bound. The shaded band is the 95 % interval of the critical batch size.
 
     Args:
         ax: Where to draw.
@@ -440,8 +441,12 @@ def plot_updates_to_target(
     ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
     ax.axhline(least, color="0.5", linestyle="--", label="fewest updates")
     ax.plot(x, least + most / x, color="#440154", label="fit")
-    points = fastest["effective_batch_size"], fastest["updates"]
-    ax.plot(*points, color="#29af7f", marker="o", linestyle="", label="runs")
+    for name, runs, fill in (
+        ("runs", fastest[fastest["epochs"] > 1], "#29af7f"),
+        ("at most", fastest[fastest["epochs"] <= 1], "white"),
+    ):
+        points = runs["effective_batch_size"], runs["updates"]
+        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=name)
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
     ax.set(xlabel="images per update", ylabel="updates to the target")
     if len(missing):

@@ -28,9 +28,10 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row an `optimizer`, `effective_batch_size` and `learning_rate`, in that order: `seeds`;
-        `validation_accuracy`, the mean over them; `best`, whether it is the highest of its size;
-        `within_noise`, whether it is no lower than the lower end of the 95 % interval (Wilson's,
-        of a share of the validation images) of that best one; and `outcome`: "learnt", or, where
+        `validation_accuracy`, the mean over them, with its 95 % interval `low` and `high`
+        (Wilson's, of a share of the validation images); `best`, whether it is the highest of its
+        size; `within_noise`, whether it is no lower than `low` of that best one; and `outcome`:
+        "learnt", or, where
         the loss is not finite or the accuracy below `NOTHING_LEARNT`, "diverged" at rates above
         the best one and "too slow" at rates below it. A loss that is not finite has "diverged"
         at any rate.
@@ -44,7 +45,8 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
         accuracy = by_rate["validation_accuracy"].mean()
         finite = by_rate["finite"].all()
         best = accuracy.idxmax()
-        threshold, _ = proportion_interval(accuracy.max(), images)
+        intervals = [proportion_interval(share, images) for share in accuracy]
+        low, high = (np.array(ends) for ends in zip(*intervals, strict=True))
         learnt = finite & (accuracy >= NOTHING_LEARNT)
         too_slow = finite & (accuracy.index < best)
         part = pd.DataFrame(
@@ -53,8 +55,10 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
                 "effective_batch_size": size,
                 "seeds": by_rate["seed"].nunique(),
                 "validation_accuracy": accuracy,
+                "low": low,
+                "high": high,
                 "best": accuracy.index == best,
-                "within_noise": accuracy >= threshold,
+                "within_noise": accuracy >= low[accuracy.index == best].item(),
                 "outcome": np.select([learnt, too_slow], ["learnt", "too slow"], "diverged"),
             }
         )
@@ -106,7 +110,7 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     Raises:
         InputError: No runs have the size `anchor`.
     """
-    sizes = sorted(ridge_table["effective_batch_size"].unique())
+    sizes = sorted(set(ridge_table["effective_batch_size"].tolist()))
     if anchor not in sizes:
         raise InputError(f"anchor = {anchor}, but it must be a size of the runs: {sizes}")
     rows = []
@@ -121,26 +125,78 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def fixed_rate(table: pd.DataFrame) -> pd.DataFrame:
-    """Which size is best where the rate is fixed.
+def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
+    """The ridge as people read it, beside the rate of each rule and whether that is on it.
+
+    Args:
+        ridge_table: From `ridge`.
+        rules: From `scaling_rules`.
+    """
+    keys = ["optimizer", "effective_batch_size"]
+    low = ridge_table["low"].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
+    high = ridge_table["high"].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
+    verdicts = rules.assign(
+        text=rules["learning_rate"].map("{:.2g}".format)
+        + rules["fits"].map({True: ", on it", False: ", off it"})
+    ).pivot_table(index=keys, columns="rule", values="text", aggfunc="first")
+    table = ridge_table[keys].assign(
+        **{
+            "best rate": ridge_table["best_rate"].map("{:g}".format),
+            "accuracy": ridge_table["validation_accuracy"].map("{:.1%}".format),
+            "ridge": low + " to " + high,
+        }
+    )
+    names = {"optimizer": "optimizer", "effective_batch_size": "images per update"}
+    return table.set_index(keys).join(verdicts).rename_axis(list(names.values()))
+
+
+def describe_rules(rules: pd.DataFrame, anchor: int) -> str:
+    """One Markdown line an optimizer: at how many of the other sizes each rule is on the ridge.
+
+    Args:
+        rules: From `scaling_rules`.
+        anchor: Its anchor, which fits by construction.
+    """
+    others = rules[rules["effective_batch_size"] != anchor]
+    lines = []
+    for optimizer, group in others.groupby("optimizer"):
+        texts = []
+        for rule, rows in group.groupby("rule"):
+            off = ", ".join(map(str, rows.loc[~rows["fits"], "effective_batch_size"]))
+            texts.append(
+                f"{rule} is on the ridge at {rows['fits'].sum()} of {len(rows)} other sizes"
+                + (f" (off at {off})" if off else "")
+            )
+        lines.append(f"- **{optimizer}**: {'; '.join(texts)}.")
+    return "\n".join(lines)
+
+
+def describe_fixed_rates(table: pd.DataFrame) -> str:
+    """One Markdown line an optimizer: at which fixed rates smaller or larger batches are better.
+
+    Smaller batches are better at a rate if the largest size is worse than the best size of that
+    rate by more than noise (their intervals do not overlap); larger ones if the smallest size is.
+    Both hold where a middle size is best.
 
     Args:
         table: From `rate_map`.
-
-    Returns:
-        A row an `optimizer` and `learning_rate` at which some size learnt:
-        `best_size`; and the mean accuracies of the `smallest` and `largest` size.
     """
-    rows = []
-    for (optimizer, rate), group in table.groupby(["optimizer", "learning_rate"]):
-        accuracies = group.set_index("effective_batch_size")["validation_accuracy"].sort_index()
-        rows.append(
-            {
-                "optimizer": optimizer,
-                "learning_rate": rate,
-                "best_size": accuracies.idxmax(),
-                "smallest": accuracies.iloc[0],
-                "largest": accuracies.iloc[-1],
-            }
-        )
-    return pd.DataFrame(rows)
+    lines = []
+    for optimizer, of_optimizer in table.groupby("optimizer"):
+        worse: dict[str, list[str]] = {"smaller": [], "larger": []}
+        for rate, cut in of_optimizer.groupby("learning_rate"):
+            cut = cut.sort_values("effective_batch_size")
+            best = cut.sort_values("validation_accuracy").iloc[-1]
+            for name, other in (("smaller", cut.iloc[-1]), ("larger", cut.iloc[0])):
+                if other["high"] < best["low"]:
+                    worse[name].append(
+                        f"{rate:g} (best at {best['effective_batch_size']}: "
+                        f"{best['validation_accuracy']:.1%}, "
+                        f"at {other['effective_batch_size']}: {other['validation_accuracy']:.1%})"
+                    )
+        lines += [
+            f"- **{optimizer}**, {name} batches are better at the rates: "
+            f"{', '.join(rates) or 'none of those tried'}."
+            for name, rates in worse.items()
+        ]
+    return "\n".join(lines)

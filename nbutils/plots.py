@@ -21,7 +21,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from nbutils.critical_batch import CriticalBatch, regime_borders
+from nbutils.critical_batch import REGIMES, CriticalBatch, regime_borders
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
 from nbutils.summary import last_epochs, name_settings
@@ -452,8 +452,13 @@ def plot_updates_to_target(
     if len(missing):
         top = [ax.get_ylim()[1]] * len(missing)
         ax.plot(list(missing), top, "x", color="#d1495b", clip_on=False, label="not reached")
-    for border in regime_borders(critical.value):
-        ax.axvline(border, color="#d1495b", linewidth=1, linestyle="-.")
+    borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
+    for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
+        ax.axvline(right, color="#d1495b", linewidth=1, linestyle="-.")
+        if right > left:
+            place = np.sqrt(left * right), 0.98
+            text = name.replace(" ", "\n")
+            ax.text(*place, text, transform=ax.get_xaxis_transform(), ha="center", va="top", size=8)
     _size_ticks(ax, sizes)
     _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))

@@ -12,13 +12,22 @@ from test_summary import runs_of
 from nbutils import InputError, RunConfig
 from nbutils.critical_batch import (
     agreement,
+    describe_agreement,
     fastest_rates,
     fit_critical_batch,
     regime,
     regime_borders,
+    target_table,
     updates_to_target,
 )
-from nbutils.learning_rate import fixed_rate, rate_map, ridge, scaling_rules
+from nbutils.learning_rate import (
+    describe_fixed_rates,
+    describe_rules,
+    format_ridge,
+    rate_map,
+    ridge,
+    scaling_rules,
+)
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -95,11 +104,33 @@ def test_scaling_rules_go_through_the_anchor_and_are_held_to_the_ridge(runs):
         scaling_rules(ridge(rate_map(runs)), anchor=64)
 
 
-def test_a_fixed_rate_favours_small_sizes_when_low_and_large_ones_when_high(runs):
-    table = fixed_rate(rate_map(runs)).set_index("learning_rate")
-    assert table.loc[1e-3, "best_size"] == 32
-    assert table.loc[1e-2, "best_size"] == 128
-    assert table.loc[1e-2, ["smallest", "largest"]].tolist() == pytest.approx([0.97, 0.98])
+def test_a_fixed_rate_favours_small_sizes_when_low_and_large_ones_when_high():
+    runs = study({32: [0.9, 0.98, 0.9, 0.1], 128: [0.1, 0.98, 0.98, 0.5]})
+    smaller, larger = describe_fixed_rates(rate_map(runs)).splitlines()
+    assert smaller == (
+        "- **adam**, smaller batches are better at the rates: "
+        "0.0001 (best at 32: 90.0%, at 128: 10.0%)."
+    )
+    assert "the rates: 0.01 (best at 128: 98.0%, at 32: 90.0%), 0.1 (best" in larger
+
+
+def test_the_ridge_is_told_with_open_ends_and_each_rules_verdict(runs):
+    ridge_table = ridge(rate_map(runs))
+    rules = scaling_rules(ridge_table, anchor=32)
+    table = format_ridge(ridge_table, rules).loc["adam"]
+    assert table.loc[128].tolist() == [
+        "0.01",
+        "98.0%",
+        "0.0032 to 0.032",
+        "0.004, on it",
+        "0.002, off it",
+    ]
+    assert describe_rules(rules, 32) == (
+        "- **adam**: linear is on the ridge at 1 of 1 other sizes; "
+        "square root is on the ridge at 0 of 1 other sizes (off at 128)."
+    )
+    rising = ridge(rate_map(study({32: [0.1, 0.2, 0.5, 0.9]})))
+    assert "to open" in format_ridge(rising, scaling_rules(rising, 32))["ridge"].item()
 
 
 def curves(*curves_of_runs):
@@ -214,6 +245,24 @@ def test_the_estimate_is_compared_up_to_the_first_measurement_at_the_target():
     assert row[["measurements", "lowest", "median", "highest"]].tolist() == [4, 50, 150, 300]
     assert row["ratio"] == pytest.approx(2, rel=1e-3)
     assert row["agree"]
+    assert "They agree: range and interval overlap; the median is 2.0 times as large." in (
+        describe_agreement(agreement(noise, 0.96, {"sgd": fit}))
+    )
     assert not agreement(noise.assign(value=noise["value"] * 1000), 0.96, {"sgd": fit})[
         "agree"
     ].any()
+
+
+def test_the_table_tells_bounds_and_sizes_that_never_arrive():
+    sizes = np.array([16, 64, 256, 1024])
+    rows = reached(sizes, 5000 * (1 + sizes / 75), epochs=[1, 2, 2, 2]).assign(learning_rate=0.1)
+    fits = {"sgd": fit_critical_batch(rows)}
+    table = target_table({"sgd": rows}, fits, [16, 64, 256, 1024, 2048]).loc["sgd"]
+    assert table.loc[16, "images"] == "at most 6,067"
+    assert table.loc[64, ["learning rate", "updates", "updates, fit"]].tolist() == [
+        "0.1",
+        "145",
+        "145",
+    ]
+    assert table.loc[2048, "images"] == "not reached"
+    assert table["regime"].tolist()[::4] == ["perfect scaling", "maximal data parallelism"]

@@ -28,13 +28,12 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row an `optimizer`, `effective_batch_size` and `learning_rate`, in that order: `seeds`;
-        `validation_accuracy`, the mean over them, with its 95 % interval `low` and `high`
-        (Wilson's, of a share of the validation images); `best`, whether it is the highest of its
-        size; `within_noise`, whether it is no lower than `low` of that best one; and `outcome`:
-        "learnt", or, where
-        the loss is not finite or the accuracy below `NOTHING_LEARNT`, "diverged" at rates above
-        the best one and "too slow" at rates below it. A loss that is not finite has "diverged"
-        at any rate.
+        means over them of `train_loss` and of `validation_accuracy`, with its 95 % interval `low`
+        and `high` (Wilson's, of a share of the validation images); `best`, whether that is the
+        highest of its size; `within_noise`, whether it is no lower than `low` of that best one;
+        and `outcome`: "learnt", or, where the loss is not finite or the accuracy below
+        `NOTHING_LEARNT`, "diverged" at rates above the best one and "too slow" at rates below it.
+        A loss that is not finite has "diverged" at any rate.
     """
     final = last_epochs(runs)
     final = final.assign(finite=np.isfinite(final["train_loss"]))
@@ -54,6 +53,7 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
                 "optimizer": optimizer,
                 "effective_batch_size": size,
                 "seeds": by_rate["seed"].nunique(),
+                "train_loss": by_rate["train_loss"].mean(),
                 "validation_accuracy": accuracy,
                 "low": low,
                 "high": high,
@@ -74,8 +74,8 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row an `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy` there;
-        and `low` and `high`, half-way (on a log scale) from the outermost rates within noise to
-        the next that were tried, missing where none was.
+        `low` and `high`, half-way (on a log scale) from the outermost rates within noise to the
+        next that were tried, missing where none was; and `loss_rate`, see `lowest_loss_rate`.
     """
     rows = []
     for (optimizer, size), group in table.groupby(["optimizer", "effective_batch_size"]):
@@ -91,17 +91,67 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
                 "validation_accuracy": best["validation_accuracy"],
                 "low": np.sqrt(below * equal.min()),
                 "high": np.sqrt(above * equal.max()),
+                "loss_rate": lowest_loss_rate(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def lowest_loss_rate(of_size: pd.DataFrame) -> float:
+    """The rate of lowest training loss at one size.
+
+    The loss of thousands of training images is far less noisy than the accuracy on some hundred
+    others. The rate is the vertex of the parabola, on log scales, through the lowest loss and
+    its two neighbours; the lowest itself where it has but one.
+
+    Args:
+        of_size: From `rate_map`, the rows of one optimizer and size.
+    """
+    known = of_size[np.isfinite(of_size["train_loss"])].sort_values("learning_rate")
+    rates, losses = np.log(known["learning_rate"].to_numpy()), np.log(known["train_loss"])
+    lowest = int(losses.to_numpy().argmin())
+    if lowest in (0, len(rates) - 1):
+        return float(np.exp(rates[lowest]))
+    near = slice(lowest - 1, lowest + 2)
+    curvature, slope, _ = np.polyfit(rates[near], losses[near], 2)
+    return float(np.exp(-slope / (2 * curvature)))
+
+
+def growth(ridge_table: pd.DataFrame) -> pd.DataFrame:
+    """The power of the batch size with which the rate of lowest training loss grows.
+
+    Args:
+        ridge_table: From `ridge`; at least three sizes.
+
+    Returns:
+        A row an `optimizer`: `power`, by least squares on log scales over the sizes, and its
+        95 % interval (Student's), `low` and `high`.
+    """
+    from scipy import stats
+
+    rows = []
+    for optimizer, group in ridge_table.groupby("optimizer"):
+        fit = stats.linregress(np.log(group["effective_batch_size"]), np.log(group["loss_rate"]))
+        half = stats.t.ppf(0.975, len(group) - 2) * fit.stderr
+        rows.append(
+            {
+                "optimizer": optimizer,
+                "power": fit.slope,
+                "low": fit.slope - half,
+                "high": fit.slope + half,
             }
         )
     return pd.DataFrame(rows)
 
 
 def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
-    """What each rule of `RULES` makes of the best rate at one size.
+    """What each rule of `RULES` makes of the rate of lowest training loss at one size.
+
+    That rate is known better than the one of highest validation accuracy.
 
     Args:
         ridge_table: From `ridge`.
-        anchor: The effective batch size whose best rate is taken as it is.
+        anchor: The effective batch size whose rate is taken as it is.
 
     Returns:
         A row an `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and `fits`,
@@ -116,7 +166,7 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     rows = []
     for rule, power in RULES.items():
         start = ridge_table[ridge_table["effective_batch_size"] == anchor]
-        start_rates = start.set_index("optimizer")["best_rate"]
+        start_rates = start.set_index("optimizer")["loss_rate"]
         ratio = (ridge_table["effective_batch_size"] / anchor) ** power
         rates = ridge_table["optimizer"].map(start_rates) * ratio
         outside = (rates < ridge_table["low"]) | (rates > ridge_table["high"])
@@ -143,31 +193,39 @@ def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame
         **{
             "best rate": ridge_table["best_rate"].map("{:g}".format),
             "accuracy": ridge_table["validation_accuracy"].map("{:.1%}".format),
-            "ridge": low + " to " + high,
+            "within noise": low + " to " + high,
+            "of lowest loss": ridge_table["loss_rate"].map("{:.2g}".format),
         }
     )
     names = {"optimizer": "optimizer", "effective_batch_size": "images per update"}
     return table.set_index(keys).join(verdicts).rename_axis(list(names.values()))
 
 
-def describe_rules(rules: pd.DataFrame, anchor: int) -> str:
-    """One Markdown line an optimizer: at how many of the other sizes each rule is on the ridge.
+def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
+    """A Markdown line for each optimizer and question: does the ridge move as the rules say?
 
     Args:
+        table: From `rate_map`.
         rules: From `scaling_rules`.
-        anchor: Its anchor, which fits by construction.
     """
-    others = rules[rules["effective_batch_size"] != anchor]
+    powers = growth(ridge(table)).set_index("optimizer")
     lines = []
-    for optimizer, group in others.groupby("optimizer"):
-        texts = []
-        for rule, rows in group.groupby("rule"):
+    for optimizer, power in powers.iterrows():
+        everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
+        rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
+        lines.append(
+            f"- **{optimizer}**: the rate of lowest training loss grows as the batch size to the "
+            f"power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
+            f"{power['high']:.2f}; linear is 1, square root 0.5). "
+            f"Within noise of the best validation accuracy at *every* size: "
+            f"{', '.join(rates) or 'no rate'}."
+        )
+        for rule, rows in rules[rules["optimizer"] == optimizer].groupby("rule"):
             off = ", ".join(map(str, rows.loc[~rows["fits"], "effective_batch_size"]))
-            texts.append(
-                f"{rule} is on the ridge at {rows['fits'].sum()} of {len(rows)} other sizes"
-                + (f" (off at {off})" if off else "")
+            lines.append(
+                f"- **{optimizer}**, {rule} rule: within noise at {rows['fits'].sum()} of "
+                f"{len(rows)} sizes{f', not at {off}' if off else ''}."
             )
-        lines.append(f"- **{optimizer}**: {'; '.join(texts)}.")
     return "\n".join(lines)
 
 

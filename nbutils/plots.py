@@ -345,12 +345,13 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xlabel="images per update", ylabel="learning rate")
 
 
-def plot_scaling_rules(ax: Axes, rules: pd.DataFrame) -> None:
-    """The learning rate that each scaling rule gives, over the axes of `plot_rate_map`.
+def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
+    """The rates of lowest training loss, and those of each rule, over `plot_rate_map`.
 
     Args:
         ax: Where a map was drawn; its limits stay.
-        rules: From `nbutils.learning_rate.scaling_rules`, the rows of one optimizer.
+        ridge: From `nbutils.learning_rate.ridge`, the rows of one optimizer.
+        rules: From `nbutils.learning_rate.scaling_rules`, the same.
     """
     limits = ax.get_ylim()
     styles = {"linear": "-", "square root": "--"}
@@ -358,8 +359,11 @@ def plot_scaling_rules(ax: Axes, rules: pd.DataFrame) -> None:
         x, y = line["effective_batch_size"], line["learning_rate"]
         ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
         ax.plot(x, y, color="#d1495b", linewidth=2, linestyle=styles[str(rule)], label=rule)
+    points = ridge["effective_batch_size"], ridge["loss_rate"]
+    label = "lowest training loss"
+    ax.plot(*points, "o", color="#d1495b", markeredgecolor="white", alpha=0.8, ms=9, label=label)
     ax.set_ylim(limits)
-    ax.legend(title="rule", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:

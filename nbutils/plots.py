@@ -53,6 +53,10 @@ ACCURACY_TICKS = (
 )
 
 
+RED = "#d1495b"
+"""What stands out against the palette of the batch sizes."""
+
+
 def use_style() -> None:
     """Set the house style for the figures that follow."""
     import seaborn as sns
@@ -358,10 +362,10 @@ def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> No
     for rule, line in rules.groupby("rule"):
         x, y = line["effective_batch_size"], line["learning_rate"]
         ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
-        ax.plot(x, y, color="#d1495b", linewidth=2, linestyle=styles[str(rule)], label=rule)
+        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=rule)
     points = ridge["effective_batch_size"], ridge["loss_rate"]
     label = "lowest training loss"
-    ax.plot(*points, "o", color="#d1495b", markeredgecolor="white", alpha=0.8, ms=9, label=label)
+    ax.plot(*points, "o", color=RED, markerfacecolor="none", mew=2, ms=20, label=label)
     ax.set_ylim(limits)
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -369,19 +373,24 @@ def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> No
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
     """Error against batch size: the map cut at some heights, and at each size's best rate.
 
+    Bars are 95 % intervals.
+
     Args:
         ax: Where to draw.
         table: From `nbutils.learning_rate.rate_map`, the rows of one optimizer.
         rates: Where to cut; rates of the table.
     """
     shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
-    for rate, shade in zip(sorted(rates), shades, strict=True):
-        cut = table[np.isclose(table["learning_rate"], rate)]
-        x, y = cut["effective_batch_size"], 100 * (1 - cut["validation_accuracy"])
-        ax.plot(x, y, marker="o", color=shade, label=f"{rate:g}")
-    best = table[table["best"]]
-    x, y = best["effective_batch_size"], 100 * (1 - best["validation_accuracy"])
-    ax.plot(x, y, marker="s", color="#d1495b", linestyle="--", label="best of each size")
+    cuts = [
+        (f"{rate:g}", table[np.isclose(table["learning_rate"], rate)], shade, "-")
+        for rate, shade in zip(sorted(rates), shades, strict=True)
+    ]
+    for label, cut, colour, line in [*cuts, ("best of each size", table[table["best"]], RED, "--")]:
+        accuracy = cut["validation_accuracy"]
+        ends = 100 * np.array([cut["high"] - accuracy, accuracy - cut["low"]])
+        x, y = cut["effective_batch_size"], 100 * (1 - accuracy)
+        style: dict[str, Any] = {"marker": "o", "color": colour, "linestyle": line}
+        ax.errorbar(x, y, yerr=ends, capsize=3, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
     _size_ticks(ax, table["effective_batch_size"])
     _plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
@@ -455,10 +464,10 @@ def plot_updates_to_target(
     ax.set(xlabel="images per update", ylabel="updates to the target")
     if len(missing):
         top = [ax.get_ylim()[1]] * len(missing)
-        ax.plot(list(missing), top, "x", color="#d1495b", clip_on=False, label="not reached")
+        ax.plot(list(missing), top, "x", color=RED, clip_on=False, label="not reached")
     borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
     for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
-        ax.axvline(right, color="#d1495b", linewidth=1, linestyle="-.")
+        ax.axvline(right, color=RED, linewidth=1, linestyle="-.")
         if right > left:
             place = np.sqrt(left * right), 0.98
             text = name.replace(" ", "\n")

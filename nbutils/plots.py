@@ -463,11 +463,17 @@ def plot_updates_to_target(
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
     ax.set(xlabel="images per update", ylabel="updates to the target")
     if len(missing):
-        top = [ax.get_ylim()[1]] * len(missing)
-        ax.plot(list(missing), top, "x", color=RED, clip_on=False, label="not reached")
+        places = list(missing), [0.04] * len(missing)
+        style: dict[str, Any] = {
+            "color": RED,
+            "linestyle": "",
+            "transform": ax.get_xaxis_transform(),
+        }
+        ax.plot(*places, marker="x", label="not reached", **style)
+    for border in regime_borders(critical.value):
+        ax.axvline(border, color=RED, linewidth=1, linestyle="-.")
     borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
     for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
-        ax.axvline(right, color=RED, linewidth=1, linestyle="-.")
         if right > left:
             place = np.sqrt(left * right), 0.98
             text = name.replace(" ", "\n")

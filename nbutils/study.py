@@ -26,7 +26,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import shutil
 import tempfile
@@ -41,6 +40,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from nbutils.config import InputError, RunConfig, suggest
+from nbutils.kernels import kernel_manager, processes
 from nbutils.records import publish, read_record
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
@@ -304,6 +304,7 @@ def execute_notebook(notebook: str, output: Path, parameters: Mapping[str, Any])
             parameters=dict(parameters),
             progress_bar=False,
             config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+            kernel_manager_class=kernel_manager(),
         )
 
 
@@ -455,7 +456,7 @@ def _process_pool(jobs: int) -> ProcessPoolExecutor:
     threads = max(1, _processors() // jobs)
     return ProcessPoolExecutor(
         jobs,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=processes(),
         initializer=_start_worker,
         initargs=(threads,),
     )

@@ -47,6 +47,7 @@ from tqdm.auto import tqdm
 
 from nbutils.config import InputError, RunConfig, suggest
 from nbutils.files import CHECKPOINT, PROGRESS, locked, write_atomically
+from nbutils.kernels import kernel_manager
 from nbutils.machine import processors
 from nbutils.records import publish, read_record
 from nbutils.workers import Workers, cause
@@ -320,6 +321,7 @@ def execute_notebook(notebook: str, output: Path, parameters: Mapping[str, Any])
             parameters=dict(parameters),
             progress_bar=False,
             config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+            kernel_manager_class=kernel_manager(),
         )
 
 

@@ -514,7 +514,7 @@ def _check_runnable(study: Study) -> dict[str, str]:
 
     for run in study.runs:
         check_on_oom(run.on_oom, run.config)
-    datasets = {name: load_dataset(name) for name in {run.config.dataset for run in study.runs}}
+    datasets = {name: load_dataset(name) for name in study.datasets}
     for run in study.runs:
         check_fits(run.config, datasets[run.config.dataset])
     return {name: data.fingerprint for name, data in datasets.items()}

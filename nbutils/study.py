@@ -371,6 +371,7 @@ def run_study(
     with locked(out):
         plan = _merge_with_folder(study, out)  # now that no other command changes it
         _check_records(plan, out, fingerprints)
+        _read_failures(out)  # refused now rather than later
         _write_json(out / "study.json", plan.to_dict())
         work = _take_over(out)
         for run in plan.runs:

@@ -373,6 +373,7 @@ def run_study(
     with locked(out):
         plan = _merge_with_folder(study, out)  # now that no other command changes it
         _check_records(plan, out, fingerprints)
+        _read_failures(out)  # refused now rather than later
         _write_json(out / "study.json", plan.to_dict())
         work = _take_over(out)
         for run in plan.runs:
@@ -516,7 +517,7 @@ def _check_runnable(study: Study) -> dict[str, str]:
 
     for run in study.runs:
         check_on_oom(run.on_oom, run.config)
-    datasets = {name: load_dataset(name) for name in {run.config.dataset for run in study.runs}}
+    datasets = {name: load_dataset(name) for name in study.datasets}
     for run in study.runs:
         check_fits(run.config, datasets[run.config.dataset])
     return {name: data.fingerprint for name, data in datasets.items()}

@@ -283,14 +283,17 @@ def run_study(
         did.
 
     Raises:
-        InputError: `out` holds another study, or a dataset or device is not there, or an update
-            needs more images than there are. Nothing is run and nothing on disk has changed.
+        InputError: `out` holds another study, or a dataset is not there, or an update needs more
+            images than there are, or, where there is no `executor`, this machine lacks a device.
+            Nothing is run and nothing on disk has changed.
     """
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
     plan = _merge_with_folder(study, out)
     _check_runnable(study)
+    if executor is None:
+        _check_devices(study)
     out.mkdir(parents=True, exist_ok=True)
     _write_json(out / "study.json", plan.to_dict())
     waiting = [run for run in study.runs if not _is_done(out, run)]
@@ -375,15 +378,20 @@ def _merge_with_folder(study: Study, out: Path) -> Study:
 
 def _check_runnable(study: Study) -> None:
     from nbutils.data import load_dataset
-    from nbutils.training import check_fits, resolve_device
+    from nbutils.training import check_fits
 
-    for device in {run.config.device for run in study.runs}:
-        resolve_device(device)
     for name in study.datasets:
         data = load_dataset(name)
         for run in study.runs:
             if run.config.dataset == name:
                 check_fits(run.config, data)
+
+
+def _check_devices(study: Study) -> None:
+    from nbutils.training import resolve_device
+
+    for device in {run.config.device for run in study.runs}:
+        resolve_device(device)
 
 
 def _is_done(out: Path, run: PlannedRun) -> bool:

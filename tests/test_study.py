@@ -227,7 +227,6 @@ def test_a_damaged_record_is_not_overwritten(two_runs, tmp_path, no_summary):
     [
         ({"dataset": ["mnist-6k"]}, "no dataset 'mnist-6k'; did you mean 'mnist-5k'?"),
         ({"batch_size": [4000]}, "batch_size = 4000, but 'mnist-5k' has only 3600 images"),
-        ({"device": ["cuda:77"]}, "device = 'cuda:77', but this machine has"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrides, message):
@@ -238,6 +237,16 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrid
         run_study(mine, tmp_path / "out", executor=nothing)
     assert nothing.made == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_here_is_refused_if_the_runs_are_made_here(tmp_path, no_summary):
+    mine = load_study(write(tmp_path, changed()), {"device": ["cuda:77"]})
+    with pytest.raises(InputError, match="device = 'cuda:77', but this machine has"):
+        run_study(mine, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    elsewhere = Inline(lambda *_: None)
+    assert run_study(mine, tmp_path / "out", executor=elsewhere) == {}
+    assert len(elsewhere.made) == 9
 
 
 def test_zero_jobs_are_refused(two_runs, tmp_path):

@@ -122,9 +122,10 @@ def notebook(request, lab, browser):
     """A notebook's path, and the page that shows it after Run All Cells."""
     path = request.param
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
+    page.set_default_timeout(PATIENCE * 1000)
     page.goto(lab.format(path.stem))
     page.wait_for_selector(".jp-Notebook .jp-CodeCell")
-    page.wait_for_selector("text=| Idle", timeout=60_000)
+    page.wait_for_selector("text=| Idle")
     page.click(".lm-MenuBar-item:has-text('Run')")
     page.click("[data-command='runmenu:run-all']")
     codes = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -135,7 +136,6 @@ def notebook(request, lab, browser):
           return done == count || document.querySelector('[data-mime-type$="error"]');
         }""",
         arg=len(codes),
-        timeout=PATIENCE * 1000,
     )
     page.wait_for_timeout(1000)  # pictures and widgets are drawn after the last cell ends
     take_screenshot(page, path.stem)
@@ -185,12 +185,20 @@ def test_nothing_is_clipped_or_scrolls_within_its_place(notebook):
 
 
 def test_widgets_are_alive(notebook):
-    path, page = notebook
+    _, page = notebook
     outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
     for fallback in ("HBox(", "VBox(", "Loading widget", "Error displaying widget", "0%|"):
         assert [text for text in outputs if fallback in text] == []
-    trained = "train(" in path.read_text()
-    assert (page.locator(".jupyter-widgets.widget-hprogress").count() > 0) == trained
+
+
+@pytest.mark.parametrize(
+    "notebook", sorted(NOTEBOOKS.glob("*_train_*.ipynb")), indirect=True, ids=lambda path: path.stem
+)
+def test_training_shows_a_bar_that_gets_to_its_end(notebook):
+    _, page = notebook
+    bars = page.locator(".jupyter-widgets.widget-hprogress [role='progressbar']")
+    assert bars.count() == 1
+    assert "100%" in page.locator(".jp-OutputArea-output:has(.widget-hprogress)").inner_text()
 
 
 def picture(page):
@@ -203,7 +211,7 @@ def test_the_explorer_draws_what_is_chosen(notebook):
     seen = [picture(page)]
     for choose in (
         lambda: page.click(".widget-toggle-button:has-text('updates')"),
-        lambda: page.click(".widget-toggle-button:has-text('linear')"),
+        lambda: page.click(".widget-toggle-button:has-text('error')"),
         lambda: page.select_option(".widget-dropdown select", index=0),
         lambda: page.select_option(".widget-select-multiple select >> nth=0", index=[0, 1]),
     ):

@@ -206,7 +206,7 @@ def test_workers_with_other_code_are_refused_by_name(tmp_path, capsys):
 
 
 def test_where_no_scheduler_answers_the_message_says_so():
-    with pytest.raises(InputError, match="no Dask scheduler answers there within 0.2 s"):
+    with pytest.raises(InputError, match="no Dask scheduler answers there within"):
         cluster.ClusterExecutor("tcp://127.0.0.1:9", timeout=0.2)
     with pytest.raises(InputError, match="scheduler nowhere://x: no Dask scheduler answers"):
         cluster.ClusterExecutor("nowhere://x", timeout=0.2)

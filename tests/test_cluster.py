@@ -122,7 +122,8 @@ def kernels(process):
 
 def records(out):
     """The record of each run, all of them whole."""
-    return [read_record(path).run_id for path in sorted(out.iterdir()) if path.is_dir()]
+    folders = [path for path in sorted(out.iterdir()) if path.is_dir() and path.name != ".work"]
+    return [read_record(path).run_id for path in folders]
 
 
 def working(pair):
@@ -157,7 +158,8 @@ def test_ctrl_c_ends_the_runs_on_the_workers(pair, tmp_path):
         error = command.stderr.read().decode()
     assert command.returncode == 130
     assert error.splitlines()[-1].startswith("interrupted; what is done is kept")
-    psutil.wait_procs(running, timeout=60)
+    _, left = psutil.wait_procs(running, timeout=60)
+    assert left == []
     assert not any(map(kernels, pair.workers))
     assert not any(pair.client.processing().values())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nbutils.config import InputError, RunConfig, suggest
+from nbutils.config import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("folder", type=Path)
     status.set_defaults(command=_status)
 
-    export = commands.add_parser("export", help="write a study's runs as a small reference")
+    export = commands.add_parser("export", help="write what a study left as a small reference")
     export.add_argument("runs", type=Path)
     export.add_argument("reference", type=Path)
     export.set_defaults(command=_export)
@@ -101,7 +101,9 @@ def _run(options: argparse.Namespace) -> int:
             print(f"failed: {run_id}: {cause}", file=sys.stderr)
         print("what is done is kept; the same command tries the rest again", file=sys.stderr)
         return 1
-    _print_results(out.absolute())
+    if study.runs:
+        _print_table(out.absolute())
+    _print_files(out.absolute())
     return 0
 
 
@@ -114,12 +116,15 @@ def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
     return ClusterExecutor(scheduler)
 
 
-def _print_results(out: Path) -> None:
+def _print_table(out: Path) -> None:
     from nbutils.records import load_runs
     from nbutils.summary import format_table, pick, summary_table
 
     runs = load_runs(out)
     print(f"\n{format_table(summary_table(runs)).to_string()}\n\n{pick(runs)}\n")
+
+
+def _print_files(out: Path) -> None:
     for kind, pattern in (("figure", "*.png"), ("figure", "*.svg"), ("summary", "summary.ipynb")):
         for path in sorted(out.glob(pattern)):
             print(f"{kind}: {path}")
@@ -130,10 +135,6 @@ def _override(text: str) -> tuple[str, list[Any]]:
     field, equals, values = text.partition("=")
     if not equals or not values:
         raise InputError(f"--set {text}: it must read FIELD=VALUE or FIELD=VALUE,VALUE")
-    if field not in RunConfig.field_names():
-        raise InputError(
-            f"--set {text}: no setting {field!r}; {suggest(field, RunConfig.field_names())}"
-        )
     return field, [_value(value) for value in values.split(",")]
 
 
@@ -153,16 +154,17 @@ def _status(options: argparse.Namespace) -> int:
     from nbutils.study import run_status
 
     statuses = run_status(options.folder)
-    width = max(map(len, statuses))
+    width = max(map(len, statuses), default=0)
     for run_id, status in statuses.items():
         print(f"{run_id:{width}}  {status}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from nbutils.records import export_runs
+    from nbutils.records import export_runs, export_tables, holds_tables
 
-    export_runs(options.runs, options.reference)
+    export = export_tables if holds_tables(options.runs) else export_runs
+    export(options.runs, options.reference)
     print(f"reference: {options.reference}")
     return 0
 

@@ -150,6 +150,20 @@ def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
         )
 
 
+def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """The class that most networks give each image; of equally many, the smallest.
+
+    Args:
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Returns:
+        uint8, shape (n,).
+    """
+    from scipy import stats
+
+    return stats.mode(np.stack(predictions)).mode
+
+
 def _images(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, 1, SIDE, SIDE)
 

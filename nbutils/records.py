@@ -13,6 +13,9 @@ It is written to a temporary folder, whose name starts with a dot, and renamed w
 A reference is a folder that holds many runs in few small files: `runs.csv` (a row a run),
 `history.csv` (a row a run and epoch), `predictions.npz` (`labels`, and an array a run, named by
 its id) and `environment.json` (where the runs were made, and checksums of the other files).
+
+What a study measures otherwise than by runs is a folder of tables: `<name>.csv` each, and
+`environment.json` as above.
 """
 
 from __future__ import annotations
@@ -246,6 +249,75 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
+def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
+    """Write tables of measurements, and where they were made.
+
+    Args:
+        tables: By name; their index is not kept.
+        folder: Where they go; made where there is none. Tables of other names are refused there.
+        device: What was measured: "cpu", or the name of the GPU.
+
+    Raises:
+        InputError: The folder holds other tables.
+    """
+    folder = Path(folder)
+    if holds_tables(folder) and set(load_tables(folder)) != set(tables):
+        raise InputError(f"{folder} holds other tables: {', '.join(load_tables(folder))}")
+    content = {name: table.to_csv(index=False) for name, table in tables.items()}
+    files = {f"{name}.csv": hashlib.sha256(t.encode()).hexdigest() for name, t in content.items()}
+    _write_tables(folder, content, {"environments": [machine(device)], "files": files})
+
+
+def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
+    """The tables that `save_tables` wrote, by name.
+
+    Raises:
+        InputError: There are none, or they were changed.
+    """
+    folder = Path(folder)
+    try:
+        known = json.loads((folder / "environment.json").read_text())["files"]
+        names = [_table_name(file) for file in known]
+        changed = [file for file in known if _sha256(folder / file) != known[file]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} holds no whole tables: {error}") from error
+    if changed:
+        raise InputError(f"the tables in {folder} are damaged: {', '.join(changed)} was changed")
+    return {name: _read_csv(folder / f"{name}.csv") for name in names}
+
+
+def holds_tables(folder: str | Path) -> bool:
+    """Whether there are tables of measurements in `folder`, rather than runs."""
+    folder = Path(folder)
+    return (folder / "environment.json").exists() and not (folder / "runs.csv").exists()
+
+
+def export_tables(folder: str | Path, reference: str | Path) -> None:
+    """Copy tables of measurements to a reference, in place of what it held.
+
+    Raises:
+        InputError: As `load_tables`, or the reference holds something else.
+    """
+    folder, reference = Path(folder), Path(reference)
+    content = {name: (folder / f"{name}.csv").read_text() for name in load_tables(folder)}
+    if (reference / "runs.csv").exists():
+        raise InputError(f"{reference} holds runs, and {folder} tables")
+    _write_tables(reference, content, json.loads((folder / "environment.json").read_text()))
+
+
+def _write_tables(folder: Path, content: Mapping[str, str], description: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        (folder / f"{name}.csv").write_text(text)
+    (folder / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
+
+
+def _table_name(file: str) -> str:
+    if Path(file).name != file or not file.endswith(".csv"):
+        raise ValueError(f"{file!r} is not the name of a table")
+    return file.removesuffix(".csv")
+
+
 def _read_all(folder: Path) -> list[RunRecord]:
     """Every record in `folder`, by run id; hidden folders are work in progress."""
     records, damaged = [], []
@@ -306,14 +378,21 @@ def _environment(result: RunResult) -> dict[str, Any]:
     import torch
 
     on_cuda = result.device.type == "cuda"
+    device = torch.cuda.get_device_name(result.device) if on_cuda else result.device.type
+    return machine(device) | {"engine": result.engine}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Versions and hardware, for a record; `device` is what did the work."""
+    import torch
+
     return {
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor(),
-        "device": torch.cuda.get_device_name(result.device) if on_cuda else result.device.type,
+        "device": device,
         "threads": torch.get_num_threads(),
-        "engine": result.engine,
         "cpus": os.cpu_count(),
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
     """Student's t interval of the mean of independent, roughly normal values, such as seeds'.
@@ -67,3 +69,49 @@ def detectable_gain(disagreements: int, power: float = 0.8, confidence: float = 
 
     quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
     return float(quantiles * math.sqrt(disagreements))
+
+
+def chance_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:
+    """Chance that one network leads another by `lead` images or more on a random part.
+
+    Args:
+        won: Images of all that only this network gets right.
+        lost: Images of all that only the other does.
+        images: All images.
+        part: How many of them are drawn, without putting back.
+        lead: In images.
+    """
+    from scipy import stats
+
+    if won + lost == 0:
+        return float(lead <= 0)
+    disagreements = np.arange(won + lost + 1)
+    drawn = stats.hypergeom.pmf(disagreements, images, won + lost, part)
+    # Of k drawn disagreements w are won: the lead is 2 w - k.
+    fewest = np.ceil((lead + disagreements) / 2)
+    return float(drawn @ stats.hypergeom.sf(fewest - 1, won + lost, won, disagreements))
+
+
+def detectable_difference(
+    differences: Sequence[float], power: float = 0.8, confidence: float = 0.95
+) -> float:
+    """True mean that so many values, spread as these, reveal with chance `power`.
+
+    Args:
+        differences: One value a seed, two or more: of one setting less another.
+        power: Chance that the interval of the mean leaves out zero, above 1/2.
+        confidence: Of that interval, Student's.
+
+    Returns:
+        Its size, by the noncentral t distribution.
+    """
+    from scipy import optimize, stats
+
+    n = len(differences)
+    threshold = stats.t.ppf((1 + confidence) / 2, n - 1)
+
+    # That a mean above zero is found below it has a chance too small to count.
+    shift = optimize.brentq(
+        lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold
+    )
+    return float(shift * stats.sem(differences))

@@ -9,6 +9,9 @@ The keys of a study file:
 - `summary`: the notebook that sums the runs up. It has the parameters `runs` (their folder) and
   `figures` (where to save its figures).
 
+A study without `runs` measures in its summary, which then has the parameter `out` (where to save
+its tables) in place of `runs`; the study's key `parameters` sets others.
+
 A training notebook has a parameter for each setting it takes, named as in `RunConfig`, and `out`:
 the folder to which it saves its record.
 
@@ -30,7 +33,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 STUDIES = NOTEBOOKS / "studies"
 
 STUDY_KEYS = ("title", "fixed", "runs", "summary")
+MEASURING_STUDY_KEYS = ("title", "parameters", "summary")
 BLOCK_KEYS = ("notebook", "grid", "fixed")
 
 
@@ -57,17 +61,27 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A named set of runs and the notebook that sums them up."""
+    """A named set of runs and the notebook that sums them up.
+
+    Attributes:
+        name: Its file's.
+        title: One line.
+        runs: None, if the summary does the measuring.
+        summary: Name of that notebook.
+        parameters: What the summary is given beside the folder.
+    """
 
     name: str
     title: str
     runs: tuple[PlannedRun, ...]
     summary: str
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def datasets(self) -> list[str]:
-        """Names of the datasets of its runs."""
-        return sorted({run.config.dataset for run in self.runs})
+        """Names of the datasets that it uses."""
+        names = {run.config.dataset for run in self.runs} | {self.parameters.get("dataset")}
+        return sorted(name for name in names if name)
 
     @property
     def default_folder(self) -> Path:
@@ -77,7 +91,13 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `study.json` holds them."""
         runs = [{"notebook": run.notebook, "config": run.config.to_dict()} for run in self.runs]
-        return {"name": self.name, "title": self.title, "runs": runs, "summary": self.summary}
+        return {
+            "name": self.name,
+            "title": self.title,
+            "runs": runs,
+            "summary": self.summary,
+            "parameters": self.parameters,
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Study:
@@ -85,7 +105,8 @@ class Study:
         runs = [
             PlannedRun(r["notebook"], RunConfig.from_dict(r["config"])) for r in content["runs"]
         ]
-        return cls(content["name"], content["title"], tuple(runs), content["summary"])
+        parameters = content.get("parameters", {})
+        return cls(content["name"], content["title"], tuple(runs), content["summary"], parameters)
 
 
 def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> Study:
@@ -110,7 +131,8 @@ def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> S
             _check_training_notebook(
                 notebook, [r.config for r in study.runs if r.notebook == notebook]
             )
-        _check_parameters(study.summary, ["runs", "figures"])
+        folder = "runs" if study.runs else "out"
+        _check_parameters(study.summary, [folder, "figures", *study.parameters])
     except InputError as error:
         raise InputError(f"study {path.name}: {error}") from error
     return study
@@ -128,19 +150,22 @@ def _study_path(name: str) -> Path:
 
 
 def _parse(name: str, content: Any, overrides: Mapping[str, list[Any]]) -> Study:
+    if isinstance(content, dict) and "runs" not in content and "fixed" not in content:
+        return _parse_measuring(name, content, overrides)
     _check_mapping("a study", content, STUDY_KEYS, required=("runs", "summary"))
     if not isinstance(content["runs"], list) or not content["runs"]:
         raise InputError("runs must be a list of blocks, each with a notebook and a grid")
+    _settings("--set", dict(overrides))
     fixed = _settings("fixed", content.get("fixed") or {})
     runs = []
     for block in content["runs"]:
         _check_mapping("a block of runs", block, BLOCK_KEYS, required=("notebook",))
         grid = _settings("grid", block.get("grid") or {})
-        for field, values in grid.items():
+        for setting, values in grid.items():
             if not isinstance(values, list) or not values:
-                raise InputError(f"grid: {field} = {values!r}, but it must be a list of values")
+                raise InputError(f"grid: {setting} = {values!r}, but it must be a list of values")
         settings = fixed | _settings("fixed", block.get("fixed") or {})
-        table = {field: [value] for field, value in settings.items()} | grid | dict(overrides)
+        table = {name: [value] for name, value in settings.items()} | grid | dict(overrides)
         for values in itertools.product(*table.values()):
             config = RunConfig.from_dict(dict(zip(table, values, strict=True)))
             runs.append(PlannedRun(str(block["notebook"]), config))
@@ -149,6 +174,22 @@ def _parse(name: str, content: Any, overrides: Mapping[str, list[Any]]) -> Study
     if twice:
         raise InputError(f"the same settings are planned twice: {', '.join(twice)}")
     return Study(name, str(content.get("title", name)), tuple(runs), str(content["summary"]))
+
+
+def _parse_measuring(name: str, content: Any, overrides: Mapping[str, list[Any]]) -> Study:
+    """A study without runs."""
+    _check_mapping("a study without runs", content, MEASURING_STUDY_KEYS, required=("summary",))
+    parameters = content.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise InputError("parameters must be a mapping of the summary's parameters to values")
+    for parameter, values in overrides.items():
+        if parameter not in parameters:
+            raise InputError(f"no parameter {parameter!r}; {suggest(parameter, parameters)}")
+        several = isinstance(parameters[parameter], list)
+        if not several and len(values) > 1:
+            raise InputError(f"{parameter} = {values}, but it must be one value")
+        parameters[parameter] = values if several else values[0]
+    return Study(name, str(content.get("title", name)), (), str(content["summary"]), parameters)
 
 
 def _check_mapping(
@@ -167,10 +208,10 @@ def _check_mapping(
 def _settings(where: str, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{where} must be a mapping of settings to values")
-    for field in content:
-        if field not in RunConfig.field_names():
+    for name in content:
+        if name not in RunConfig.field_names():
             raise InputError(
-                f"{where}: no setting {field!r}; {suggest(field, RunConfig.field_names())}"
+                f"{where}: no setting {name!r}; {suggest(name, RunConfig.field_names())}"
             )
     return content
 
@@ -307,7 +348,8 @@ def run_study(
             failures = _run_all(study, waiting, out, pool)
     if not failures:
         print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-        parameters = {"runs": str(out), "figures": str(out)}
+        folder = "runs" if study.runs else "out"
+        parameters = study.parameters | {folder: str(out), "figures": str(out)}
         try:
             execute_notebook(study.summary, out / "summary.ipynb", parameters)
         except Exception as error:  # whatever a cell raises; the runs are safe on disk
@@ -364,16 +406,16 @@ def _merge_with_folder(study: Study, out: Path) -> Study:
         raise InputError(
             f"{out} holds the study {held.name!r}, not {study.name!r}; choose another --out"
         )
-    for field in RunConfig.field_names():
-        before = {getattr(run.config, field) for run in held.runs}
-        now = {getattr(run.config, field) for run in study.runs}
-        if field != "seed" and len(before) == len(now) == 1 and before != now:
+    for name in RunConfig.field_names():
+        before = {getattr(run.config, name) for run in held.runs}
+        now = {getattr(run.config, name) for run in study.runs}
+        if name != "seed" and len(before) == len(now) == 1 and before != now:
             raise InputError(
-                f"{out} holds the study {study.name!r} with {field} = {before.pop()!r}, "
+                f"{out} holds the study {study.name!r} with {name} = {before.pop()!r}, "
                 f"not {now.pop()!r}; choose another --out"
             )
     added = [run for run in study.runs if run not in held.runs]
-    return Study(study.name, study.title, (*held.runs, *added), study.summary)
+    return replace(study, runs=(*held.runs, *added))
 
 
 def _check_runnable(study: Study) -> None:

@@ -15,8 +15,8 @@ from nbutils.statistics import (
     proportion_interval,
 )
 
-TARGET_ACCURACY = 0.99
-"""Validation accuracy that `seconds_to_target` waits for."""
+TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
+"""Validation accuracies whose first reaching is timed; see `target_accuracy`."""
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
@@ -48,6 +48,12 @@ def last_epochs(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["epoch"] == runs.groupby("run_id")["epoch"].transform("max")]
 
 
+def target_accuracy(runs: pd.DataFrame) -> float:
+    """The highest of `TARGETS` that more than half of the runs reached in some epoch."""
+    best = runs.groupby("run_id")["validation_accuracy"].max()
+    return max([t for t in TARGETS if (best >= t).mean() > 0.5], default=TARGETS[0])
+
+
 def _varies(values: pd.Series) -> bool:
     return len(values.unique()) > 1
 
@@ -61,14 +67,16 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Indexed by `setting`: `seeds` (number of runs), means over them of the final
         `validation_accuracy` and `test_accuracy`, of `best_validation_accuracy` (highest of any
-        epoch), `updates`, `seconds` (of training), `seconds_to_target` (until validation
-        accuracy first reached `TARGET_ACCURACY`; missing if a run never did) and
+        epoch) and of `updates`; of the fastest seed, since other work on the machine only ever
+        adds, `seconds` (of training), `seconds_to_target` (until validation accuracy first
+        reached `target`, see `target_accuracy`; missing if a run never did) and
         `images_per_second`; and `validation_low`, `validation_high`, see `validation_interval`.
     """
     rows = []
+    target = target_accuracy(runs)
     for setting, group in name_settings(runs).groupby("setting", sort=False):
         final = last_epochs(group)
-        reached = group[group["validation_accuracy"] >= TARGET_ACCURACY]
+        reached = group[group["validation_accuracy"] >= target]
         first = reached.groupby("run_id")["seconds"].min().reindex(final["run_id"])
         low, high = validation_interval(final)
         rows.append(
@@ -83,9 +91,10 @@ def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
                 .mean(),
                 "test_accuracy": final["test_accuracy"].mean(),
                 "updates": final["updates"].mean(),
-                "seconds": final["seconds"].mean(),
-                "seconds_to_target": first.mean(skipna=False),
-                "images_per_second": final["images_per_second"].mean(),
+                "seconds": final["seconds"].min(),
+                "target": target,
+                "seconds_to_target": first.min(skipna=False),
+                "images_per_second": final["images_per_second"].max(),
             }
         )
     return pd.DataFrame(rows).set_index("setting").astype({"updates": int})
@@ -113,8 +122,9 @@ class Pick:
         setting: Its name.
         best: The setting of highest final validation accuracy.
         threshold: Lower end of the best setting's interval.
-        costs: Seconds of training until the validation accuracy, mean over seeds, first reached
-            the threshold; for each setting that ended at or above it.
+        costs: Seconds of training, of the fastest seed, until the epoch in which the validation
+            accuracy, mean over seeds, first reached the threshold; for each setting that ended
+            at or above it.
     """
 
     setting: str
@@ -142,7 +152,7 @@ def pick(runs: pd.DataFrame) -> Pick:
     best = str(table["validation_accuracy"].idxmax())
     threshold = float(table["validation_low"][best])
     by_epoch = name_settings(runs).groupby(["setting", "epoch"], sort=False)
-    curves = by_epoch[["validation_accuracy", "seconds"]].mean()
+    curves = by_epoch.agg({"validation_accuracy": "mean", "seconds": "min"})
     reached = curves[curves["validation_accuracy"] >= threshold].groupby("setting")["seconds"]
     ended = table.index[table["validation_accuracy"] >= threshold]
     costs = reached.min()[ended]
@@ -260,7 +270,7 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
             "test": percent(table["test_accuracy"]).mask(table["test_accuracy"].isna(), "unknown"),
             "updates": table["updates"].map("{:,}".format),
             "training, s": seconds(table["seconds"]),
-            f"to {TARGET_ACCURACY:.0%}, s": seconds(table["seconds_to_target"]),
+            f"to {table['target'].iloc[0]:.0%}, s": seconds(table["seconds_to_target"]),
             "images/s": table["images_per_second"].map("{:,.0f}".format),
         }
     )

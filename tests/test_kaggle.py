@@ -18,6 +18,7 @@ from nbutils.data import Dataset, Split
 from nbutils.kaggle import (
     TEST_COLUMNS,
     TRAIN_COLUMNS,
+    majority_vote,
     mean_probabilities,
     read_test,
     read_train,
@@ -409,3 +410,9 @@ def test_an_ensemble_of_one_predicts_as_the_run_did(result):
 def test_networks_that_cannot_be_asked_are_refused(models):
     with pytest.raises(InputError, match="at least one network, each in evaluation mode"):
         mean_probabilities(models, torch.zeros(1, 1, 28, 28))
+
+
+def test_networks_vote():
+    votes = [np.array(v, dtype=np.uint8) for v in ([1, 7, 9], [1, 7, 3], [2, 8, 5])]
+    assert majority_vote(votes).tolist() == [1, 7, 3]
+    assert majority_vote(votes).dtype == np.uint8

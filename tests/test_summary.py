@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from nbutils import RunConfig
-from nbutils.statistics import detectable_gain, gain_interval, mean_interval, proportion_interval
+from nbutils.statistics import (
+    chance_of_lead,
+    detectable_difference,
+    detectable_gain,
+    gain_interval,
+    mean_interval,
+    proportion_interval,
+)
 from nbutils.summary import (
     compare_predictions,
     compare_settings,
@@ -17,6 +24,7 @@ from nbutils.summary import (
     name_settings,
     pick,
     summary_table,
+    target_accuracy,
 )
 
 
@@ -73,16 +81,16 @@ def test_the_table():
     assert first["best_validation_accuracy"] == pytest.approx((0.991 + 0.9925) / 2)
     assert first["test_accuracy"] == pytest.approx(0.9905)
     assert first["updates"] == 30
-    assert first["seconds"] == pytest.approx(45)
-    assert first["seconds_to_target"] == pytest.approx((20 + 20) / 2)
-    assert first["images_per_second"] == pytest.approx((5400 + 2700) / 2)
+    assert first["seconds"] == pytest.approx(30)
+    assert first["seconds_to_target"] == pytest.approx(20)
+    assert first["images_per_second"] == pytest.approx(5400)
     assert math.isnan(table.loc["1024", "seconds_to_target"])
     assert format_table(table).loc["1024", "to 99%, s"] == "not reached"
     assert "3 runs" in describe_study(runs)
 
 
 def test_a_target_that_one_seed_never_reached_is_not_averaged_away():
-    runs = runs_of((RunConfig(seed=0), [0.991], 30), (RunConfig(seed=1), [0.98], 30))
+    runs = runs_of(*[(RunConfig(seed=n), [at], 30) for n, at in enumerate([0.991, 0.98, 0.991])])
     assert math.isnan(summary_table(runs)["seconds_to_target"].item())
 
 
@@ -207,3 +215,33 @@ def test_wilsons_interval_holds_the_share_and_stays_in_0_to_1(n, data):
     assert 0 <= low <= correct / n + 1e-12
     assert correct / n - 1e-12 <= high <= 1
     assert low < high
+
+
+def test_the_target_is_the_highest_that_most_runs_reach():
+    runs = runs_of(
+        *[(RunConfig(seed=seed), [0.5, best], 1) for seed, best in enumerate([0.91, 0.96, 0.98])]
+    )
+    assert target_accuracy(runs) == 0.95
+    assert target_accuracy(runs_of((RunConfig(), [0.1], 1))) == 0.5
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-20, 20))
+def test_the_chance_of_a_lead_on_all_images_is_certain(won, lost, lead):
+    assert chance_of_lead(won, lost, 100, 100, lead) == pytest.approx(float(won - lost >= lead))
+
+
+def test_the_chance_of_a_lead_against_drawing():
+    won, lost, images, part, lead = 60, 50, 1000, 250, 4
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(
+        [won, lost, images - won - lost], part, size=200_000
+    )
+    share = np.mean(drawn[:, 0] - drawn[:, 1] >= lead)
+    assert chance_of_lead(won, lost, images, part, lead) == pytest.approx(share, abs=0.005)
+
+
+def test_the_detectable_difference_against_simulation():
+    spread = [-0.002, 0.001, 0.003, -0.001, -0.001]
+    truth = detectable_difference(spread)
+    draws = np.random.default_rng(0).normal(truth, np.std(spread, ddof=1), (20_000, 5))
+    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)

@@ -1,9 +1,22 @@
 """Verdicts on made-up runs in which the truth is known."""
 
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
 import pandas as pd
 import pytest
 
-from nbutils.verdicts import Effect, effect, verdicts
+from nbutils.verdicts import (
+    Effect,
+    KaggleRuns,
+    can_be_judged,
+    effect,
+    seed_chance,
+    size_verdicts,
+    tuned_rates,
+    verdicts,
+)
 
 SIZES = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
 NOISE = (-0.0002, 0.0001, 0.0003, -0.0001, -0.0001)  # of five seeds, mean 0
@@ -36,10 +49,47 @@ def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
     return pd.DataFrame(rows)
 
 
-def verdict(number, runs, normalisation=None):
+def kaggle_runs(gain, spread=2, seeds=5):
+    """Five seeds of 128 and of 8 x 128, at 1e-3 and at 2e-3, on 28,000 images.
+
+    Seeds of 128 get 27,800 right, give or take `spread`; accumulation `gain` images more.
+    """
+    labels = np.zeros(28_000, dtype=np.uint8)
+    rows, predictions = [], {}
+    for steps in (1, 8):
+        for rate in (1e-3, 2e-3):
+            for seed in range(seeds):
+                run_id = f"{steps}-{rate}-{seed}"
+                wrong = 200 - gain * (steps == 8) + spread * ((seed * 7 + steps) % 5 - 2)
+                # Each seed is wrong about images of its own, but for a hundred hard ones.
+                own = 100 + 300 * seed + np.arange(wrong - 100)
+                predicted = labels.copy()
+                predicted[np.concatenate([np.arange(100), own])] = 1
+                predictions[run_id] = predicted
+                rows.append(
+                    {
+                        "run_id": run_id,
+                        "batch_size": 128,
+                        "accumulation_steps": steps,
+                        "learning_rate": rate,
+                        "seed": seed,
+                        "epoch": 1,
+                        "validation_accuracy": 0.99 + (rate == 2e-3) * (steps == 8) * 0.001,
+                        "test_accuracy": 1 - wrong / 28_000,
+                    }
+                )
+    runs = pd.DataFrame(rows)
+    return KaggleRuns(runs, runs, labels, predictions)
+
+
+def verdict(number, runs, normalisation=None, kaggle=None):
     if normalisation is None:
         normalisation = study(lambda size, steps: 0.99, norm="batch")
-    return verdicts(runs, normalisation)["verdict"][number]
+    return verdicts(runs, normalisation, kaggle or kaggle_runs(0))["verdict"][number]
+
+
+def size_verdict(number, runs):
+    return size_verdicts(runs)["verdict"][number]
 
 
 def rising(size, steps):
@@ -76,18 +126,23 @@ def test_an_effect_has_an_interval_from_two_seeds_on():
     ],
 )
 def test_the_truth_is_found(number, accuracy, expected):
-    assert verdict(number, study(accuracy)).startswith(expected)
+    assert size_verdict(number, study(accuracy)).startswith(expected)
+
+
+def test_the_claims_need_their_settings():
+    assert can_be_judged(study(level))
+    assert not can_be_judged(study(level).query("batch_size != 512"))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_one_seed_decides_nothing(number):
-    assert "not decidable" in verdict(number, study(falling, seeds=1))
+    assert "not decidable" in size_verdict(number, study(falling, seeds=1))
 
 
 def test_convergence_is_counted_in_epochs_and_in_updates():
     slower = study(level, epochs_needed=lambda size: 1 + size // 256)
-    assert verdict(3, slower).startswith("holds only if counted in epochs")
-    assert verdict(3, study(level)) == "not decidable from this"
+    assert size_verdict(3, slower).startswith("holds only if counted in epochs")
+    assert size_verdict(3, study(level)) == "not decidable from this"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +157,61 @@ def test_what_small_pieces_do_to_batch_norm(harm, expected):
 
 
 def test_there_is_a_row_a_claim():
-    table = verdicts(study(level), study(level, norm="batch"))
+    table = verdicts(study(level), study(level, norm="batch"), kaggle_runs(0))
     assert list(table.index) == list(range(1, 9))
     assert list(table.columns) == ["claim", "these runs show", "verdict"]
+
+
+def test_a_certain_effect_too_small_to_matter_counts_as_none():
+    tiny = study(lambda size, steps: 0.99 + 1e-9 * size)
+    certain = effect(pd.Series([0.0002, 0.0002001, 0.0002002]))
+    assert certain.decided
+    assert certain.negligible
+    assert size_verdict(1, tiny).startswith("fails: it does not change")
+    falling_a_little = study(lambda size, steps: 0.99 - (0.0005 if size == 1024 else 0.0))
+    assert size_verdict(4, falling_a_little) == "fails, up to 1024"
+
+
+def test_the_claims_on_batch_size_are_the_same_for_any_dataset():
+    runs = study(falling)
+    first = verdicts(runs, study(level, norm="batch"), kaggle_runs(0)).loc[1:5]
+    pd.testing.assert_frame_equal(size_verdicts(runs), first)
+
+
+@pytest.mark.parametrize(
+    ("gain", "spread", "expected"),
+    [
+        (0, 2, "fails: there is no such gain"),
+        (52, 2, "holds: there is a gain, of that size"),
+        (80, 2, "holds: there is a gain, but not of that size"),
+        (-40, 2, "fails: accumulation lowers it"),
+        (20, 8, "fails: a gain of that size is ruled out; whether there is any is open"),
+        (35, 30, "not decidable"),
+    ],
+)
+def test_the_kaggle_claim(gain, spread, expected):
+    assert verdict(7, study(level), kaggle=kaggle_runs(gain, spread)).startswith(expected)
+
+
+def test_rates_are_tuned_on_validation_for_each_setting():
+    kaggle = kaggle_runs(0)
+    assert tuned_rates(kaggle.tuning) == {1: 1e-3, 8: 2e-3}
+
+
+def test_the_chance_of_a_lead_by_seeds_alone_on_all_images_is_that_of_their_pairs():
+    kaggle = kaggle_runs(0, spread=10)
+    right = [200 + 10 * ((seed * 7 + 1) % 5 - 2) for seed in range(5)]
+    pairs = list(combinations(right, 2))
+    leads = [abs(a - b) >= 20 for a, b in pairs]
+    assert seed_chance(kaggle, 28_000, 20) == pytest.approx(sum(leads) / len(pairs) / 2)
+
+
+def test_the_kaggle_claim_says_whether_rates_were_tuned():
+    tuned = kaggle_runs(0)
+    normalisation = study(level, norm="batch")
+    shown = [
+        verdicts(study(level), normalisation, kaggle)["these runs show"][7]
+        for kaggle in (tuned, replace(tuned, tuning=None))
+    ]
+    assert "at rates tuned on validation (0.001 and 0.002)" in shown[0]
+    assert "at one learning rate" in shown[1]

@@ -49,6 +49,21 @@ CLIPPED = """() => {
 }"""
 
 
+# Printed lines that are too long, and so were broken, anywhere in a word.
+BROKEN_LINES = """() => [...document.querySelectorAll('.jp-RenderedText pre')].filter(pre => {
+  const lines = pre.textContent.replace(/\\n$/, '').split('\\n').length;
+  const height = parseFloat(getComputedStyle(pre).lineHeight);
+  return pre.getBoundingClientRect().height > (lines + 0.9) * height;
+}).map(pre => pre.textContent)"""
+
+# Drop-down lists that show only the beginning of what is chosen.
+CUT_CHOICES = """() => [...document.querySelectorAll('.widget-dropdown select')].filter(select => {
+  const pen = document.createElement('canvas').getContext('2d');
+  pen.font = getComputedStyle(select).font;
+  return pen.measureText(select.selectedOptions[0].text).width > select.clientWidth - 16;
+}).map(select => select.selectedOptions[0].text)"""
+
+
 def without_outputs(path):
     """The notebook as it is before it is run, so that all that is seen was made in the browser."""
     notebook = nbformat.read(path, as_version=4)
@@ -182,6 +197,8 @@ def test_every_picture_in_the_text_is_there(notebook):
 def test_nothing_is_clipped_or_scrolls_within_its_place(notebook):
     _, page = notebook
     assert page.evaluate(CLIPPED) == []
+    assert page.evaluate(BROKEN_LINES) == []
+    assert page.evaluate(CUT_CHOICES) == []
 
 
 def test_widgets_are_alive(notebook):
@@ -196,9 +213,9 @@ def test_widgets_are_alive(notebook):
 )
 def test_training_shows_a_bar_that_gets_to_its_end(notebook):
     _, page = notebook
-    bars = page.locator(".jupyter-widgets.widget-hprogress [role='progressbar']")
-    assert bars.count() == 1
-    assert "100%" in page.locator(".jp-OutputArea-output:has(.widget-hprogress)").inner_text()
+    bar = page.locator(".jp-OutputArea-output:has(.widget-hprogress)")
+    assert bar.count() == 1
+    assert "100%" in bar.inner_text()
 
 
 def picture(page):

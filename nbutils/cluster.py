@@ -30,16 +30,14 @@ from pathlib import Path
 from typing import Any
 
 from nbutils.config import InputError
+from nbutils.machine import processors
 from nbutils.records import publish, read_record
-from nbutils.study import NOTEBOOKS, PlannedRun, _cause, _processors, _work_folder
+from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
+from nbutils.workers import Failure, cause
 
 RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
 
 Task = Callable[[PlannedRun, str], None]
-
-
-class RunFailed(Exception):
-    """A run failed on a worker; the message has the cause and the worker's address."""
 
 
 class ClusterExecutor(Executor):
@@ -95,7 +93,7 @@ class ClusterExecutor(Executor):
         other = []
         for worker, found in sorted(self.client.run(_versions, on_error="return").items()):
             if isinstance(found, BaseException):
-                other.append(f"{worker} has none that works ({_cause(found)})")
+                other.append(f"{worker} has none that works ({cause(found)})")
             elif found["nbutils"] != self.code:
                 other.append(f"{worker} has {found['nbutils']}")
             elif found["torch"] != torch:
@@ -190,7 +188,7 @@ def _run_on_worker(task: Task, run: PlannedRun, mark: str, code: str) -> dict[st
 
     worker = get_worker()
     if code_version() != code:  # a worker that came after the client had checked
-        raise RunFailed(
+        raise Failure(
             f"needs the nbutils of digest {code}, not {code_version()} (on {worker.address})"
         )
     if os.access(mark, os.W_OK):
@@ -208,7 +206,7 @@ def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
 
     worker = get_worker()
     key = worker.get_current_task()
-    threads = max(1, _processors() // worker.state.nthreads)
+    threads = max(1, processors() // worker.state.nthreads)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "nbutils.cluster"],
@@ -226,11 +224,11 @@ def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
             except subprocess.TimeoutExpired:
                 if worker.state.tasks[key].state == "cancelled":
                     process.kill()
-        cause = process.stdout.read().decode()
+        reason = process.stdout.read().decode()
     if process.returncode:
         if process.returncode < 0:
-            cause = f"its process was ended by {signal.Signals(-process.returncode).name}"
-        raise RunFailed(f"{cause} (on {worker.address})")
+            reason = f"its process was ended by {signal.Signals(-process.returncode).name}"
+        raise Failure(f"{reason} (on {worker.address})")
 
 
 def _main() -> int:
@@ -243,7 +241,7 @@ def _main() -> int:
         try:
             task(run, out)
         except Exception as error:  # whatever a cell raises
-            answer.write(_cause(error))
+            answer.write(cause(error))
             return 1
     return 0
 

@@ -21,6 +21,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from nbutils.critical_batch import REGIMES, CriticalBatch, regime_borders
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
 from nbutils.summary import last_epochs, name_settings
@@ -50,6 +51,10 @@ ACCURACY_TICKS = (
     *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
     *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9999),
 )
+
+
+RED = "#d1495b"
+"""What stands out against the palette of the batch sizes."""
 
 
 def use_style() -> None:
@@ -183,9 +188,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
             **style,
         )
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(colours)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _size_ticks(ax, colours)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
     ax.set(xlabel="images per update", ylabel=None)
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
@@ -299,6 +302,301 @@ def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     reference = table.loc[table["loop"] == "correct", "error"].mean()
     axes[1].axvline(reference, color="0.4", linestyle="--")
     axes[1].tick_params(labelleft=False)
+
+
+COSTS = {
+    "peak_memory": ("peak memory (MB)", 1e-6),
+    "seconds_per_update": ("seconds per update", 1.0),
+    "images_per_second": ("images per second", 1.0),
+}
+"""What `plot_cost` and `plot_cost_map` show: its name on an axis, and the factor to its unit."""
+
+
+def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """A heat map over batch size and accumulation steps: medians, on a log scale of colours.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.cost.measure_grid`.
+        column: One of `COSTS`.
+    """
+    import seaborn as sns
+
+    name, factor = COSTS[column]
+    medians = table.pivot_table(
+        index="accumulation_steps", columns="batch_size", values=column, aggfunc="median"
+    ).sort_index(ascending=False)
+    sns.heatmap(
+        medians * factor,
+        annot=True,
+        fmt=".3g",
+        annot_kws={"size": 9},
+        norm="log",
+        cmap="viridis_r",
+        cbar=False,
+        linewidths=1,
+        ax=ax,
+    )
+    ax.set(xlabel="micro-batch (images)", ylabel="accumulation steps", title=name)
+    ax.grid(False)
+    ax.tick_params(axis="y", rotation=0)
+
+
+def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
+    """A cost against images per update: a thick line without accumulation, one a micro-batch with.
+
+    Points are medians, bars reach from the lowest to the highest measurement.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.cost.measure_grid`.
+        column: One of `COSTS`.
+    """
+    name, factor = COSTS[column]
+    groups = table.assign(value=table[column] * factor).groupby(
+        ["batch_size", "accumulation_steps", "effective_batch_size"]
+    )["value"]
+    points = groups.agg(["median", "min", "max"]).dropna().reset_index()
+    micro_batches = points[points["effective_batch_size"] > points["batch_size"]]["batch_size"]
+    lines = {f"{size}": points[points["batch_size"] == size] for size in sorted(set(micro_batches))}
+    colours = batch_size_colours(map(int, lines))
+    whole = points[points["accumulation_steps"] == 1]
+    for number, (label, line) in enumerate({"the whole batch": whole, **lines}.items()):
+        accumulated = label in lines
+        ax.errorbar(
+            line["effective_batch_size"] * 1.02**number,  # side by side, so that bars show
+            line["median"],
+            yerr=[line["median"] - line["min"], line["max"] - line["median"]],
+            capsize=3,
+            marker="D" if accumulated else "o",
+            ms=4 if accumulated else 6,
+            linewidth=1.5 if accumulated else 3,
+            linestyle="--" if accumulated else "-",
+            color=colours[int(label)] if accumulated else "0.25",
+            label=label,
+        )
+    if column == "images_per_second":
+        ax.set_ylim(0)
+    else:
+        ax.set_yscale("log")
+        _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(sorted(set(points["effective_batch_size"]))))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set(xlabel="images per update", ylabel=name)
+    ax.legend(title="images in a pass", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_search(ax: Axes, tried: Mapping[int, int | None], limit: int) -> None:
+    """The sizes that `nbutils.cost.largest_batch_size` tried, numbered, and the limit.
+
+    Args:
+        ax: Where to draw.
+        tried: Peak memory in bytes by batch size, in the order of the tries.
+        limit: Bytes that fit.
+    """
+    _, factor = COSTS["peak_memory"]
+    for number, (size, peak) in enumerate(tried.items(), start=1):
+        if peak is not None:
+            fits = peak <= limit
+            ax.plot(size, peak * factor, "o" if fits else "x", color="#2d708e" if fits else "0.3")
+            ax.annotate(f"{number}", (size, peak * factor), (6, -9), textcoords="offset points")
+    ax.axhline(limit * factor, color="0.4", linestyle="--")
+    ax.set(xlabel="micro-batch (images)", ylabel=COSTS["peak_memory"][0])
+
+
+def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
+    """A heat map of validation accuracy over batch size and learning rate, both axes log.
+
+    Cells say the accuracy in percent, or why there is none; bold ones are within noise of the
+    best of their size. Colours follow the logarithm of the error.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.learning_rate.rate_map`, the rows of one optimizer.
+    """
+    grid = table.pivot_table(
+        index="learning_rate", columns="effective_batch_size", values="validation_accuracy"
+    )
+    sizes, rates = grid.columns.to_numpy(float), grid.index.to_numpy(float)
+    colours, shades = mpl.colormaps["viridis"], mpl.colors.LogNorm(0.01, 1)
+    ax.pcolormesh(
+        _log_edges(sizes),
+        _log_edges(rates),
+        1 - grid.to_numpy(),
+        cmap=colours.reversed(),
+        norm=shades,
+        edgecolor="white",
+    )
+    for _, row in table.iterrows():
+        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
+        ax.text(
+            row["effective_batch_size"],
+            row["learning_rate"],
+            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
+            color="black" if shades(1 - accuracy) < 0.4 else "white",
+            fontsize=9 if learnt else 7,
+            fontweight="bold" if row["within_noise"] else "normal",
+            ha="center",
+            va="center",
+        )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    _size_ticks(ax, sizes)
+    ax.yaxis.set_major_locator(FixedLocator(list(rates)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.grid(False)
+    ax.set(xlabel="images per update", ylabel="learning rate")
+
+
+def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
+    """The rates of lowest training loss, and those of each rule, over `plot_rate_map`.
+
+    Args:
+        ax: Where a map was drawn; its limits stay.
+        ridge: From `nbutils.learning_rate.ridge`, the rows of one optimizer.
+        rules: From `nbutils.learning_rate.scaling_rules`, the same.
+    """
+    limits = ax.get_ylim()
+    styles = {"linear": "-", "square root": "--"}
+    for rule, line in rules.groupby("rule"):
+        x, y = line["effective_batch_size"], line["learning_rate"]
+        ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
+        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=rule)
+    points = ridge["effective_batch_size"], ridge["loss_rate"]
+    label = "lowest training loss"
+    ax.plot(*points, "o", color=RED, markerfacecolor="none", mew=2, ms=20, label=label)
+    ax.set_ylim(limits)
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
+    """Error against batch size: the map cut at some heights, and at each size's best rate.
+
+    Bars are 95 % intervals.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.learning_rate.rate_map`, the rows of one optimizer.
+        rates: Where to cut; rates of the table.
+    """
+    shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
+    cuts = [
+        (f"{rate:g}", table[np.isclose(table["learning_rate"], rate)], shade, "-")
+        for rate, shade in zip(sorted(rates), shades, strict=True)
+    ]
+    for label, cut, colour, line in [*cuts, ("best of each size", table[table["best"]], RED, "--")]:
+        accuracy = cut["validation_accuracy"]
+        ends = 100 * np.array([cut["high"] - accuracy, accuracy - cut["low"]])
+        x, y = cut["effective_batch_size"], 100 * (1 - accuracy)
+        style: dict[str, Any] = {"marker": "o", "color": colour, "linestyle": line}
+        ax.errorbar(x, y, yerr=ends, capsize=3, label=label, **style)
+    ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
+    _size_ticks(ax, table["effective_batch_size"])
+    _plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
+    ax.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
+    """The noise scale along training, a line a seed with its interval, a colour an optimizer.
+
+    An interval without an upper end reaches to the top of the axis.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.noise_scale.noise_along_training`.
+    """
+    finite = table[["low", "value", "high"]].replace([np.inf, 0.0], np.nan)
+    top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
+    colours = dict(zip(sorted(table["optimizer"].unique()), ("#29af7f", "#440154"), strict=False))
+    for (optimizer, seed), group in table.groupby(["optimizer", "seed"]):
+        value = group["value"].where(group["value"] < top)
+        ax.fill_between(
+            group["update"],
+            group["low"].clip(lower=bottom),
+            group["high"].clip(upper=top),
+            color=colours[optimizer],
+            alpha=0.12,
+        )
+        label = optimizer if seed == table["seed"].min() else f"_{optimizer} {seed}"
+        ax.plot(group["update"], value, marker="o", ms=4, color=colours[optimizer], label=label)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        ylim=(bottom, top),
+        xlabel="updates",
+        ylabel="noise scale (images)",
+    )
+    _plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
+    _plain_log_ticks(ax.yaxis, "{:,g}", (1, 3))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_updates_to_target(
+    ax: Axes, fastest: pd.DataFrame, critical: CriticalBatch, missing: Sequence[int] = ()
+) -> None:
+    """Updates to a target against batch size, the fitted curve, and the three regimes.
+
+    Dots are runs, open ones those that reached it in their first epoch, where it is an upper
+    bound. The shaded band is the 95 % interval of the critical batch size.
+
+    Args:
+        ax: Where to draw.
+        fastest: From `nbutils.critical_batch.fastest_rates`, the rows of one optimizer.
+        critical: Fitted to them.
+        missing: Sizes at which some seed never reached the target at any rate: crosses.
+    """
+    sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
+    x = np.geomspace(sizes.min() / 1.5, sizes.max() * 1.5, 200)
+    least, most = critical.fewest_updates, critical.fewest_images
+    ax.axvspan(max(critical.low, x[0]), min(critical.high, x[-1]), color="0.9", zorder=0)
+    ax.axvline(critical.value, color="0.5", linewidth=1)
+    ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
+    ax.axhline(least, color="0.5", linestyle="--", label="fewest updates")
+    ax.plot(x, least + most / x, color="#440154", label="fit")
+    for name, runs, fill in (
+        ("runs", fastest[fastest["epochs"] > 1], "#29af7f"),
+        ("at most", fastest[fastest["epochs"] <= 1], "white"),
+    ):
+        points = runs["effective_batch_size"], runs["updates"]
+        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=name)
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
+    ax.set(xlabel="images per update", ylabel="updates to the target")
+    if len(missing):
+        places = list(missing), [0.04] * len(missing)
+        style: dict[str, Any] = {
+            "color": RED,
+            "linestyle": "",
+            "transform": ax.get_xaxis_transform(),
+        }
+        ax.plot(*places, marker="x", label="not reached", **style)
+    for border in regime_borders(critical.value):
+        ax.axvline(border, color=RED, linewidth=1, linestyle="-.")
+    borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
+    for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
+        if right > left:
+            place = np.sqrt(left * right), 0.98
+            text = name.replace(" ", "\n")
+            ax.text(*place, text, transform=ax.get_xaxis_transform(), ha="center", va="top", size=8)
+    _size_ticks(ax, sizes)
+    _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _log_edges(centres: np.ndarray) -> np.ndarray:
+    """Borders of cells around `centres`, shape (n,), on a log scale; shape (n + 1,)."""
+    logs = np.log(centres)
+    steps = np.diff(logs) / 2
+    inner = logs[:-1] + steps
+    return np.exp(np.concatenate([[logs[0] - steps[0]], inner, [logs[-1] + steps[-1]]]))
+
+
+def _size_ticks(ax: Axes, sizes: Iterable[float]) -> None:
+    ax.xaxis.set_major_locator(FixedLocator(sorted(set(sizes))))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:

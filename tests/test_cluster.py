@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nbutils import InputError, study
@@ -20,7 +21,6 @@ from nbutils.study import load_study, make_run, run_status
 distributed = pytest.importorskip(
     "distributed", reason="needs the extra cluster: pip install -e '.[cluster]'"
 )
-psutil = pytest.importorskip("psutil")  # comes with distributed
 
 from nbutils import cluster  # noqa: E402
 
@@ -108,7 +108,7 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def no_summary(monkeypatch):
-    monkeypatch.setattr(study, "execute_notebook", lambda *_: None)
+    monkeypatch.setattr(study, "_sum_up", lambda *_: {})
 
 
 def kernels(process):
@@ -122,7 +122,7 @@ def kernels(process):
 
 def records(out):
     """The record of each run, all of them whole."""
-    folders = [path for path in sorted(out.iterdir()) if path.is_dir() and path.name != ".work"]
+    folders = [path for path in sorted(out.iterdir()) if path.is_dir() and path.name[0] != "."]
     return [read_record(path).run_id for path in folders]
 
 
@@ -143,7 +143,7 @@ def test_records_come_from_workers_that_do_not_see_the_folder_and_so_do_failures
     assert records(out) == [good]
     assert {path.name for path in (out / good).iterdir()} == set(cluster.RECORD_FILES)
     cause = run_status(out)[bad]
-    assert cause.startswith("failed: RunFailed: InputError: device = 'cuda:77'")
+    assert cause.startswith("failed: InputError: device = 'cuda:77'")
     assert "(on tcp://127.0.0.1:" in cause
     assert not (pair.folder / "out").exists()
 

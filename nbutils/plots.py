@@ -617,7 +617,9 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
         palette="viridis",
         ax=ax,
     )
-    _stretch_towards_one(ax, history[list(METRIC_NAMES)])
+    accuracies = history[list(METRIC_NAMES)]
+    _stretch_towards_one(ax, accuracies)
+    ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - accuracies.min().min())))  # no point is cut off
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title=None)
 

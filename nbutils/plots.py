@@ -109,7 +109,7 @@ def plot_accuracy(
         ax: Where to draw.
         runs: From `load_runs`.
         metric: The column to draw.
-        against: The horizontal axis. Seeds are averaged epoch by epoch, also in their seconds.
+        against: The horizontal axis. Seconds are the fastest seed's at each epoch.
         scale: "accuracy", on an axis stretched towards 100 % so that curves near 99 % can be
             told apart; or "error", the percentage of wrong answers on a log axis.
     """
@@ -118,7 +118,7 @@ def plot_accuracy(
     runs = name_settings(runs)
     settings = runs.drop_duplicates("setting").set_index("setting")
     colours = batch_size_colours(settings["effective_batch_size"])
-    progress = runs.groupby(["setting", "epoch"])[against].transform("mean")
+    progress = runs.groupby(["setting", "epoch"])[against].transform("min")
     values = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
     sns.lineplot(
         data=runs.assign(progress=progress, value=values),

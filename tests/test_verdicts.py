@@ -1,5 +1,6 @@
 """Verdicts on made-up runs in which the truth is known."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from nbutils.verdicts import (
     Effect,
     KaggleRuns,
+    can_be_judged,
     effect,
     seed_chance,
     size_verdicts,
@@ -127,6 +129,11 @@ def test_the_truth_is_found(number, accuracy, expected):
     assert size_verdict(number, study(accuracy)).startswith(expected)
 
 
+def test_the_claims_need_their_settings():
+    assert can_be_judged(study(level))
+    assert not can_be_judged(study(level).query("batch_size != 512"))
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_one_seed_decides_nothing(number):
     assert "not decidable" in size_verdict(number, study(falling, seeds=1))
@@ -187,7 +194,8 @@ def test_the_kaggle_claim(gain, spread, expected):
 
 
 def test_rates_are_tuned_on_validation_for_each_setting():
-    assert tuned_rates(kaggle_runs(0).tuning) == {1: 1e-3, 8: 2e-3}
+    kaggle = kaggle_runs(0)
+    assert tuned_rates(kaggle.tuning) == {1: 1e-3, 8: 2e-3}
 
 
 def test_the_chance_of_a_lead_by_seeds_alone_on_all_images_is_that_of_their_pairs():
@@ -196,3 +204,14 @@ def test_the_chance_of_a_lead_by_seeds_alone_on_all_images_is_that_of_their_pair
     pairs = list(combinations(right, 2))
     leads = [abs(a - b) >= 20 for a, b in pairs]
     assert seed_chance(kaggle, 28_000, 20) == pytest.approx(sum(leads) / len(pairs) / 2)
+
+
+def test_the_kaggle_claim_says_whether_rates_were_tuned():
+    tuned = kaggle_runs(0)
+    normalisation = study(level, norm="batch")
+    shown = [
+        verdicts(study(level), normalisation, kaggle)["these runs show"][7]
+        for kaggle in (tuned, replace(tuned, tuning=None))
+    ]
+    assert "at rates tuned on validation (0.001 and 0.002)" in shown[0]
+    assert "at one learning rate" in shown[1]

@@ -21,6 +21,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
+from nbutils.critical_batch import CriticalBatch, regime_borders
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
 from nbutils.summary import last_epochs, name_settings
@@ -183,9 +184,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
             **style,
         )
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(colours)))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _size_ticks(ax, colours)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
     ax.set(xlabel="images per update", ylabel=None)
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
@@ -299,6 +298,179 @@ def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
     reference = table.loc[table["loop"] == "correct", "error"].mean()
     axes[1].axvline(reference, color="0.4", linestyle="--")
     axes[1].tick_params(labelleft=False)
+
+
+def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
+    """A heat map of validation accuracy over batch size and learning rate, both axes log.
+
+    Cells say the accuracy in percent, or why there is none; bold ones are within noise of the
+    best of their size. Colours follow the logarithm of the error.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.learning_rate.rate_map`, the rows of one optimizer.
+    """
+    grid = table.pivot_table(
+        index="learning_rate", columns="effective_batch_size", values="validation_accuracy"
+    )
+    sizes, rates = grid.columns.to_numpy(float), grid.index.to_numpy(float)
+    colours, shades = mpl.colormaps["viridis"], mpl.colors.LogNorm(0.01, 1)
+    ax.pcolormesh(
+        _log_edges(sizes),
+        _log_edges(rates),
+        1 - grid.to_numpy(),
+        cmap=colours.reversed(),
+        norm=shades,
+        edgecolor="white",
+    )
+    for _, row in table.iterrows():
+        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
+        ax.text(
+            row["effective_batch_size"],
+            row["learning_rate"],
+            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
+            color="black" if shades(1 - accuracy) < 0.4 else "white",
+            fontsize=9 if learnt else 7,
+            fontweight="bold" if row["within_noise"] else "normal",
+            ha="center",
+            va="center",
+        )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    _size_ticks(ax, sizes)
+    ax.yaxis.set_major_locator(FixedLocator(list(rates)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.grid(False)
+    ax.set(xlabel="images per update", ylabel="learning rate")
+
+
+def plot_scaling_rules(ax: Axes, rules: pd.DataFrame) -> None:
+    """The learning rate that each scaling rule gives, over the axes of `plot_rate_map`.
+
+    Args:
+        ax: Where a map was drawn; its limits stay.
+        rules: From `nbutils.learning_rate.scaling_rules`, the rows of one optimizer.
+    """
+    limits = ax.get_ylim()
+    styles = {"linear": "-", "square root": "--"}
+    for rule, line in rules.groupby("rule"):
+        x, y = line["effective_batch_size"], line["learning_rate"]
+        ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
+        ax.plot(x, y, color="#d1495b", linewidth=2, linestyle=styles[str(rule)], label=rule)
+    ax.set_ylim(limits)
+    ax.legend(title="rule", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
+    """Error against batch size: the map cut at some heights, and at each size's best rate.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.learning_rate.rate_map`, the rows of one optimizer.
+        rates: Where to cut; rates of the table.
+    """
+    shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
+    for rate, shade in zip(sorted(rates), shades, strict=True):
+        cut = table[np.isclose(table["learning_rate"], rate)]
+        x, y = cut["effective_batch_size"], 100 * (1 - cut["validation_accuracy"])
+        ax.plot(x, y, marker="o", color=shade, label=f"{rate:g}")
+    best = table[table["best"]]
+    x, y = best["effective_batch_size"], 100 * (1 - best["validation_accuracy"])
+    ax.plot(x, y, marker="s", color="#d1495b", linestyle="--", label="best of each size")
+    ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
+    _size_ticks(ax, table["effective_batch_size"])
+    _plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
+    ax.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
+    """The noise scale along training, a line a seed with its interval, a colour an optimizer.
+
+    An interval without an upper end reaches to the top of the axis.
+
+    Args:
+        ax: Where to draw.
+        table: From `nbutils.noise_scale.noise_along_training`.
+    """
+    finite = table[["low", "value", "high"]].replace([np.inf, 0.0], np.nan)
+    top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
+    colours = dict(zip(sorted(table["optimizer"].unique()), ("#29af7f", "#440154"), strict=False))
+    for (optimizer, seed), group in table.groupby(["optimizer", "seed"]):
+        value = group["value"].where(group["value"] < top)
+        ax.fill_between(
+            group["update"],
+            group["low"].clip(lower=bottom),
+            group["high"].clip(upper=top),
+            color=colours[optimizer],
+            alpha=0.12,
+        )
+        label = optimizer if seed == table["seed"].min() else f"_{optimizer} {seed}"
+        ax.plot(group["update"], value, marker="o", ms=4, color=colours[optimizer], label=label)
+    ax.set(
+        xscale="log",
+        yscale="log",
+        ylim=(bottom, top),
+        xlabel="updates",
+        ylabel="noise scale (images)",
+    )
+    _plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
+    _plain_log_ticks(ax.yaxis, "{:,g}", (1, 3))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_updates_to_target(
+    ax: Axes, fastest: pd.DataFrame, critical: CriticalBatch, missing: Sequence[int] = ()
+) -> None:
+    """Updates to a target against batch size, the fitted curve, and the three regimes.
+
+    Dots are runs, open ones those that reached it in their first epoch, where it is an upper
+    bound. The shaded band is the 95 % interval of the critical batch size.
+
+    Args:
+        ax: Where to draw.
+        fastest: From `nbutils.critical_batch.fastest_rates`, the rows of one optimizer.
+        critical: Fitted to them.
+        missing: Sizes at which some seed never reached the target at any rate: crosses.
+    """
+    sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
+    x = np.geomspace(sizes.min() / 1.5, sizes.max() * 1.5, 200)
+    least, most = critical.fewest_updates, critical.fewest_images
+    ax.axvspan(max(critical.low, x[0]), min(critical.high, x[-1]), color="0.9", zorder=0)
+    ax.axvline(critical.value, color="0.5", linewidth=1)
+    ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
+    ax.axhline(least, color="0.5", linestyle="--", label="fewest updates")
+    ax.plot(x, least + most / x, color="#440154", label="fit")
+    for name, runs, fill in (
+        ("runs", fastest[fastest["epochs"] > 1], "#29af7f"),
+        ("at most", fastest[fastest["epochs"] <= 1], "white"),
+    ):
+        points = runs["effective_batch_size"], runs["updates"]
+        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=name)
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
+    ax.set(xlabel="images per update", ylabel="updates to the target")
+    if len(missing):
+        top = [ax.get_ylim()[1]] * len(missing)
+        ax.plot(list(missing), top, "x", color="#d1495b", clip_on=False, label="not reached")
+    for border in regime_borders(critical.value):
+        ax.axvline(border, color="#d1495b", linewidth=1, linestyle="-.")
+    _size_ticks(ax, sizes)
+    _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _log_edges(centres: np.ndarray) -> np.ndarray:
+    """Borders of cells around `centres`, shape (n,), on a log scale; shape (n + 1,)."""
+    logs = np.log(centres)
+    steps = np.diff(logs) / 2
+    inner = logs[:-1] + steps
+    return np.exp(np.concatenate([[logs[0] - steps[0]], inner, [logs[-1] + steps[-1]]]))
+
+
+def _size_ticks(ax: Axes, sizes: Iterable[float]) -> None:
+    ax.xaxis.set_major_locator(FixedLocator(sorted(set(sizes))))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:

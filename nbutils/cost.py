@@ -8,9 +8,9 @@ error.
 **Peak memory** is what training adds to a process that has torch and the data: weights,
 gradients, the optimizer's state, activations, and what the allocator holds on to. Before it is
 counted, a first model makes one update with one or two images and is thrown away, so that what
-torch takes once a process is not counted. On the CPU it is resident memory: its peak over the updates,
-less what was resident before the model was made. On CUDA it is the same of the memory that
-torch's allocator has reserved; the CUDA context, some hundred megabytes, comes on top.
+torch takes once a process is not counted. On the CPU it is resident memory: its peak over the
+updates, less what was resident before the model was made. On CUDA it is the same of the memory
+that torch's allocator has reserved; the CUDA context, some hundred megabytes, comes on top.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import ctypes
 import gc
 import importlib
 import itertools
+import math
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -57,6 +58,10 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
 }
 """Bytes in each unit that a memory budget may be given in."""
 
+PASSES = 12
+"""Forward/backward passes that a measurement makes at least. An allocator hands out freed memory
+again, but not all of it: the peak grows over the first passes."""
+
 TOLERANCE = 1 / 16
 """The largest batch size is searched to within this share of it."""
 
@@ -76,6 +81,7 @@ class Cost:
         peak_memory: Bytes; the module's docstring says of what.
         seconds_per_update: Median over the timed updates.
         images_per_second: Images of an update over its seconds.
+        device: "cpu", or the name of the GPU.
     """
 
     batch_size: int
@@ -84,6 +90,7 @@ class Cost:
     peak_memory: int
     seconds_per_update: float
     images_per_second: float
+    device: str
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,8 @@ def measure(
 ) -> Cost:
     """Measure updates of one setting, after one to warm up.
 
-    The loss is the cross-entropy of the model's logits.
+    The loss is the cross-entropy of the model's logits. There are at least `updates` updates
+    and `PASSES` passes.
 
     Args:
         factory: Makes the model; or where to find what does, as "package.module:name". Like
@@ -130,7 +138,7 @@ def measure(
         accumulation_steps: Micro-batches in an update, >= 1.
         device: As in `RunConfig`, but not "mps".
         optimizer: Makes the optimizer from the parameters.
-        updates: Timed updates, >= 1.
+        updates: Timed updates at least, >= 1.
 
     Raises:
         InputError: An argument is not allowed or cannot be pickled, or the model cannot be
@@ -163,7 +171,7 @@ def measure(
         labels=labels[needed].detach().cpu(),
         batch_size=batch_size,
         accumulation_steps=accumulation_steps,
-        updates=updates,
+        updates=max(updates, math.ceil(PASSES / accumulation_steps)),
         device=str(place),
         threads=torch.get_num_threads(),
     )
@@ -175,6 +183,7 @@ def measure(
         peak_memory,
         seconds,
         effective_batch_size / seconds,
+        torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
     )
 
 
@@ -199,7 +208,7 @@ def measure_grid(
         repeats: Measurements of each setting, >= 1.
         device: The device.
         optimizer: Makes the optimizer.
-        updates: Timed updates of each measurement.
+        updates: Timed updates of each measurement at least.
 
     Returns:
         A row a measurement: the fields of `Cost`, and `repeat`, from 0. A setting that needs more
@@ -256,7 +265,7 @@ def largest_batch_size(
 ) -> LargestBatch:
     """The largest micro-batch that can be trained within a memory budget, found by trying.
 
-    A try makes two updates of two micro-batches each. So at its peak there are weights, the
+    A try makes updates of two micro-batches each. So at its peak there are weights, the
     optimizer's state, accumulated gradients and activations: what any number of accumulation
     steps needs. Sizes are doubled, but not beyond what a line through the tries so far says
     would fit; after one that does not fit, the gap is halved, to within `TOLERANCE`.
@@ -371,8 +380,8 @@ def parse_memory(text: str) -> int:
 
 def format_memory(size: float) -> str:
     """So many bytes as people read them, to three digits: "1.25 GB"."""
-    unit = max((u for u in ("B", "KB", "MB", "GB", "TB") if size >= UNITS[u]), default="B", key=UNITS.get)
-    return f"{size / UNITS[unit]:.3g} {unit}"
+    power = max(0, min(4, math.floor(math.log10(size) / 3))) if size >= 1 else 0
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
 
 def find_factory(factory: Factory | str) -> Factory:
@@ -443,7 +452,8 @@ def _in_own_process(job: _Job) -> tuple[int, float]:
         code = process.exitcode or 0
         # What Linux does to a process when memory runs out.
         if code == -signal.SIGKILL:
-            raise OutOfMemory("the measuring process was killed, probably for want of memory") from None
+            text = "the measuring process was killed, probably for want of memory"
+            raise OutOfMemory(text) from None
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
         raise RuntimeError(f"the measuring process ended {how} and told no result") from None
     finally:
@@ -461,7 +471,8 @@ def _process_context() -> Any:
     """Fresh processes; where it is safe, forked from a server that has imported torch, fast."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    multiprocessing.forkserver.set_forkserver_preload([__name__])
+    # Every optimizer imports torch._dynamo when it is made, which takes seconds.
+    multiprocessing.forkserver.set_forkserver_preload([__name__, "torch._dynamo"])
     return multiprocessing.get_context("forkserver")
 
 
@@ -491,17 +502,16 @@ def _do(job: _Job) -> tuple[int, float]:
             raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
         model.to(device).train()
         optimizer = make_optimizer(model.parameters())
+
+        def losses(batch: Tensor) -> Tensor:
+            return F.cross_entropy(model(images[batch]), labels[batch], reduction="none")
+
         seconds = []
         for update in range(updates):
             _wait_for(device)
             start = time.perf_counter()
             optimizer.zero_grad()
-            accumulate_gradient(
-                model,
-                window,
-                lambda batch: F.cross_entropy(model(images[batch]), labels[batch], reduction="none"),
-                update=update,
-            )
+            accumulate_gradient(model, window, losses, update=update)
             optimizer.step()
             _wait_for(device)
             seconds.append(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""The command line: `python -m nbutils run | status | export | advise | figures | bench | peers`."""
+"""The command line: `python -m nbutils advise | run | status | export | figures | bench ...`."""
 
 from __future__ import annotations
 

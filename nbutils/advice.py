@@ -211,7 +211,7 @@ def advise(
     if norms:
         left_out.append("the noise scale: with BatchNorm an image has no gradient of its own")
     else:
-        start = _choose(costs, math.inf, accumulate=True)
+        start = choose(costs, math.inf, accumulate=True)
         noise, missed = trial_noise(
             classifier,
             recipe,
@@ -238,7 +238,7 @@ def advise(
     scale, low, high = typical(noise) if len(noise) else (math.nan,) * 3
     images = classifier.images_per_epoch
     rated = costs.assign(
-        relative_time=_relative_time(costs, scale if len(noise) else math.inf),
+        relative_time=relative_time(costs, scale if len(noise) else math.inf),
         scaled_rate=best["learning_rate"]
         * (costs["effective_batch_size"] / chosen["effective_batch_size"]) ** RULES[recipe.rule],
     )
@@ -254,7 +254,7 @@ def advise(
         learning_rate=float(best["learning_rate"]),
         learning_rate_range=[float(equal.min()), float(equal.max())],
         seconds_per_epoch=images / chosen["images_per_second"],
-        seconds_per_epoch_range=[images / chosen["fastest"], images / chosen["slowest"]],
+        seconds_per_epoch_range=[images / chosen["images_per_second"], images / chosen["slowest"]],
         peak_memory=chosen["peak_memory"],
         memory_budget=memory,
         noise_scale=_finite(scale),
@@ -272,18 +272,29 @@ def advise(
     )
 
 
-def _relative_time(costs: pd.DataFrame, noise_scale: float) -> pd.Series:
-    """Time to get equally far at each setting, of those given the least being 1."""
+def relative_time(costs: pd.DataFrame, noise_scale: float) -> pd.Series:
+    """Time to get equally far at each setting of `costs`, the least being 1.
+
+    Args:
+        costs: With `effective_batch_size` and `images_per_second`.
+        noise_scale: In images; infinite where it is unknown, and then only speed counts.
+    """
     times = (1 + costs["effective_batch_size"] / noise_scale) / costs["images_per_second"]
     return times / times.min()
 
 
-def _choose(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> dict[str, Any]:
-    """The setting that the rule picks: a row of `costs`."""
+def choose(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> dict[str, Any]:
+    """The row of `costs` that the rule picks.
+
+    Args:
+        costs: From `trial_costs`.
+        noise_scale: As for `relative_time`.
+        accumulate: Whether more images than fit as one micro-batch are open to choice.
+    """
     whole = costs["accumulation_steps"] == 1
     too_large = costs["effective_batch_size"] > costs.loc[whole, "batch_size"].max()
     open_to_choice = costs[whole | too_large] if accumulate else costs[whole]
-    near = open_to_choice[_relative_time(open_to_choice, noise_scale) <= NEAR]
+    near = open_to_choice[relative_time(open_to_choice, noise_scale) <= NEAR]
     return _rows(near.sort_values("effective_batch_size"))[0]
 
 
@@ -292,7 +303,7 @@ def _chosen(
 ) -> tuple[dict[str, Any], list[int]]:
     """The setting, and the effective batch sizes chosen at the ends of the noise scale."""
     scales = typical(noise) if len(noise) else (math.inf,) * 3
-    settings = [_choose(costs, scale or 1e-9, accumulate) for scale in scales]
+    settings = [choose(costs, scale or 1e-9, accumulate) for scale in scales]
     sizes = [setting["effective_batch_size"] for setting in settings]
     return settings[0], [min(sizes), max(sizes)]
 
@@ -357,9 +368,9 @@ def _reasons(
     fastest = costs["images_per_second"].max()
     reasons = [
         f"at {size} images an update the device makes {chosen['images_per_second']:,.0f} images "
-        f"per second ({chosen['slowest']:,.0f} to {chosen['fastest']:,.0f} in "
-        f"{chosen['measurements']} measurements), "
-        f"{chosen['images_per_second'] / fastest:.0%} of the most found at any size"
+        f"per second (at least {chosen['slowest']:,.0f} in each measurement, "
+        f"n = {chosen['measurements']}), {chosen['images_per_second'] / fastest:.0%} of the most "
+        f"found at any size",
     ]
     if not math.isnan(scale):
         reasons.append(
@@ -372,7 +383,8 @@ def _reasons(
             reasons.append(
                 f"by both, {largest['effective_batch_size']} images an update would take about "
                 f"{largest['relative_time']:.1f} times as long as the best size to get equally "
-                f"far, its rate tuned; {size} is the smallest within {NEAR - 1:.0%} of the best"
+                f"far, with a rate of its own; {size} is the smallest within {NEAR - 1:.0%} of the "
+                f"best"
             )
     if steps > 1:
         reasons.append(
@@ -510,8 +522,8 @@ class RecordedOutcome:
 def recorded_outcome(advice: Advice, runs: pd.DataFrame) -> RecordedOutcome:
     """Look the advised setting up in a study over batch sizes and learning rates.
 
-    An epoch's seconds are the median over all runs of a size, since the rate does not change
-    them and other work on the machine does. A target within an epoch is reached where
+    An epoch's seconds are the least of all runs of a size: the rate does not change them, and
+    other work on the machine only adds. A target within an epoch is reached where
     `updates_to_target` says.
 
     Args:
@@ -528,7 +540,7 @@ def recorded_outcome(advice: Advice, runs: pd.DataFrame) -> RecordedOutcome:
     final = last_epochs(runs)
     accuracy = final.groupby(setting)["validation_accuracy"].mean()
     target, _ = proportion_interval(accuracy.max(), int(final["validation_images"].iloc[0]))
-    epoch = (final["seconds"] / final["epoch"]).groupby(final["effective_batch_size"]).median()
+    epoch = (final["seconds"] / final["epoch"]).groupby(final["effective_batch_size"]).min()
     epochs = (
         updates_to_target(runs, target)
         .groupby(setting)["epochs"]

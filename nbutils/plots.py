@@ -476,7 +476,7 @@ def _size_ticks(ax: Axes, sizes: Iterable[float]) -> None:
 def plot_trial_costs(axes: Sequence[Axes], costs: pd.DataFrame, chosen: int) -> None:
     """Speed (left), and time to get equally far (right), over images per update.
 
-    Bars at the speeds reach from the slowest to the fastest measurement.
+    Bars at the speeds reach down to the slowest measurement.
 
     Args:
         axes: Two, side by side.
@@ -493,7 +493,7 @@ def plot_trial_costs(axes: Sequence[Axes], costs: pd.DataFrame, chosen: int) -> 
         if part.empty:
             continue
         size, speed = part["effective_batch_size"], part["images_per_second"]
-        spread = [speed - part["slowest"], part["fastest"] - speed]
+        spread = [speed - part["slowest"], 0 * speed]
         axes[0].errorbar(
             size, speed, spread, fmt="o", ls=line, color=colour, capsize=4, label=label
         )

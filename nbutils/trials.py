@@ -56,8 +56,8 @@ MICRO_BATCHES = 24
 EPOCHS = 3
 """A trial trains for no longer: what more time tells is left to the reader's own training."""
 
-FEW_UPDATES = 30
-"""Trials of fewer updates say little of a rate."""
+SHORTEST = 30
+"""Updates that each rate is tried for at least; if time is short, fewer rates are tried."""
 
 JUDGED_IMAGES = 2000
 """Validation images that rates are judged by, at most."""
@@ -161,9 +161,9 @@ def trial_costs(
 
     Returns:
         A row a setting that fits, by effective batch size: `batch_size`, `accumulation_steps`,
-        `effective_batch_size`, the largest `peak_memory`, the median of `images_per_second` with
-        the lowest and highest as `slowest` and `fastest`, and `measurements`. Then whether memory
-        was the limit. Then what was left out.
+        `effective_batch_size`, the largest `peak_memory`, the highest `images_per_second` (other
+        work on the machine only slows), the lowest as `slowest`, and `measurements`. Then whether
+        memory was the limit. Then what was left out.
 
     Raises:
         InputError: As `largest_batch_size`.
@@ -261,9 +261,8 @@ def _cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
         table.groupby(["effective_batch_size", "accumulation_steps", "batch_size"])
         .agg(
             peak_memory=("peak_memory", "max"),
-            images_per_second=("images_per_second", "median"),
+            images_per_second=("images_per_second", "max"),
             slowest=("images_per_second", "min"),
-            fastest=("images_per_second", "max"),
             measurements=("images_per_second", "size"),
         )
         .reset_index()
@@ -418,7 +417,7 @@ def trial_rates(
         clock = Clock(seconds - judging)
         share = max(0.0, 0.9 * clock.left / len(recipe.rates) - judging)
         images = min(share * images_per_second, EPOCHS * len(classifier.train.labels))
-        updates = max(FEW_UPDATES // 3, int(images / effective_batch_size))
+        updates = max(SHORTEST, int(images / effective_batch_size))
         order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
         took = 0.0
         judged: dict[float, tuple[int, Tensor, float]] = {}
@@ -436,12 +435,10 @@ def trial_rates(
     if len(judged) < len(order):
         missing = ", ".join(f"{rate:g}" for rate in sorted(set(order) - set(judged)))
         left_out.append(f"the rates {missing}: the time budget did not reach for them")
-    if updates < FEW_UPDATES:
-        left_out.append(
-            f"more than {updates} updates a rate: the learning rate is a first guess, give "
-            f"more time"
-        )
-    return _rate_table(judged, updates, at_start.mean().item()), left_out
+    table = _rate_table(judged, updates, at_start.mean().item())
+    if table["best"].iloc[0] or table["best"].iloc[-1]:
+        left_out.append("rates beyond the best one, which is the outermost that was tried")
+    return table, left_out
 
 
 def judge(model: nn.Module, classifier: Classifier) -> tuple[Tensor, float]:

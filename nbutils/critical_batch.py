@@ -12,15 +12,16 @@ the fewest updates. Their theory expects it to be near the noise scale.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from nbutils.config import InputError
 
-Regime = Literal["perfect scaling", "diminishing returns", "maximal data parallelism"]
+REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
+"""From small batches to large ones; see `regime`."""
 
 SAVED = (0.8, 0.2)
 """Shares of the ideal saving that separate the regimes; see `regime`."""
@@ -157,7 +158,7 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     )
 
 
-def regime(batch_size: float, critical: float) -> Regime:
+def regime(batch_size: float, critical: float) -> str:
     """Which of the three regimes of Shallue et al. a batch size is in.
 
     By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`: the share of the
@@ -167,10 +168,7 @@ def regime(batch_size: float, critical: float) -> Regime:
     Source: Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network
     Training", section 4.1.
     """
-    share = 1 / (1 + batch_size / critical)
-    if share > SAVED[0]:
-        return "perfect scaling"
-    return "diminishing returns" if share >= SAVED[1] else "maximal data parallelism"
+    return REGIMES[sum(batch_size > border for border in regime_borders(critical))]
 
 
 def regime_borders(critical: float) -> tuple[float, float]:
@@ -215,3 +213,55 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
             }
         )
     return pd.DataFrame(rows)
+
+
+def describe_agreement(table: pd.DataFrame) -> str:
+    """One Markdown line an optimizer.
+
+    Args:
+        table: From `agreement`.
+    """
+    lines = []
+    for _, row in table.iterrows():
+        ratio = row["ratio"] if row["ratio"] >= 1 else 1 / row["ratio"]
+        lines.append(
+            f"- **{row['optimizer']}**: {row['measurements']} measurements of the noise scale, "
+            f"median {row['median']:.0f} images ({row['lowest']:.0f} to {row['highest']:.0f}); "
+            f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to "
+            f"{row['high']:.0f}). They {'agree' if row['agree'] else 'do not agree'}: range and "
+            f"interval {'overlap' if row['agree'] else 'do not overlap'}; the median is "
+            f"{ratio:.1f} times {'as large' if row['ratio'] >= 1 else 'smaller'}."
+        )
+    return "\n".join(lines)
+
+
+def target_table(
+    fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
+) -> pd.DataFrame:
+    """What each size took to reach the target, as people read it.
+
+    Args:
+        fastest: From `fastest_rates`, the rows of each optimizer.
+        fits: From `fit_critical_batch`, by optimizer.
+        sizes: All sizes that were tried.
+
+    Returns:
+        A row an `optimizer` and size: the chosen rate, means over seeds of updates and images
+        ("at most" where a run arrived in its first epoch), those of the fit, and the regime.
+    """
+    rows = []
+    for optimizer, fit in fits.items():
+        by_size = dict(iter(fastest[optimizer].groupby("effective_batch_size")))
+        for size in sizes:
+            fitted = fit.fewest_images * (1 + size / fit.value)
+            row = {"optimizer": optimizer, "images per update": size, "learning rate": "none"}
+            row |= {"updates": "not reached", "images": "not reached"}
+            if size in by_size:
+                runs = by_size[size]
+                bound = "at most " if (runs["epochs"] <= 1).any() else ""
+                row["learning rate"] = f"{runs['learning_rate'].iloc[0]:g}"
+                row["updates"] = f"{bound}{runs['updates'].mean():,.0f}"
+                row["images"] = f"{bound}{runs['images'].mean():,.0f}"
+            row |= {"updates, fit": f"{fitted / size:,.0f}", "images, fit": f"{fitted:,.0f}"}
+            rows.append(row | {"regime": regime(size, fit.value)})
+    return pd.DataFrame(rows).set_index(["optimizer", "images per update"])

@@ -28,12 +28,12 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row an `optimizer`, `effective_batch_size` and `learning_rate`, in that order: `seeds`;
-        `validation_accuracy`, the mean over them; `best`, whether it is the highest of its size;
-        `within_noise`, whether it is no lower than the lower end of the 95 % interval (Wilson's,
-        of a share of the validation images) of that best one; and `outcome`: "learnt", or, where
-        the loss is not finite or the accuracy below `NOTHING_LEARNT`, "diverged" at rates above
-        the best one and "too slow" at rates below it. A loss that is not finite has "diverged"
-        at any rate.
+        means over them of `train_loss` and of `validation_accuracy`, with its 95 % interval `low`
+        and `high` (Wilson's, of a share of the validation images); `best`, whether that is the
+        highest of its size; `within_noise`, whether it is no lower than `low` of that best one;
+        and `outcome`: "learnt", or, where the loss is not finite or the accuracy below
+        `NOTHING_LEARNT`, "diverged" at rates above the best one and "too slow" at rates below it.
+        A loss that is not finite has "diverged" at any rate.
     """
     final = last_epochs(runs)
     final = final.assign(finite=np.isfinite(final["train_loss"]))
@@ -44,7 +44,8 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
         accuracy = by_rate["validation_accuracy"].mean()
         finite = by_rate["finite"].all()
         best = accuracy.idxmax()
-        threshold, _ = proportion_interval(accuracy.max(), images)
+        intervals = [proportion_interval(share, images) for share in accuracy]
+        low, high = (np.array(ends) for ends in zip(*intervals, strict=True))
         learnt = finite & (accuracy >= NOTHING_LEARNT)
         too_slow = finite & (accuracy.index < best)
         part = pd.DataFrame(
@@ -52,9 +53,12 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
                 "optimizer": optimizer,
                 "effective_batch_size": size,
                 "seeds": by_rate["seed"].nunique(),
+                "train_loss": by_rate["train_loss"].mean(),
                 "validation_accuracy": accuracy,
+                "low": low,
+                "high": high,
                 "best": accuracy.index == best,
-                "within_noise": accuracy >= threshold,
+                "within_noise": accuracy >= low[accuracy.index == best].item(),
                 "outcome": np.select([learnt, too_slow], ["learnt", "too slow"], "diverged"),
             }
         )
@@ -70,8 +74,8 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         A row an `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy` there;
-        and `low` and `high`, half-way (on a log scale) from the outermost rates within noise to
-        the next that were tried, missing where none was.
+        `low` and `high`, half-way (on a log scale) from the outermost rates within noise to the
+        next that were tried, missing where none was; and `loss_rate`, see `lowest_loss_rate`.
     """
     rows = []
     for (optimizer, size), group in table.groupby(["optimizer", "effective_batch_size"]):
@@ -87,17 +91,67 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
                 "validation_accuracy": best["validation_accuracy"],
                 "low": np.sqrt(below * equal.min()),
                 "high": np.sqrt(above * equal.max()),
+                "loss_rate": lowest_loss_rate(group),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def lowest_loss_rate(of_size: pd.DataFrame) -> float:
+    """The rate of lowest training loss at one size.
+
+    The loss of thousands of training images is far less noisy than the accuracy on some hundred
+    others. The rate is the vertex of the parabola, on log scales, through the lowest loss and
+    its two neighbours; the lowest itself where it has but one.
+
+    Args:
+        of_size: From `rate_map`, the rows of one optimizer and size.
+    """
+    known = of_size[np.isfinite(of_size["train_loss"])].sort_values("learning_rate")
+    rates, losses = np.log(known["learning_rate"].to_numpy()), np.log(known["train_loss"])
+    lowest = int(losses.to_numpy().argmin())
+    if lowest in (0, len(rates) - 1):
+        return float(np.exp(rates[lowest]))
+    near = slice(lowest - 1, lowest + 2)
+    curvature, slope, _ = np.polyfit(rates[near], losses[near], 2)
+    return float(np.exp(-slope / (2 * curvature)))
+
+
+def growth(ridge_table: pd.DataFrame) -> pd.DataFrame:
+    """The power of the batch size with which the rate of lowest training loss grows.
+
+    Args:
+        ridge_table: From `ridge`; at least three sizes.
+
+    Returns:
+        A row an `optimizer`: `power`, by least squares on log scales over the sizes, and its
+        95 % interval (Student's), `low` and `high`.
+    """
+    from scipy import stats
+
+    rows = []
+    for optimizer, group in ridge_table.groupby("optimizer"):
+        fit = stats.linregress(np.log(group["effective_batch_size"]), np.log(group["loss_rate"]))
+        half = stats.t.ppf(0.975, len(group) - 2) * fit.stderr
+        rows.append(
+            {
+                "optimizer": optimizer,
+                "power": fit.slope,
+                "low": fit.slope - half,
+                "high": fit.slope + half,
             }
         )
     return pd.DataFrame(rows)
 
 
 def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
-    """What each rule of `RULES` makes of the best rate at one size.
+    """What each rule of `RULES` makes of the rate of lowest training loss at one size.
+
+    That rate is known better than the one of highest validation accuracy.
 
     Args:
         ridge_table: From `ridge`.
-        anchor: The effective batch size whose best rate is taken as it is.
+        anchor: The effective batch size whose rate is taken as it is.
 
     Returns:
         A row an `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and `fits`,
@@ -106,13 +160,13 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     Raises:
         InputError: No runs have the size `anchor`.
     """
-    sizes = sorted(ridge_table["effective_batch_size"].unique())
+    sizes = sorted(set(ridge_table["effective_batch_size"].tolist()))
     if anchor not in sizes:
         raise InputError(f"anchor = {anchor}, but it must be a size of the runs: {sizes}")
     rows = []
     for rule, power in RULES.items():
         start = ridge_table[ridge_table["effective_batch_size"] == anchor]
-        start_rates = start.set_index("optimizer")["best_rate"]
+        start_rates = start.set_index("optimizer")["loss_rate"]
         ratio = (ridge_table["effective_batch_size"] / anchor) ** power
         rates = ridge_table["optimizer"].map(start_rates) * ratio
         outside = (rates < ridge_table["low"]) | (rates > ridge_table["high"])
@@ -121,26 +175,86 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def fixed_rate(table: pd.DataFrame) -> pd.DataFrame:
-    """Which size is best where the rate is fixed.
+def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
+    """The ridge as people read it, beside the rate of each rule and whether that is on it.
+
+    Args:
+        ridge_table: From `ridge`.
+        rules: From `scaling_rules`.
+    """
+    keys = ["optimizer", "effective_batch_size"]
+    low = ridge_table["low"].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
+    high = ridge_table["high"].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
+    verdicts = rules.assign(
+        text=rules["learning_rate"].map("{:.2g}".format)
+        + rules["fits"].map({True: ", on it", False: ", off it"})
+    ).pivot_table(index=keys, columns="rule", values="text", aggfunc="first")
+    table = ridge_table[keys].assign(
+        **{
+            "best rate": ridge_table["best_rate"].map("{:g}".format),
+            "accuracy": ridge_table["validation_accuracy"].map("{:.1%}".format),
+            "within noise": low + " to " + high,
+            "of lowest loss": ridge_table["loss_rate"].map("{:.2g}".format),
+        }
+    )
+    names = {"optimizer": "optimizer", "effective_batch_size": "images per update"}
+    return table.set_index(keys).join(verdicts).rename_axis(list(names.values()))
+
+
+def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
+    """A Markdown line for each optimizer and question: does the ridge move as the rules say?
 
     Args:
         table: From `rate_map`.
-
-    Returns:
-        A row an `optimizer` and `learning_rate` at which some size learnt:
-        `best_size`; and the mean accuracies of the `smallest` and `largest` size.
+        rules: From `scaling_rules`.
     """
-    rows = []
-    for (optimizer, rate), group in table.groupby(["optimizer", "learning_rate"]):
-        accuracies = group.set_index("effective_batch_size")["validation_accuracy"].sort_index()
-        rows.append(
-            {
-                "optimizer": optimizer,
-                "learning_rate": rate,
-                "best_size": accuracies.idxmax(),
-                "smallest": accuracies.iloc[0],
-                "largest": accuracies.iloc[-1],
-            }
+    powers = growth(ridge(table)).set_index("optimizer")
+    lines = []
+    for optimizer, power in powers.iterrows():
+        everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
+        rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
+        lines.append(
+            f"- **{optimizer}**: the rate of lowest training loss grows as the batch size to the "
+            f"power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
+            f"{power['high']:.2f}; linear is 1, square root 0.5). "
+            f"Within noise of the best validation accuracy at *every* size: "
+            f"{', '.join(rates) or 'no rate'}."
         )
-    return pd.DataFrame(rows)
+        for rule, rows in rules[rules["optimizer"] == optimizer].groupby("rule"):
+            off = ", ".join(map(str, rows.loc[~rows["fits"], "effective_batch_size"]))
+            lines.append(
+                f"- **{optimizer}**, {rule} rule: within noise at {rows['fits'].sum()} of "
+                f"{len(rows)} sizes{f', not at {off}' if off else ''}."
+            )
+    return "\n".join(lines)
+
+
+def describe_fixed_rates(table: pd.DataFrame) -> str:
+    """One Markdown line an optimizer: at which fixed rates smaller or larger batches are better.
+
+    Smaller batches are better at a rate if the largest size is worse than the best size of that
+    rate by more than noise (their intervals do not overlap); larger ones if the smallest size is.
+    Both hold where a middle size is best.
+
+    Args:
+        table: From `rate_map`.
+    """
+    lines = []
+    for optimizer, of_optimizer in table.groupby("optimizer"):
+        worse: dict[str, list[str]] = {"smaller": [], "larger": []}
+        for rate, cut in of_optimizer.groupby("learning_rate"):
+            cut = cut.sort_values("effective_batch_size")
+            best = cut.sort_values("validation_accuracy").iloc[-1]
+            for name, other in (("smaller", cut.iloc[-1]), ("larger", cut.iloc[0])):
+                if other["high"] < best["low"]:
+                    worse[name].append(
+                        f"{rate:g} (best at {best['effective_batch_size']}: "
+                        f"{best['validation_accuracy']:.1%}, "
+                        f"at {other['effective_batch_size']}: {other['validation_accuracy']:.1%})"
+                    )
+        lines += [
+            f"- **{optimizer}**, {name} batches are better at the rates: "
+            f"{', '.join(rates) or 'none of those tried'}."
+            for name, rates in worse.items()
+        ]
+    return "\n".join(lines)

@@ -21,7 +21,7 @@ from matplotlib.ticker import (
     NullLocator,
 )
 
-from nbutils.critical_batch import CriticalBatch, regime_borders
+from nbutils.critical_batch import REGIMES, CriticalBatch, regime_borders
 from nbutils.data import Dataset, Split
 from nbutils.statistics import mean_interval
 from nbutils.summary import last_epochs, name_settings
@@ -51,6 +51,10 @@ ACCURACY_TICKS = (
     *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
     *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9999),
 )
+
+
+RED = "#d1495b"
+"""What stands out against the palette of the batch sizes."""
 
 
 def use_style() -> None:
@@ -345,25 +349,31 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
     ax.set(xlabel="images per update", ylabel="learning rate")
 
 
-def plot_scaling_rules(ax: Axes, rules: pd.DataFrame) -> None:
-    """The learning rate that each scaling rule gives, over the axes of `plot_rate_map`.
+def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
+    """The rates of lowest training loss, and those of each rule, over `plot_rate_map`.
 
     Args:
         ax: Where a map was drawn; its limits stay.
-        rules: From `nbutils.learning_rate.scaling_rules`, the rows of one optimizer.
+        ridge: From `nbutils.learning_rate.ridge`, the rows of one optimizer.
+        rules: From `nbutils.learning_rate.scaling_rules`, the same.
     """
     limits = ax.get_ylim()
     styles = {"linear": "-", "square root": "--"}
     for rule, line in rules.groupby("rule"):
         x, y = line["effective_batch_size"], line["learning_rate"]
         ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
-        ax.plot(x, y, color="#d1495b", linewidth=2, linestyle=styles[str(rule)], label=rule)
+        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=rule)
+    points = ridge["effective_batch_size"], ridge["loss_rate"]
+    label = "lowest training loss"
+    ax.plot(*points, "o", color=RED, markerfacecolor="none", mew=2, ms=20, label=label)
     ax.set_ylim(limits)
-    ax.legend(title="rule", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
     """Error against batch size: the map cut at some heights, and at each size's best rate.
+
+    Bars are 95 % intervals.
 
     Args:
         ax: Where to draw.
@@ -371,13 +381,16 @@ def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> N
         rates: Where to cut; rates of the table.
     """
     shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
-    for rate, shade in zip(sorted(rates), shades, strict=True):
-        cut = table[np.isclose(table["learning_rate"], rate)]
-        x, y = cut["effective_batch_size"], 100 * (1 - cut["validation_accuracy"])
-        ax.plot(x, y, marker="o", color=shade, label=f"{rate:g}")
-    best = table[table["best"]]
-    x, y = best["effective_batch_size"], 100 * (1 - best["validation_accuracy"])
-    ax.plot(x, y, marker="s", color="#d1495b", linestyle="--", label="best of each size")
+    cuts = [
+        (f"{rate:g}", table[np.isclose(table["learning_rate"], rate)], shade, "-")
+        for rate, shade in zip(sorted(rates), shades, strict=True)
+    ]
+    for label, cut, colour, line in [*cuts, ("best of each size", table[table["best"]], RED, "--")]:
+        accuracy = cut["validation_accuracy"]
+        ends = 100 * np.array([cut["high"] - accuracy, accuracy - cut["low"]])
+        x, y = cut["effective_batch_size"], 100 * (1 - accuracy)
+        style: dict[str, Any] = {"marker": "o", "color": colour, "linestyle": line}
+        ax.errorbar(x, y, yerr=ends, capsize=3, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
     _size_ticks(ax, table["effective_batch_size"])
     _plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
@@ -450,10 +463,21 @@ def plot_updates_to_target(
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
     ax.set(xlabel="images per update", ylabel="updates to the target")
     if len(missing):
-        top = [ax.get_ylim()[1]] * len(missing)
-        ax.plot(list(missing), top, "x", color="#d1495b", clip_on=False, label="not reached")
+        places = list(missing), [0.04] * len(missing)
+        style: dict[str, Any] = {
+            "color": RED,
+            "linestyle": "",
+            "transform": ax.get_xaxis_transform(),
+        }
+        ax.plot(*places, marker="x", label="not reached", **style)
     for border in regime_borders(critical.value):
-        ax.axvline(border, color="#d1495b", linewidth=1, linestyle="-.")
+        ax.axvline(border, color=RED, linewidth=1, linestyle="-.")
+    borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
+    for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
+        if right > left:
+            place = np.sqrt(left * right), 0.98
+            text = name.replace(" ", "\n")
+            ax.text(*place, text, transform=ax.get_xaxis_transform(), ha="center", va="top", size=8)
     _size_ticks(ax, sizes)
     _plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))

@@ -27,7 +27,13 @@ from nbutils.verdicts import by_size, effect, load_kaggle_runs, size_verdicts, v
 ROOT = REFERENCE_FOLDER.parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "figures"
-FIGURE_NOTEBOOKS = ("01_data_and_model", "04_summary", "07_normalisation")
+FIGURE_NOTEBOOKS = (
+    "01_data_and_model",
+    "04_summary",
+    "07_normalisation",
+    "08_learning_rate",
+    "09_noise_scale",
+)
 
 
 def make_figures() -> list[Path]:

@@ -12,13 +12,24 @@ from test_summary import runs_of
 from nbutils import InputError, RunConfig
 from nbutils.critical_batch import (
     agreement,
+    describe_agreement,
     fastest_rates,
     fit_critical_batch,
     regime,
     regime_borders,
+    target_table,
     updates_to_target,
 )
-from nbutils.learning_rate import fixed_rate, rate_map, ridge, scaling_rules
+from nbutils.learning_rate import (
+    describe_fixed_rates,
+    describe_ridge,
+    format_ridge,
+    growth,
+    lowest_loss_rate,
+    rate_map,
+    ridge,
+    scaling_rules,
+)
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 
@@ -79,8 +90,30 @@ def test_the_ridge_has_no_end_where_none_was_seen(runs):
     assert rising["high"].isna().all()
 
 
+def test_the_lowest_loss_is_found_between_the_rates_that_were_tried():
+    rates = np.array([1e-4, 1e-3, 3e-3, 1e-1])
+    losses = np.exp(np.log(rates / 2e-3) ** 2)
+    table = pd.DataFrame({"learning_rate": rates, "train_loss": losses})
+    assert lowest_loss_rate(table) == pytest.approx(2e-3)
+    assert lowest_loss_rate(table.head(2)) == pytest.approx(1e-3)
+    table.loc[2, "train_loss"] = math.nan
+    assert 1e-4 < lowest_loss_rate(table) < 1e-2
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_the_power_of_a_ridge_is_found(power):
+    sizes = np.array([32, 64, 128, 1024])
+    noise = np.array([1.1, 0.9, 1.1, 0.95])
+    rates = 1e-3 * sizes**power * noise
+    table = pd.DataFrame({"optimizer": "sgd", "effective_batch_size": sizes, "loss_rate": rates})
+    row = growth(table).iloc[0]
+    assert row["power"] == pytest.approx(power, abs=0.1)
+    assert row["low"] < power < row["high"]
+
+
 def test_scaling_rules_go_through_the_anchor_and_are_held_to_the_ridge(runs):
-    rules = scaling_rules(ridge(rate_map(runs)), anchor=32)
+    ridge_table = ridge(rate_map(runs)).assign(loss_rate=[1e-3, 1e-2])
+    rules = scaling_rules(ridge_table, anchor=32)
     rates = rules.pivot_table(index="rule", columns="effective_batch_size", values="learning_rate")
     assert rates.loc["linear"].tolist() == pytest.approx([1e-3, 4e-3])
     assert rates.loc["square root"].tolist() == pytest.approx([1e-3, 2e-3])
@@ -91,15 +124,47 @@ def test_scaling_rules_go_through_the_anchor_and_are_held_to_the_ridge(runs):
         ("square root", 32): True,
         ("square root", 128): False,
     }
+    table = format_ridge(ridge_table, rules).loc["adam"]
+    assert table.loc[128].tolist() == [
+        "0.01",
+        "98.0%",
+        "0.0032 to 0.032",
+        "0.01",
+        "0.004, on it",
+        "0.002, off it",
+    ]
     with pytest.raises(InputError, match=r"anchor = 64.*\[32, 128\]"):
-        scaling_rules(ridge(rate_map(runs)), anchor=64)
+        scaling_rules(ridge_table, anchor=64)
 
 
-def test_a_fixed_rate_favours_small_sizes_when_low_and_large_ones_when_high(runs):
-    table = fixed_rate(rate_map(runs)).set_index("learning_rate")
-    assert table.loc[1e-3, "best_size"] == 32
-    assert table.loc[1e-2, "best_size"] == 128
-    assert table.loc[1e-2, ["smallest", "largest"]].tolist() == pytest.approx([0.97, 0.98])
+def test_an_open_end_is_told():
+    rising = ridge(rate_map(study({32: [0.1, 0.2, 0.5, 0.9]})))
+    table = format_ridge(rising, scaling_rules(rising, 32))
+    assert table["within noise"].item() == "0.032 to open"
+
+
+def test_the_ridge_is_described_by_its_power_and_by_the_rates_that_suit_every_size():
+    runs = study(
+        {32: [0.5, 0.98, 0.97, 0.1], 64: [0.1, 0.9, 0.98, 0.1], 128: [0.1, 0.6, 0.98, 0.1]}
+    )
+    lowest = runs["batch_size"].map({32: -3, 64: -2.5, 128: -2})
+    runs["train_loss"] = np.exp((np.log10(runs["learning_rate"]) - lowest) ** 2)
+    table = rate_map(runs)
+    text = describe_ridge(table, scaling_rules(ridge(table), anchor=32))
+    assert "to the power of 1.66 (95 % interval 1.66 to 1.66" in text
+    assert "at *every* size: 0.01." in text
+    assert "linear rule: within noise at 2 of 3 sizes, not at 64." in text
+    assert "square root rule: within noise at 1 of 3 sizes, not at 64, 128." in text
+
+
+def test_a_fixed_rate_favours_small_sizes_when_low_and_large_ones_when_high():
+    runs = study({32: [0.9, 0.98, 0.9, 0.1], 128: [0.1, 0.98, 0.98, 0.5]})
+    smaller, larger = describe_fixed_rates(rate_map(runs)).splitlines()
+    assert smaller == (
+        "- **adam**, smaller batches are better at the rates: "
+        "0.0001 (best at 32: 90.0%, at 128: 10.0%)."
+    )
+    assert "the rates: 0.01 (best at 128: 98.0%, at 32: 90.0%), 0.1 (best" in larger
 
 
 def curves(*curves_of_runs):
@@ -214,6 +279,24 @@ def test_the_estimate_is_compared_up_to_the_first_measurement_at_the_target():
     assert row[["measurements", "lowest", "median", "highest"]].tolist() == [4, 50, 150, 300]
     assert row["ratio"] == pytest.approx(2, rel=1e-3)
     assert row["agree"]
+    assert "They agree: range and interval overlap; the median is 2.0 times as large." in (
+        describe_agreement(agreement(noise, 0.96, {"sgd": fit}))
+    )
     assert not agreement(noise.assign(value=noise["value"] * 1000), 0.96, {"sgd": fit})[
         "agree"
     ].any()
+
+
+def test_the_table_tells_bounds_and_sizes_that_never_arrive():
+    sizes = np.array([16, 64, 256, 1024])
+    rows = reached(sizes, 5000 * (1 + sizes / 75), epochs=[1, 2, 2, 2]).assign(learning_rate=0.1)
+    fits = {"sgd": fit_critical_batch(rows)}
+    table = target_table({"sgd": rows}, fits, [16, 64, 256, 1024, 2048]).loc["sgd"]
+    assert table.loc[16, "images"] == "at most 6,067"
+    assert table.loc[64, ["learning rate", "updates", "updates, fit"]].tolist() == [
+        "0.1",
+        "145",
+        "145",
+    ]
+    assert table.loc[2048, "images"] == "not reached"
+    assert table["regime"].tolist()[::4] == ["perfect scaling", "maximal data parallelism"]

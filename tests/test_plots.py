@@ -1,11 +1,14 @@
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.colors import rgb_to_hsv, to_rgb
 from test_summary import runs_of
 
 from nbutils import RunConfig, plots
+from nbutils.critical_batch import REGIMES, fit_critical_batch
+from nbutils.learning_rate import rate_map, ridge, scaling_rules
 from nbutils.summary import last_epochs
 
 mpl.use("agg")
@@ -131,3 +134,86 @@ def test_final_values_show_each_run_and_the_mean_of_each_setting(ax):
     assert means == pytest.approx([0.984])
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["1 pass per update", "8 passes per update"]
+
+
+@pytest.fixture
+def rates():
+    """A map of two sizes and three rates, with one that diverged."""
+    sizes, tried = (32, 128), (1e-3, 1e-2, 1e-1)
+    accuracies = {32: (0.97, 0.98, 0.1), 128: (0.6, 0.9, 0.98)}
+    runs = runs_of(
+        *[
+            (RunConfig(batch_size=size, learning_rate=rate), [accuracy], 1)
+            for size in sizes
+            for rate, accuracy in zip(tried, accuracies[size], strict=True)
+        ]
+    )
+    return rate_map(runs.assign(train_loss=1 / runs["validation_accuracy"]))
+
+
+def test_the_map_writes_each_accuracy_and_what_diverged(ax, rates):
+    plots.plot_rate_map(ax, rates)
+    texts = {(text.get_position()): text for text in ax.texts}
+    assert texts[128, 1e-2].get_text() == "90.0"
+    assert texts[32, 1e-1].get_text() == "diverged"
+    assert texts[32, 1e-2].get_fontweight() == "bold"
+    assert texts[32, 1e-1].get_fontweight() == "normal"
+    (mesh,) = ax.collections
+    errors = np.asarray(mesh.get_array())
+    assert errors == pytest.approx(np.array([[0.03, 0.4], [0.02, 0.1], [0.9, 0.02]]))
+
+
+def test_rules_are_drawn_over_the_map_and_leave_its_limits(ax, rates):
+    plots.plot_rate_map(ax, rates)
+    limits = ax.get_ylim()
+    table = ridge(rates)
+    plots.plot_scaling_rules(ax, table, scaling_rules(table, 32))
+    assert ax.get_ylim() == limits
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["linear", "square root", "lowest training loss"]
+
+
+def test_cuts_show_errors_with_intervals_and_the_best_of_each_size(ax, rates):
+    plots.plot_fixed_rates(ax, rates, [1e-2, 1e-3])
+    drawn = {c.get_label(): c.lines[0].get_ydata() for c in ax.containers}
+    assert list(drawn) == ["0.001", "0.01", "best of each size"]
+    assert drawn["0.001"] == pytest.approx([3, 40])
+    assert drawn["best of each size"] == pytest.approx([2, 2])
+
+
+def test_an_interval_without_an_end_reaches_the_top(ax):
+    table = pd.DataFrame(
+        {
+            "optimizer": ["adam", "adam", "sgd", "sgd"],
+            "seed": 0,
+            "update": [1, 10, 1, 10],
+            "low": [50.0, 80.0, 0.0, 100.0],
+            "value": [100.0, 200.0, np.inf, 300.0],
+            "high": [200.0, np.inf, np.inf, 900.0],
+        }
+    )
+    plots.plot_noise_scale(ax, table)
+    bottom, top = ax.get_ylim()
+    assert (bottom, top) == (25, 2700)
+    assert ax.collections[0].get_paths()[0].vertices[:, 1].max() == top
+    assert np.isnan(ax.lines[1].get_ydata()[0])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["adam", "sgd"]
+
+
+def test_updates_to_a_target_show_bounds_misses_and_regimes(ax):
+    sizes = np.array([16, 64, 256, 1024])
+    images = 5000 * (1 + sizes / 100)
+    runs = pd.DataFrame(
+        {
+            "effective_batch_size": sizes,
+            "images": images,
+            "updates": images / sizes,
+            "epochs": [1.0, 2, 2, 2],
+        }
+    )
+    plots.plot_updates_to_target(ax, runs, fit_critical_batch(runs), [2048])
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["runs"].get_xdata().tolist() == [64, 256, 1024]
+    assert lines["at most"].get_markerfacecolor() == "white"
+    assert lines["not reached"].get_xdata() == [2048]
+    assert [text.get_text().replace("\n", " ") for text in ax.texts] == list(REGIMES)

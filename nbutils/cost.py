@@ -379,9 +379,10 @@ def parse_memory(text: str) -> int:
 
 
 def format_memory(size: float) -> str:
-    """So many bytes as people read them, to three digits: "1.25 GB"."""
-    power = max(0, min(4, math.floor(math.log10(size) / 3))) if size >= 1 else 0
-    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+    """So many bytes as people read them: "1.25 GB"."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter("B", places=2)(size)
 
 
 def find_factory(factory: Factory | str) -> Factory:
@@ -455,7 +456,10 @@ def _in_own_process(job: _Job) -> tuple[int, float]:
             text = "the measuring process was killed, probably for want of memory"
             raise OutOfMemory(text) from None
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        raise RuntimeError(f"the measuring process ended {how} and told no result") from None
+        raise RuntimeError(
+            f"the measuring process ended {how} and told no result; its own message is in the "
+            f'terminal. A script must measure under `if __name__ == "__main__":`'
+        ) from None
     finally:
         receiver.close()
         process.kill()

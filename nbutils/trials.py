@@ -57,10 +57,11 @@ EPOCHS = 3
 """A trial trains for no longer: what more time tells is left to the reader's own training."""
 
 SHORTEST = 30
-"""Updates that each rate is tried for at least; if time is short, fewer rates are tried."""
+"""Updates that each rate is tried for at least, if there is time for one rate to make them; if
+there is none for all rates, fewer are tried."""
 
-JUDGED_IMAGES = 2000
-"""Validation images that rates are judged by, at most."""
+FEWEST_JUDGED, MOST_JUDGED = 100, 2000
+"""Validation images that rates are judged by."""
 
 
 @dataclass(frozen=True)
@@ -411,13 +412,18 @@ def trial_rates(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         start = classifier.make(device)
+        # Judging an image takes about a third of training with it: a sixth of a rate's time.
+        judged_images = int(seconds / len(recipe.rates) * images_per_second / 2)
+        judged_images = min(max(judged_images, FEWEST_JUDGED), MOST_JUDGED)
         begun = time.perf_counter()
-        at_start, _ = judge(start, classifier)
+        at_start, _ = judge(start, classifier, judged_images)
         judging = time.perf_counter() - begun
         clock = Clock(seconds - judging)
+        in_all = 0.9 * clock.left - judging
         share = max(0.0, 0.9 * clock.left / len(recipe.rates) - judging)
         images = min(share * images_per_second, EPOCHS * len(classifier.train.labels))
         updates = max(SHORTEST, int(images / effective_batch_size))
+        updates = max(1, min(updates, int(in_all * images_per_second / effective_batch_size)))
         order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
         took = 0.0
         judged: dict[float, tuple[int, Tensor, float]] = {}
@@ -429,7 +435,7 @@ def trial_rates(
             optimizer = partial(recipe.optimizer, lr=rate)
             trial = Trial(classifier, start, optimizer, batch_size, accumulation_steps)
             done = trial.updates(updates)
-            judged[rate] = done, *judge(trial.model, classifier)
+            judged[rate] = done, *judge(trial.model, classifier, judged_images)
             took = max(took, time.perf_counter() - begun)
     left_out = []
     if len(judged) < len(order):
@@ -441,10 +447,10 @@ def trial_rates(
     return table, left_out
 
 
-def judge(model: nn.Module, classifier: Classifier) -> tuple[Tensor, float]:
-    """Losses of validation images, shape (n,), and the share of right answers."""
+def judge(model: nn.Module, classifier: Classifier, most: int) -> tuple[Tensor, float]:
+    """Losses of at most so many validation images, shape (n,), and the share of right answers."""
     device = next(model.parameters()).device
-    number = min(JUDGED_IMAGES, len(classifier.validation.labels))
+    number = min(most, len(classifier.validation.labels))
     chosen = torch.arange(number) * len(classifier.validation.labels) // number
     losses, right = [], 0
     training = model.training

@@ -46,6 +46,9 @@ from nbutils.trials import (
 NEAR = 1.1
 """Times up to so many times the least count as equal: measured times differ by about as much."""
 
+FEWEST = 3
+"""Sizes and rates to choose from, below which the advice is called a guess."""
+
 MARGIN = 0.1
 """Share of the memory budget that is to stay free."""
 
@@ -259,7 +262,7 @@ def advise(
         memory_budget=memory,
         noise_scale=_finite(scale),
         noise_scale_range=[_finite(low), _finite(high)],
-        warnings=_warnings(rated, chosen, norms, high, bounded),
+        warnings=_warnings(rated, chosen, norms, high, bounded) + _too_short(costs, rates),
         reasons=_reasons(rated, chosen, scale, low, high, rates, bounded),
         not_checked=left_out + _never_checked(classifier, best, recipe),
         code=_code(classifier, chosen, float(best["learning_rate"]), recipe, str(place)),
@@ -346,6 +349,16 @@ def _warnings(
     return warnings
 
 
+def _too_short(costs: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
+    """What to say where too little was measured to choose from."""
+    if min(len(costs), len(rates)) >= FEWEST:
+        return []
+    return [
+        f"a guess: there was time for {len(costs)} batch sizes and {len(rates)} learning rates "
+        f"only; give a longer time budget"
+    ]
+
+
 def _accumulated(costs: pd.DataFrame) -> pd.DataFrame:
     """Accumulated settings whose update was also made in one pass, and their relative speed."""
     whole = costs[costs["accumulation_steps"] == 1]
@@ -411,8 +424,8 @@ def _reasons(
 def _never_checked(classifier: Classifier, best: pd.Series, recipe: Recipe) -> list[str]:
     held = len(classifier.train.labels)
     missed = [
-        f"a training longer than {best['updates']} updates: the noise scale usually grows with "
-        f"training, and a rate schedule or a lower rate may then be better",
+        f"a training longer than {best['updates']} updates, in which a rate that falls, or a lower "
+        f"one, may be better and the noise scale usually grows",
         "seeds: one start and one order of the images",
         f"other optimizers, weight decay, augmentation; other sizes' rates, given by the "
         f"{recipe.rule} rule, are not measured",

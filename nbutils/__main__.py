@@ -18,13 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        Exit status: 0 when all went well, 1 when a run failed, 2 when the input was bad, 130 when
-        it was interrupted.
+        Exit status: 0 when all went well, 1 when a run failed or is damaged, 2 when the input was
+        bad, 130 when it was interrupted.
     """
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -48,6 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
     run.add_argument("--out", type=Path, help="folder of the runs (default: runs/STUDY-DATASET)")
+    run.add_argument(
+        "--time-limit", type=float, metavar="SECONDS", help="stop a run that takes longer"
+    )
+    run.add_argument(
+        "--on-oom",
+        default="stop",
+        metavar="stop|split",
+        help="what to do when a batch does not fit the GPU's memory: stop the run, or split the "
+        "batch into more accumulation steps (default: stop)",
+    )
     run.set_defaults(command=_run)
 
     status = commands.add_parser("status", help="tell how far the runs of a study are")
@@ -106,7 +116,9 @@ def _run(options: argparse.Namespace) -> int:
         overrides["dataset"] = [options.dataset]
     study = load_study(options.study, overrides)
     out = options.out or study.default_folder
-    failures = run_study(study, out, options.jobs)
+    failures = run_study(
+        study, out, options.jobs, time_limit=options.time_limit, on_oom=options.on_oom
+    )
     if failures:
         for run_id, cause in failures.items():
             print(f"failed: {run_id}: {cause}", file=sys.stderr)
@@ -159,7 +171,7 @@ def _status(options: argparse.Namespace) -> int:
     width = max(map(len, statuses), default=0)
     for run_id, status in statuses.items():
         print(f"{run_id:{width}}  {status}")
-    return 0
+    return int(any(status.startswith(("failed", "damaged")) for status in statuses.values()))
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -9,7 +9,6 @@ speed meets both.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,8 +28,8 @@ from nbutils.accumulation import windows_of_batches
 from nbutils.config import InputError, RunConfig
 from nbutils.cuda_graph import record
 from nbutils.data import Dataset, Split
+from nbutils.machine import processor_name, processors
 from nbutils.model import DigitCNN
-from nbutils.records import processor
 from nbutils.training import Run, deterministic, generator_for, resolve_device, resolve_engine
 
 SETTINGS = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
@@ -250,7 +249,7 @@ def _time(
     scale = all_images / images
     # One epoch each warms up, and finds the DataLoader's best number of processes.
     candidates = [
-        UsualLoop(config, data, device, workers) for workers in sorted({0, 1, os.cpu_count() or 1})
+        UsualLoop(config, data, device, workers) for workers in sorted({0, 1, processors()})
     ]
     trials = [_seconds(loop.epoch, device) for loop in candidates]
     usual = candidates[trials.index(min(trials))]
@@ -286,7 +285,7 @@ def _time(
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({processor()}, {torch.get_num_threads()} threads)"
+    return f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

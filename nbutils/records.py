@@ -6,13 +6,15 @@ A record is a folder `<out>/<run_id>/`:
 - `history.csv`: a row an epoch, columns `nbutils.training.HISTORY_COLUMNS`.
 - `predictions.npz`: `predictions` and `labels`, uint8, one a test image, in file order; no
   `labels` where they are unknown.
-- `notebook.ipynb`: the notebook as executed, where the run was part of a study.
+- `notebook.ipynb`: the notebook as executed, where the run was part of a study. Nothing reads it,
+  so it alone is under no checksum.
 
 It is written to a temporary folder, whose name starts with a dot, and renamed when whole.
 
 A reference is a folder that holds many runs in few small files: `runs.csv` (a row a run),
 `history.csv` (a row a run and epoch), `predictions.npz` (`labels`, and an array a run, named by
-its id) and `environment.json` (where the runs were made, and checksums of the other files).
+its id) and `environment.json` (where the runs were made, checksums of the other files, and one
+over all that; older references lack the last).
 
 What a study measures otherwise than by runs is a folder of tables: `<name>.csv` each, and
 `environment.json` as above.
@@ -27,7 +29,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,12 +39,14 @@ import numpy as np
 import pandas as pd
 
 from nbutils.config import InputError, RunConfig
+from nbutils.machine import processor_name
 
 if TYPE_CHECKING:
     from nbutils.training import RunResult
 
 SCHEMA_VERSION = 1
 REFERENCE_FOLDER = Path(__file__).resolve().parents[1] / "notebooks" / "reference"
+RECORD_FILES = ("history.csv", "predictions.npz")
 REFERENCE_FILES = ("runs.csv", "history.csv", "predictions.npz")
 PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
 
@@ -63,6 +67,8 @@ class RunRecord:
         peak_memory: Bytes; see `RunResult`.
         files: SHA-256 of `history.csv` and `predictions.npz`.
         schema_version: `SCHEMA_VERSION` of the code that wrote it.
+        micro_batch: Images in one forward/backward pass, which may be fewer than the config's
+            `batch_size`; see `RunResult`. None in older records.
     """
 
     run_id: str
@@ -75,6 +81,7 @@ class RunRecord:
     peak_memory: int
     files: dict[str, str]
     schema_version: int = SCHEMA_VERSION
+    micro_batch: int | None = None
 
 
 def save_run(result: RunResult, out: str | Path) -> Path:
@@ -110,7 +117,8 @@ def save_run(result: RunResult, out: str | Path) -> Path:
             final={str(k): v for k, v in result.history.iloc[-1].to_dict().items()},
             images_per_second=images / result.history["seconds"].iloc[-1],
             peak_memory=result.peak_memory,
-            files={name: _sha256(partial / name) for name in ("history.csv", "predictions.npz")},
+            files={name: _sha256(partial / name) for name in RECORD_FILES},
+            micro_batch=result.micro_batch,
         )
         content = dataclasses.asdict(record)
         content["checksum"] = _checksum(content)
@@ -122,14 +130,21 @@ def save_run(result: RunResult, out: str | Path) -> Path:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a whole record its name, in place of an earlier one."""
+    """Give a whole record its name, in place of an earlier one.
+
+    Two renames cannot be one: a process that is killed between them leaves the earlier record
+    beside, as `.NAME.replaced`, and `load_runs` refuses the folder until one of them is named.
+    """
+    replaced = _replaced(folder)
     if folder.exists():
-        aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        os.rename(folder, aside)
-        os.rename(partial, folder)
-        shutil.rmtree(aside)
-    else:
-        os.rename(partial, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(folder, replaced)
+    os.rename(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -151,13 +166,13 @@ def read_record(folder: Path) -> RunRecord:
         config = RunConfig.from_dict(record.config)
         if not folder.name == record.run_id == config.run_id:
             raise InputError(f"it belongs to the run {config.run_id}")
-        for name, known in record.files.items():
-            if _sha256(folder / name) != known:
+        for name in RECORD_FILES:
+            if _sha256(folder / name) != record.files[name]:
                 raise InputError(f"{name} was changed")
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise InputError(f"the record {folder} is damaged: {missing} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the record {folder} is damaged: {error}") from error
     return record
 
@@ -178,13 +193,12 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     if not folder.is_dir():
         raise InputError(f"no folder {folder}")
     if (folder / "runs.csv").exists():
-        runs, history = _read_reference(folder)
+        _verify_reference(folder)
+        runs, history = _reference_tables(folder)
+        runs = runs.drop(columns=[c for c in history.columns if c != "run_id" and c in runs])
     else:
-        runs, history = _read_records(folder)
-    names = runs.groupby("dataset_fingerprint")["run_id"].agg(list)
-    if len(names) > 1:
-        mixed = "; ".join(f"{str(key)[:12]}: {', '.join(ids)}" for key, ids in names.items())
-        raise InputError(f"{folder} mixes runs on different images: {mixed}")
+        runs, history = _record_tables(folder, _read_all(folder))
+    _check_same_images(folder, runs)
     return runs.merge(history, on="run_id", validate="one_to_many")
 
 
@@ -198,16 +212,9 @@ def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarr
     """
     folder = Path(folder)
     if (folder / "runs.csv").exists():
-        _read_reference(folder)
-        with np.load(folder / "predictions.npz") as arrays:
-            predictions = dict(arrays)
-        return predictions.pop("labels"), predictions
-    predictions = {}
-    for record in _read_all(folder):
-        with np.load(folder / record.run_id / "predictions.npz") as arrays:
-            predictions[record.run_id] = arrays["predictions"]
-            labels = arrays["labels"]
-    return labels, predictions
+        _verify_reference(folder)
+        return _reference_predictions(folder)
+    return _record_predictions(folder, _read_all(folder))
 
 
 def export_runs(folder: str | Path, reference: str | Path) -> None:
@@ -220,23 +227,25 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
         InputError: As `load_runs`, or the reference holds runs on other images.
     """
     folder, reference = Path(folder), Path(reference)
-    load_runs(folder)
-    runs, history = _read_records(folder)
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}")
+    records = _read_all(folder)
+    runs, history = _record_tables(folder, records)
+    _check_same_images(folder, runs)
     runs = runs.merge(history.groupby("run_id").tail(1).drop(columns="epoch"), on="run_id")
-    labels, predictions = load_predictions(folder)
-    environments = [record.environment for record in _read_all(folder)]
+    labels, predictions = _record_predictions(folder, records)
+    environments = [record.environment for record in records]
     if (reference / "runs.csv").exists():
-        _, earlier = _read_reference(reference)
-        before = _read_csv(reference / "runs.csv")
+        known = _verify_reference(reference)["environments"]
+        before, earlier = _reference_tables(reference)
         if set(before["dataset_fingerprint"]) != set(runs["dataset_fingerprint"]):
             raise InputError(f"{folder} and {reference} hold runs on different images")
         kept = before[~before["run_id"].isin(runs["run_id"])]
         history = pd.concat([earlier[earlier["run_id"].isin(kept["run_id"])], history])
         runs = pd.concat([kept, runs])
-        _, held = load_predictions(reference)
+        _, held = _reference_predictions(reference)
         predictions = {run_id: held[run_id] for run_id in kept["run_id"]} | predictions
         if len(kept):
-            known = json.loads((reference / "environment.json").read_text())["environments"]
             environments = [*known, *environments]
     reference.mkdir(parents=True, exist_ok=True)
     runs.sort_values("run_id").to_csv(reference / "runs.csv", index=False)
@@ -245,7 +254,7 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     np.savez_compressed(reference / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
     distinct = {json.dumps(environment): environment for environment in environments}
     files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
-    content = {"environments": list(distinct.values()), "files": files}
+    content = _describe(list(distinct.values()), files)
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -265,7 +274,7 @@ def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: 
         raise InputError(f"{folder} holds other tables: {', '.join(load_tables(folder))}")
     content = {name: table.to_csv(index=False) for name, table in tables.items()}
     files = {f"{name}.csv": hashlib.sha256(t.encode()).hexdigest() for name, t in content.items()}
-    _write_tables(folder, content, {"environments": [machine(device)], "files": files})
+    _write_tables(folder, content, _describe([machine(device)], files))
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
@@ -276,14 +285,10 @@ def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """
     folder = Path(folder)
     try:
-        known = json.loads((folder / "environment.json").read_text())["files"]
-        names = [_table_name(file) for file in known]
-        changed = [file for file in known if _sha256(folder / file) != known[file]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        files = _read_description(folder)["files"]
+    except InputError as error:
         raise InputError(f"{folder} holds no whole tables: {error}") from error
-    if changed:
-        raise InputError(f"the tables in {folder} are damaged: {', '.join(changed)} was changed")
-    return {name: _read_csv(folder / f"{name}.csv") for name in names}
+    return {file.removesuffix(".csv"): _read_csv(folder / file) for file in files}
 
 
 def holds_tables(folder: str | Path) -> bool:
@@ -312,12 +317,6 @@ def _write_tables(folder: Path, content: Mapping[str, str], description: Mapping
     (folder / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
 
 
-def _table_name(file: str) -> str:
-    if Path(file).name != file or not file.endswith(".csv"):
-        raise ValueError(f"{file!r} is not the name of a table")
-    return file.removesuffix(".csv")
-
-
 def _read_all(folder: Path) -> list[RunRecord]:
     """Every record in `folder`, by run id; hidden folders are work in progress."""
     records, damaged = [], []
@@ -327,6 +326,13 @@ def _read_all(folder: Path) -> list[RunRecord]:
                 records.append(read_record(path))
             except InputError as error:
                 damaged.append(str(error))
+    for path in sorted(folder.glob(_replaced(folder / "*").name)):
+        name = path.name.removeprefix(".").removesuffix(".replaced")
+        if not (folder / name).exists():
+            damaged.append(
+                f"the record {folder / name} is damaged: it was being replaced; name {path} so, "
+                f"or save the run again"
+            )
     if damaged:
         raise InputError("\n".join(damaged))
     if not records:
@@ -334,12 +340,29 @@ def _read_all(folder: Path) -> list[RunRecord]:
     return records
 
 
-def _read_records(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    records = _read_all(folder)
+def _check_same_images(folder: Path, runs: pd.DataFrame) -> None:
+    names = runs.groupby("dataset_fingerprint")["run_id"].agg(list)
+    if len(names) > 1:
+        mixed = "; ".join(f"{str(key)[:12]}: {', '.join(ids)}" for key, ids in names.items())
+        raise InputError(f"{folder} mixes runs on different images: {mixed}")
+
+
+def _record_tables(folder: Path, records: Sequence[RunRecord]) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = pd.DataFrame([_run_row(record) for record in records])
     histories = {r.run_id: _read_csv(folder / r.run_id / "history.csv") for r in records}
     history = pd.concat(histories, names=["run_id"]).reset_index("run_id").reset_index(drop=True)
     return runs, history
+
+
+def _record_predictions(
+    folder: Path, records: Sequence[RunRecord]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    predictions = {}
+    for record in records:
+        arrays = _read_arrays(folder / record.run_id / "predictions.npz")
+        predictions[record.run_id] = arrays["predictions"]
+        labels = arrays["labels"]
+    return labels, predictions
 
 
 def _run_row(record: RunRecord) -> dict[str, Any]:
@@ -357,16 +380,65 @@ def _run_row(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _read_reference(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _verify_reference(folder: Path) -> dict[str, Any]:
+    """What its `environment.json` holds, every checksum verified."""
     try:
-        known = json.loads((folder / "environment.json").read_text())["files"]
-        changed = [name for name in REFERENCE_FILES if _sha256(folder / name) != known[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = _read_description(folder)
+        if set(content["files"]) != set(REFERENCE_FILES):
+            raise InputError(f"environment.json lists {', '.join(content['files'])}")
+    except InputError as error:
         raise InputError(f"the reference {folder} is damaged: {error}") from error
+    return content
+
+
+def _describe(environments: list[dict[str, Any]], files: Mapping[str, str]) -> dict[str, Any]:
+    """What an `environment.json` holds."""
+    content = {"environments": environments, "files": dict(files)}
+    return content | {"checksum": _checksum(content)}
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    """What `environment.json` in `folder` holds, itself and the files that it lists verified.
+
+    Raises:
+        InputError: Says what is wrong.
+    """
+    try:
+        content = json.loads((folder / "environment.json").read_text())
+        if content.keys() - {"checksum"} != {"environments", "files"}:
+            raise InputError(f"environment.json has the keys {', '.join(content)}")
+        checksum = content.pop("checksum", None)
+        if checksum and checksum != _checksum(content):
+            raise InputError("environment.json was changed")
+        files = content["files"]
+        for name in files:
+            if Path(name).name != name:
+                raise InputError(f"{name!r} is not the name of a file in it")
+        changed = [name for name in files if _sha256(folder / name) != files[name]]
+    except FileNotFoundError as error:
+        raise InputError(f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(str(error)) from error
     if changed:
-        raise InputError(f"the reference {folder} is damaged: {', '.join(changed)} was changed")
-    runs, history = _read_csv(folder / "runs.csv"), _read_csv(folder / "history.csv")
-    return runs.drop(columns=[c for c in history.columns if c != "run_id" and c in runs]), history
+        raise InputError(f"{', '.join(changed)} was changed")
+    return content
+
+
+def _reference_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return _read_csv(folder / "runs.csv"), _read_csv(folder / "history.csv")
+
+
+def _reference_predictions(folder: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    predictions = _read_arrays(folder / "predictions.npz")
+    return predictions.pop("labels"), predictions
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except ValueError as error:  # its checksum holds: it was made to look whole
+        raise InputError(f"{path} holds more than arrays of numbers: {error}") from error
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
@@ -390,21 +462,11 @@ def machine(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
-        "processor": processor(),
+        "processor": processor_name(),
         "device": device,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
     }
-
-
-def processor() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def _sha256(path: Path) -> str:

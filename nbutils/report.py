@@ -11,7 +11,7 @@ from nbutils.advice import load_advice
 from nbutils.bench import load, table
 from nbutils.config import InputError
 from nbutils.peers import peers_table
-from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
+from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs, load_tables
 from nbutils.statistics import detectable_difference
 from nbutils.study import execute_notebook
 from nbutils.summary import (
@@ -34,6 +34,7 @@ FIGURE_NOTEBOOKS = (
     "07_normalisation",
     "08_learning_rate",
     "09_noise_scale",
+    "10_cost",
 )
 
 
@@ -71,12 +72,13 @@ def renew_blocks(text: str) -> str:
 def _blocks() -> dict[str, str]:
     runs = load_runs(REFERENCE_FOLDER / "batch-size")
     labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
+    cost = load_tables(REFERENCE_FOLDER / "cost")["cost"]
     return {
         "answer": _answer(runs),
         "study": describe_study(runs),
         "table": markdown_table(format_table(summary_table(runs))),
         "claims": markdown_table(
-            verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"), load_kaggle_runs())
+            verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"), load_kaggle_runs(), cost)
         ),
         "pick": str(pick(runs)).replace("\n", " "),
         "agreement": _agreement(runs, labels, predictions),

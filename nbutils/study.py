@@ -16,7 +16,11 @@ A training notebook has a parameter for each setting it takes, named as in `RunC
 the folder to which it saves its record.
 
 The folder of a study holds `study.json` (what is planned), the record of each finished run,
-`summary.ipynb` and its figures. Unfinished runs are in `.work/`.
+`failures.json` (the cause of each failure, until the run is made), `summary.ipynb` and its
+figures. Unfinished runs are in `.work-N/`, where N counts the commands that were interrupted.
+
+One command at a time works in the folder, and it alone puts records there: a run is made in
+`.work-N/` and moved, in one step, when it is whole.
 """
 
 from __future__ import annotations
@@ -26,13 +30,14 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +46,10 @@ import yaml
 from tqdm.auto import tqdm
 
 from nbutils.config import InputError, RunConfig, suggest
+from nbutils.files import CHECKPOINT, PROGRESS, locked, write_atomically
+from nbutils.machine import processors
 from nbutils.records import publish, read_record
+from nbutils.workers import Workers, cause
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 STUDIES = NOTEBOOKS / "studies"
@@ -50,13 +58,20 @@ STUDY_KEYS = ("title", "fixed", "runs", "summary")
 MEASURING_STUDY_KEYS = ("title", "parameters", "summary")
 BLOCK_KEYS = ("notebook", "grid", "fixed")
 
+SPARE, SPARE_BYTES = "spare", 2**16
+"""A file that is given up to note a failure when the disk is full."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: the notebook that makes it and its settings."""
+    """One run of a study: the notebook that makes it and its settings.
+
+    `on_oom`, as in `train`, is not part of the plan: a run is the same with either.
+    """
 
     notebook: str
     config: RunConfig
+    on_oom: str = field(default="stop", compare=False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,8 @@ class Study:
     @property
     def default_folder(self) -> Path:
         """Where its runs go if nothing else is said: `runs/<study>-<dataset>`."""
-        return Path("runs") / "-".join([self.name, *self.datasets])
+        names = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in self.datasets]
+        return Path("runs") / "-".join([self.name, *names])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `study.json` holds them."""
@@ -308,15 +324,26 @@ def execute_notebook(notebook: str, output: Path, parameters: Mapping[str, Any])
 
 
 def run_study(
-    study: Study, out: str | Path, jobs: int | None = None, executor: Executor | None = None
+    study: Study,
+    out: str | Path,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    *,
+    time_limit: float | None = None,
+    on_oom: str = "stop",
 ) -> dict[str, str]:
     """Make the runs of `study` that `out` does not hold yet, then execute its summary.
+
+    Interrupted at any instant, by whatever, and called again, it goes on: what is done is kept,
+    and a run that was under way goes on after its last whole epoch.
 
     Args:
         study: From `load_study`.
         out: Folder of the study's runs; made where there is none.
         jobs: Runs side by side; by default one a processor, or one where there is a GPU.
         executor: What runs them, in place of processes of our own on this machine.
+        time_limit: Seconds that a run may take in a process of our own.
+        on_oom: As in `train`.
 
     Returns:
         The cause of each failure, by run id, or by the name of the summary notebook: empty when
@@ -324,48 +351,79 @@ def run_study(
         did.
 
     Raises:
-        InputError: `out` holds another study, or a dataset or device is not there, or an update
-            needs more images than there are. Nothing is run and nothing on disk has changed.
+        InputError: `out` holds another study or a damaged record, or another command is at work
+            there, or a dataset is not there, or an update needs more images than there are, or,
+            where there is no `executor`, this machine lacks a device. Nothing is run and no file
+            has changed.
     """
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
-    plan = _merge_with_folder(study, out)
-    _check_runnable(study)
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "study.json", plan.to_dict())
-    waiting = [run for run in study.runs if not _is_done(out, run)]
-    failures: dict[str, str] = {}
-    if waiting:
-        jobs = jobs or _default_jobs(len(waiting))
-        workers: AbstractContextManager[Executor] = (
-            nullcontext(executor) if executor else _process_pool(min(jobs, len(waiting)))
-        )
-        with workers as pool:
-            failures = _run_all(study, waiting, out, pool)
-    if not failures:
-        print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-        folder = "runs" if study.runs else "out"
-        parameters = study.parameters | {folder: str(out), "figures": str(out)}
-        try:
-            execute_notebook(study.summary, out / "summary.ipynb", parameters)
-        except Exception as error:  # whatever a cell raises; the runs are safe on disk
-            return {study.summary: _cause(error)}
-        shutil.rmtree(out / ".work", ignore_errors=True)
+    if time_limit is not None and not time_limit > 0:
+        raise InputError(f"time_limit = {time_limit}, but it must be a number of seconds > 0")
+    if time_limit is not None and executor:
+        raise InputError("time_limit is for processes of our own, not for those of an executor")
+    study = replace(study, runs=tuple(replace(run, on_oom=on_oom) for run in study.runs))
+    _merge_with_folder(study, out)
+    fingerprints = _check_runnable(study)
+    if executor is None:
+        _check_devices(study)
+    with locked(out):
+        plan = _merge_with_folder(study, out)  # now that no other command changes it
+        _check_records(plan, out, fingerprints)
+        _write_json(out / "study.json", plan.to_dict())
+        work = _take_over(out)
+        for run in plan.runs:
+            if (work / run.config.run_id).exists():
+                _note(out, work, run.config.run_id, _publish(run, work, out))
+        waiting = [run for run in study.runs if not (out / run.config.run_id).exists()]
+        failures: dict[str, str] = {}
+        if waiting:
+            # From the whole study, so that a run has as many threads when the rest goes on.
+            jobs = jobs or _default_jobs(len(study.runs))
+            threads = max(1, processors() // min(jobs, len(study.runs)))
+            pool: AbstractContextManager[Executor] = (
+                nullcontext(executor)
+                if executor
+                else Workers(jobs, threads, work / "log.txt", time_limit)
+            )
+            with pool as workers:
+                failures = _run_all(study, waiting, out, work, workers)
+        if not failures:
+            failures = _sum_up(study, out, work)
+        if not failures:
+            for folder in _numbered_folders(out):
+                shutil.rmtree(folder, ignore_errors=True)
     return failures
 
 
+def _sum_up(study: Study, out: Path, work: Path) -> dict[str, str]:
+    """Execute the summary; the cause of its failure by its name."""
+    print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
+    folder = "runs" if study.runs else "out"
+    parameters = study.parameters | {folder: str(out), "figures": str(out)}
+    with Workers(1, processors(), work / "log.txt") as workers:
+        future = workers.submit(execute_notebook, study.summary, out / "summary.ipynb", parameters)
+        error = future.exception()
+    _note(out, work, study.summary, error)
+    return {study.summary: cause(error)} if error else {}
+
+
 def run_status(out: str | Path) -> dict[str, str]:
-    """How far each planned run of a study's folder is, by run id.
+    """How far each planned run of a study's folder is, by run id; and a summary that failed.
 
     Raises:
         InputError: `out` holds no study.
     """
     out = Path(out).absolute()
-    return {run.config.run_id: _status(out, run) for run in _read_plan(out).runs}
+    plan, failures = _read_plan(out), _read_failures(out)
+    statuses = {run.config.run_id: _status(out, run, failures) for run in plan.runs}
+    if plan.summary in failures:
+        statuses[plan.summary] = f"failed: {failures[plan.summary]}"
+    return statuses
 
 
-def _status(out: Path, run: PlannedRun) -> str:
+def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
     run_id = run.config.run_id
     if (out / run_id).exists():
         try:
@@ -374,11 +432,43 @@ def _status(out: Path, run: PlannedRun) -> str:
             return f"damaged: {error}"
         accuracy = record.final["test_accuracy"]
         return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
-    cause = out / ".work" / run_id / "failed.txt"
-    if cause.exists():
-        return f"failed: {cause.read_text()}"
-    epochs = _epochs_done(out, run)
+    if run_id in failures:
+        return f"failed: {failures[run_id]}"
+    epochs = max((_epochs_done(work, run) for work in _numbered_folders(out)), default=0)
     return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
+
+
+def _read_failures(out: Path) -> dict[str, str]:
+    try:
+        content = json.loads((out / "failures.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out / 'failures.json'} is damaged, remove it: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{out / 'failures.json'} is damaged, remove it")
+    return {str(name): str(reason) for name, reason in content.items()}
+
+
+def _note(out: Path, work: Path, name: str, error: BaseException | None) -> None:
+    """Keep the cause of a failure in `failures.json`, or remove it after a success."""
+    noted = _read_failures(out)
+    failures = {key: reason for key, reason in noted.items() if key != name}
+    if error:
+        failures[name] = cause(error)
+    if failures == noted:
+        return
+    if not failures:
+        (out / "failures.json").unlink()
+        return
+    try:
+        _write_json(out / "failures.json", failures)
+    except OSError:  # the disk may be full
+        (work / SPARE).unlink(missing_ok=True)
+        try:
+            _write_json(out / "failures.json", failures)
+        except OSError as problem:
+            print(f"that {name} failed cannot be noted: {problem}", file=sys.stderr)
 
 
 def _read_plan(out: Path) -> Study:
@@ -386,17 +476,19 @@ def _read_plan(out: Path) -> Study:
         return Study.from_dict(json.loads((out / "study.json").read_text()))
     except FileNotFoundError as error:
         raise InputError(f"{out} holds no study: it has no study.json") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{out / 'study.json'} is damaged: {error}") from error
 
 
 def _merge_with_folder(study: Study, out: Path) -> Study:
     """What `out` holds and `study` adds; the same study with more values in its grid."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists():
         return study
     if not out.is_dir():
         raise InputError(f"{out} is not a folder; choose another --out")
     if not (out / "study.json").exists():
+        if all(path.name.startswith(".") for path in out.iterdir()):  # a lock, at most
+            return study
         raise InputError(f"{out} is not empty and holds no study; choose another --out")
     held = _read_plan(out)
     if held.name != study.name:
@@ -415,69 +507,91 @@ def _merge_with_folder(study: Study, out: Path) -> Study:
     return replace(study, runs=(*held.runs, *added))
 
 
-def _check_runnable(study: Study) -> None:
+def _check_runnable(study: Study) -> dict[str, str]:
+    """Refuse what cannot run here; the fingerprint of each dataset by its name."""
     from nbutils.data import load_dataset
-    from nbutils.training import check_fits, resolve_device
+    from nbutils.training import check_fits, check_on_oom
+
+    for run in study.runs:
+        check_on_oom(run.on_oom, run.config)
+    datasets = {name: load_dataset(name) for name in {run.config.dataset for run in study.runs}}
+    for run in study.runs:
+        check_fits(run.config, datasets[run.config.dataset])
+    return {name: data.fingerprint for name, data in datasets.items()}
+
+
+def _check_devices(study: Study) -> None:
+    from nbutils.training import resolve_device
 
     for device in {run.config.device for run in study.runs}:
         resolve_device(device)
-    for name in study.datasets:
-        data = load_dataset(name)
-        for run in study.runs:
-            if run.config.dataset == name:
-                check_fits(run.config, data)
 
 
-def _is_done(out: Path, run: PlannedRun) -> bool:
-    """Whether the run's record is there; a damaged one is an error, so that none is lost."""
-    folder = out / run.config.run_id
-    if not folder.exists():
-        return False
-    read_record(folder)
-    return True
+def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a folder with a record that is damaged or does not belong, so that none is lost."""
+    planned = {run.config.run_id: run.config for run in plan.runs}
+    for folder in sorted(out.iterdir()):
+        if not folder.is_dir() or folder.name.startswith("."):
+            continue
+        if folder.name not in planned:
+            raise InputError(f"{folder} is not a run of this study; move it elsewhere")
+        name, made_on = planned[folder.name].dataset, read_record(folder).dataset["fingerprint"]
+        if fingerprints.get(name, made_on) != made_on:
+            raise InputError(
+                f"the record {folder} was made on other images than {name!r} has now; move it "
+                f"elsewhere, or choose another --out"
+            )
+
+
+def _numbered_folders(out: Path) -> list[Path]:
+    """The `.work-N` in `out`, by N."""
+    folders = [path for path in out.glob(".work-*") if _number(path).isdecimal()]
+    return sorted(folders, key=lambda path: int(_number(path)))
+
+
+def _number(work: Path) -> str:
+    return work.name.removeprefix(".work-")
+
+
+def _take_over(out: Path) -> Path:
+    """A folder to work in: a new one, or that of an interrupted command under the next number.
+
+    A process that outlived its command, as a kernel does for a moment, knows only the old name.
+    What it still writes cannot reach the work that goes on.
+    """
+    for aside in (*out.glob(".study.json.*"), *out.glob(".failures.json.*")):
+        aside.unlink(missing_ok=True)
+    earlier = _numbered_folders(out)
+    if not earlier:
+        work = out / ".work-1"
+        work.mkdir()
+    else:
+        *stale, last = earlier
+        work = out / f".work-{int(_number(last)) + 1}"
+        os.rename(last, work)
+        for folder in stale:
+            shutil.rmtree(folder, ignore_errors=True)
+    (work / SPARE).write_bytes(bytes(SPARE_BYTES))
+    return work
 
 
 def _default_jobs(runs: int) -> int:
     import torch
 
-    return 1 if torch.cuda.is_available() else min(runs, _processors())
-
-
-def _processors() -> int:
-    """Processors that this process may use; not every system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _process_pool(jobs: int) -> ProcessPoolExecutor:
-    """Processes that share the processors: more threads than those slow each other down much."""
-    threads = max(1, _processors() // jobs)
-    return ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(threads,),
-    )
-
-
-def _start_worker(threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
+    return 1 if torch.cuda.is_available() else min(runs, processors())
 
 
 def _run_all(
-    study: Study, waiting: list[PlannedRun], out: Path, executor: Executor
+    study: Study, waiting: list[PlannedRun], out: Path, work: Path, executor: Executor
 ) -> dict[str, str]:
     """Make the `waiting` runs, showing how far they are; the cause of each failure by run id."""
-    shutil.rmtree(out / ".work", ignore_errors=True)
-    futures: dict[Future[None], PlannedRun] = {
-        executor.submit(make_run, run, str(out)): run for run in waiting
-    }
     failures: dict[str, str] = {}
     done = len(study.runs) - len(waiting)
     epochs = {run.config.run_id: run.config.epochs for run in waiting}
     print(f"{study.title}: {len(waiting)} runs to make, {done} done before, in {out}", flush=True)
+    futures: dict[Future[None], PlannedRun] = {
+        executor.submit(make_run, run, str(work)): run for run in waiting
+    }
     pending, shown = set(futures), {"": -1}
     with (
         tqdm(total=sum(epochs.values()), unit="epoch", smoothing=0.05) as bar,
@@ -486,23 +600,40 @@ def _run_all(
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
-                run, error = futures[future], future.exception()
+                run_id, error = futures[future].config.run_id, future.exception()
+                if error is None:
+                    error = _publish(futures[future], work, out)
+                _note(out, work, run_id, error)
                 if error is None:
                     done += 1
-                    continue
-                failures[run.config.run_id] = cause = _cause(error)
-                _work_folder(out, run).mkdir(parents=True, exist_ok=True)
-                (_work_folder(out, run) / "failed.txt").write_text(cause)
-                bar.write(f"{run.config.run_id} failed: {cause}")
-            at = {run.config.run_id: _epochs_done(out, run) for run in waiting}
+                else:
+                    failures[run_id] = cause(error)
+                    bar.write(f"{run_id} failed: {failures[run_id]}")
+            at = {
+                run.config.run_id: max(_epochs_done(out, run), _epochs_done(work, run))
+                for run in waiting
+            }
             if at != shown or finished:
                 shown = at
                 active = [run for run in waiting if 0 < at[run.config.run_id] < run.config.epochs]
                 bar.set_description(f"{done}/{len(study.runs)} runs done", refresh=False)
-                bar.set_postfix_str("; ".join(_progress(out, run) for run in active), refresh=False)
+                texts = [_progress(run, at[run.config.run_id]) for run in active]
+                bar.set_postfix_str("; ".join(texts), refresh=False)
                 bar.n = sum(at.values())
                 bar.refresh()
     return failures
+
+
+def _publish(run: PlannedRun, work: Path, out: Path) -> Exception | None:
+    """Move a finished run's record to where it belongs; what went wrong, if anything did."""
+    run_id = run.config.run_id
+    try:
+        read_record(work / run_id)
+        os.rename(work / run_id, out / run_id)
+    except (InputError, OSError) as error:
+        return error
+    shutil.rmtree(_work_folder(work, run), ignore_errors=True)
+    return None
 
 
 @contextmanager
@@ -517,51 +648,48 @@ def _cancelling(futures: Iterable[Future[None]]) -> Iterator[None]:
 
 
 def make_run(run: PlannedRun, out: str) -> None:
-    """Execute one run's notebook and publish its record in `out`; an executor's task."""
-    work = _work_folder(Path(out), run)
-    work.mkdir(parents=True, exist_ok=True)
-    parameters = {"out": str(work)} | {
-        name: value
-        for name, value in run.config.to_dict().items()
-        if name in _check_parameters(run.notebook, [])
-    }
-    execute_notebook(run.notebook, work / "notebook.ipynb", parameters)
-    record = work / run.config.run_id
-    if not record.is_dir():
-        raise InputError(f"the notebook {run.notebook} ran but saved no record of {record.name}")
-    os.rename(work / "notebook.ipynb", record / "notebook.ipynb")
-    publish(record, Path(out) / record.name)
+    """Execute one run's notebook, so that `out` holds its whole record; an executor's task.
+
+    Until then it works in `out/.work/<run_id>/`, where a later call goes on.
+    """
+    folder, run_id = _work_folder(Path(out), run), run.config.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():  # what an earlier attempt left half done
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (PROGRESS, CHECKPOINT):
+            path.unlink()
+    settings = run.config.to_dict() | {"on_oom": run.on_oom}
+    known = _check_parameters(run.notebook, [])
+    parameters = {name: value for name, value in settings.items() if name in known}
+    notebook = folder / "notebook.ipynb"
+    execute_notebook(run.notebook, notebook, parameters | {"out": str(folder)})
+    if not (folder / run_id).is_dir():
+        raise InputError(f"the notebook {run.notebook} ran but saved no record of {run_id}")
+    os.rename(notebook, folder / run_id / "notebook.ipynb")
+    publish(folder / run_id, Path(out) / run_id)
 
 
-def _progress(out: Path, run: PlannedRun) -> str:
+def _progress(run: PlannedRun, epochs: int) -> str:
     config = run.config
     return (
         f"{config.batch_size}x{config.accumulation_steps} seed {config.seed}: "
-        f"epoch {_epochs_done(out, run)}/{config.epochs}"
+        f"epoch {epochs}/{config.epochs}"
     )
 
 
 def _work_folder(out: Path, run: PlannedRun) -> Path:
+    """Where `make_run` works."""
     return out / ".work" / run.config.run_id
 
 
 def _epochs_done(out: Path, run: PlannedRun) -> int:
     if (out / run.config.run_id).exists():
         return run.config.epochs
-    try:
-        lines = (_work_folder(out, run) / "progress.csv").read_text().count("\n")
-    except OSError:
-        return 0
-    return max(0, lines - 1)
-
-
-def _cause(error: BaseException) -> str:
-    """One line that says why a run failed."""
-    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
-    return " ".join(f"{name}: {value}".split())
+    with suppress(OSError):
+        return max(0, (_work_folder(out, run) / PROGRESS).read_text().count("\n") - 1)
+    return 0
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_atomically(path, f"{json.dumps(content, indent=1)}\n".encode())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,9 +23,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient, updates_per_epoch, windows
+from nbutils.checkpoint import load_checkpoint, save_checkpoint
 from nbutils.config import InputError, RunConfig, suggest
 from nbutils.cuda_graph import GraphedEpoch
 from nbutils.data import Dataset, augment, draw_moves
+from nbutils.files import CHECKPOINT, PROGRESS, write_atomically
+from nbutils.machine import processor_name
 from nbutils.model import DigitCNN
 from nbutils.pieces import Pieces
 
@@ -34,6 +39,14 @@ Engine = Literal["auto", "eager", "pieces", "cuda-graph"]
 - "pieces": on the CPU, in pieces that fit the cache, dealt to threads; see `nbutils.pieces`.
 - "cuda-graph": on a GPU, each update a replayed CUDA graph; see `nbutils.cuda_graph`.
 - "auto": the fastest that the device and the precision allow.
+"""
+
+OnOom = Literal["stop", "split"]
+"""What a run does when a batch does not fit a GPU's memory.
+
+- "stop": it ends with a message that says what would fit.
+- "split": it begins anew with half the batch and twice the accumulation steps, which is the same
+  update; again and again, until it fits.
 """
 
 EVALUATION_BATCH = 500
@@ -72,6 +85,8 @@ class RunResult:
         images_per_epoch: Training images that take part in an epoch's updates.
         device: Where it ran.
         engine: What computed its updates; one of `Engine`.
+        micro_batch: Images in one forward/backward pass: `config.batch_size`, or less where
+            `on_oom="split"` made it so.
         peak_memory: Bytes: CUDA's peak of allocated memory during the run; elsewhere the peak
             resident memory of the process so far.
     """
@@ -84,6 +99,7 @@ class RunResult:
     images_per_epoch: int
     device: torch.device
     engine: str
+    micro_batch: int
     peak_memory: int
 
 
@@ -94,6 +110,7 @@ def train(
     log_folder: str | Path | None = None,
     progress: bool = True,
     engine: Engine = "auto",
+    on_oom: OnOom = "stop",
 ) -> RunResult:
     """Train `DigitCNN` as `config` says.
 
@@ -104,17 +121,31 @@ def train(
     Args:
         config: The settings.
         data: The images, from `load_dataset(config.dataset)`.
-        log_folder: A folder that gets `progress.csv`, the history so far, after every epoch;
-            made where there is none.
+        log_folder: A folder of this run's own, made where there is none. After every epoch it
+            gets `progress.csv`, the history so far, and `checkpoint.pt`. A run that finds its
+            checkpoint there goes on from it and ends as if it had never been interrupted, which
+            takes the same settings, images, engine, processor, number of threads and version of
+            torch; where they differ, it begins anew and warns. The last epoch's checkpoint
+            stays: remove it when the result is safe.
         progress: Whether to show a progress bar.
         engine: How the updates are computed: a matter of speed, not of what is computed.
+        on_oom: What to do when a batch does not fit the GPU's memory.
 
     Raises:
         InputError: The device is not there, or the engine does not run on it, or an update needs
-            more images than there are.
+            more images than there are, or than fit the GPU's memory; or `on_oom="split"` would
+            change what the run computes.
     """
+    check_on_oom(on_oom, config)
     (run,) = _prepared([config], data, engine)
-    return _train_together([run], progress, log_folder)[0]
+    while True:
+        try:
+            return _train_together([run], progress, log_folder)[0]
+        except torch.OutOfMemoryError as error:
+            micro_batch = _smaller_micro_batch(run, on_oom, error)
+        run = Run(config, data, run.device, run.engine, micro_batch)
+        gc.collect()  # what the failed attempt held on the device
+        torch.cuda.empty_cache()
 
 
 def train_many(
@@ -166,12 +197,14 @@ def _train_together(
         stack.enter_context(deterministic(runs[0].device))
         for run in runs:
             stack.enter_context(run)
-        total = sum(run.total_updates for run in runs)
-        bar = stack.enter_context(tqdm(total=total, unit="update", disable=hidden))
+            if log_folder and run.resume(Path(log_folder)) and progress:
+                print(f"goes on after epoch {len(run.rows)} of {run.config.epochs}")
+        total, done = sum(run.total_updates for run in runs), sum(run.updates for run in runs)
+        bar = stack.enter_context(tqdm(total=total, initial=done, unit="update", disable=hidden))
         epochs = max(run.config.epochs for run in runs)
         for epoch in range(1, epochs + 1):
             bar.set_description(f"epoch {epoch}/{epochs}")
-            training = [run for run in runs if epoch <= run.config.epochs]
+            training = [run for run in runs if len(run.rows) < epoch <= run.config.epochs]
             for run in training:
                 run.begin_epoch()
             going = training
@@ -184,7 +217,7 @@ def _train_together(
                 row = run.evaluate()
                 bar.set_postfix(validation_accuracy=f"{row['validation_accuracy']:.4f}")
                 if log_folder:
-                    run.history().to_csv(Path(log_folder) / "progress.csv", index=False)
+                    run.save(Path(log_folder))
         return [run.result() for run in runs]
 
 
@@ -245,18 +278,73 @@ def check_fits(config: RunConfig, data: Dataset) -> None:
             )
 
 
+def check_on_oom(on_oom: str, config: RunConfig) -> None:
+    """Refuse to split batches whose images see each other.
+
+    Raises:
+        InputError: As said, or `on_oom` is unknown.
+    """
+    if on_oom not in get_args(OnOom):
+        raise InputError(f"no on_oom {on_oom!r}; {suggest(on_oom, get_args(OnOom))}")
+    if on_oom == "split" and not _may_split(config):
+        raise InputError(
+            f"on_oom = 'split', but with norm = {config.norm!r} each image is normalised with the "
+            f"others of its batch, so a smaller one trains differently; use norm = 'group' or "
+            f"'none', or on_oom = 'stop'"
+        )
+
+
+def _may_split(config: RunConfig) -> bool:
+    return config.norm in ("group", "none")
+
+
+def _smaller_micro_batch(run: Run, on_oom: str, error: torch.OutOfMemoryError) -> int:
+    """Half the micro-batch that did not fit; a warning says so.
+
+    Raises:
+        InputError: It is not to be halved, or cannot be; the message says what to do.
+    """
+    config, size, half = run.config, run.micro_batch, run.micro_batch // 2
+    steps = config.effective_batch_size // half if half else 0
+    problem = f"a batch of {size} images does not fit the memory of {run.device}"
+    if size % 2:
+        raise InputError(
+            f"batch_size = {config.batch_size}: {problem}, and {size} cannot be halved evenly; "
+            f"choose a smaller batch_size with more accumulation_steps"
+        ) from error
+    smaller = f"batches of {half} and {steps} accumulation steps"
+    if on_oom == "stop":
+        advice = f"take {smaller}, the same {config.effective_batch_size} images per update"
+        if _may_split(config):
+            advice += ", or let on_oom = 'split' do so"
+        else:
+            advice += f", which with norm = {config.norm!r} trains differently"
+        raise InputError(f"batch_size = {config.batch_size}: {problem}; {advice}") from error
+    warnings.warn(f"{problem}: the run begins anew, with {smaller}", stacklevel=3)
+    return half
+
+
 class Run:
     """The moving parts of one run, for callers that time or interleave epochs; else use `train`.
 
     A context manager: inside it, `begin_epoch`, `next_update` until it returns False, `end_epoch`
-    and `evaluate`, again and again.
+    and `evaluate`, again and again. `micro_batch` is the images in a pass where that is not to
+    be `config.batch_size` but a divisor of it.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, device: torch.device, engine: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        device: torch.device,
+        engine: str,
+        micro_batch: int | None = None,
+    ) -> None:
         self.config = config
         self.data = data
         self.device = device
         self.engine = engine
+        self.micro_batch = micro_batch or config.batch_size
         images = len(data.train.labels)
         updates = updates_per_epoch(images, config.effective_batch_size, config.last_window)
         self.total_updates = updates * config.epochs
@@ -287,7 +375,8 @@ class Run:
             self.model = model.to(device, dtype).to(memory_format=torch.channels_last)
             self.order_generator = torch.Generator().manual_seed(config.seed)
             self.augment_generator = generator_for(device, config.seed, "augment")
-            self.model.dropout.generator = generator_for(device, config.seed, "dropout")
+            self.dropout_generator = generator_for(device, config.seed, "dropout")
+            self.model.dropout.generator = self.dropout_generator
             self.optimizer = _optimizer(config, self.model, self.engine)
             self.scheduler = _scheduler(config, self.optimizer, self.total_updates)
 
@@ -306,7 +395,7 @@ class Run:
                     len(self.train_labels),
                     self.model,
                     self.optimizer,
-                    [self.augment_generator, self.model.dropout.generator],
+                    [self.augment_generator, self.dropout_generator],
                 )
             self._stack = stack.pop_all()
         return self
@@ -376,6 +465,55 @@ class Run:
         """A row for each epoch so far."""
         return pd.DataFrame(self.rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)
 
+    def save(self, folder: Path) -> None:
+        """Write `progress.csv` and the checkpoint, after an evaluation."""
+        write_atomically(folder / PROGRESS, self.history().to_csv(index=False).encode())
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "generators": [generator.get_state() for generator in self._generators()],
+            "updates": self.updates,
+            "seconds": self.seconds,
+            "rows": self.rows,
+            "predictions": self.predictions,
+        }
+        save_checkpoint(folder / CHECKPOINT, state, self._conditions())
+
+    def resume(self, folder: Path) -> bool:
+        """Go to where the checkpoint in `folder` left the run; False where none can be used."""
+        state = load_checkpoint(folder / CHECKPOINT, self._conditions())
+        if state is None:
+            return False
+        with self._place():
+            self.model.load_state_dict(state["model"])
+            self.model.eval()
+            _load_in_place(self.optimizer, state["optimizer"])
+            if self.scheduler:
+                self.scheduler.load_state_dict(state["scheduler"])
+            for generator, before in zip(self._generators(), state["generators"], strict=True):
+                generator.set_state(before)
+        self.updates, self.seconds = state["updates"], state["seconds"]
+        self.rows, self.predictions = state["rows"], state["predictions"]
+        return True
+
+    def _generators(self) -> list[torch.Generator]:
+        """All that it draws from while training."""
+        return [self.order_generator, self.augment_generator, self.dropout_generator]
+
+    def _conditions(self) -> dict[str, Any]:
+        """What decides the history to the last bit."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            **self.config.to_dict(),
+            "images": self.data.fingerprint,
+            "micro_batch": self.micro_batch,
+            "engine": self.engine,
+            "hardware": torch.cuda.get_device_name(self.device) if on_cuda else processor_name(),
+            "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__),
+        }
+
     def result(self) -> RunResult:
         """The run as it is now, after its last evaluation."""
         return RunResult(
@@ -387,6 +525,7 @@ class Run:
             images_per_epoch=self.images_per_epoch,
             device=self.device,
             engine=self.engine,
+            micro_batch=self.micro_batch,
             peak_memory=_peak_memory(self.device),
         )
 
@@ -396,8 +535,8 @@ class Run:
             yield
 
     def _windows(self, order: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        config = self.config
-        return windows(order, config.batch_size, config.accumulation_steps, config.last_window)
+        steps = self.config.effective_batch_size // self.micro_batch
+        return windows(order, self.micro_batch, steps, self.config.last_window)
 
     def _update(self, window: tuple[Tensor, ...]) -> None:
         self.optimizer.zero_grad()
@@ -473,6 +612,24 @@ def _optimizer(config: RunConfig, model: nn.Module, engine: str) -> torch.optim.
         weight_decay=config.weight_decay,
         fused=True,
     )
+
+
+def _load_in_place(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what its `state_dict` gave, into the tensors it holds: graphs know their addresses."""
+    held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for parameter, tensors in held.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(optimizer.state[parameter][name])
+            optimizer.state[parameter][name] = tensor
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        rate = group["lr"]  # the only setting that changes
+        group.update(before)
+        if isinstance(before["lr"], Tensor):
+            before["lr"].copy_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _scheduler(

@@ -2,7 +2,8 @@
 
 A verdict follows from intervals by a rule laid down here when one seed's runs were known:
 differences count as none when their whole 95 % interval lies within `MARGIN`, else as real when
-it leaves out zero, and are otherwise not decided.
+it leaves out zero, and are otherwise not decided. The rule on memory, `SAME_MEMORY`, is of after
+first measurements.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ import pandas as pd
 from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
 from nbutils.statistics import chance_of_lead, mean_interval
 from nbutils.summary import last_epochs, target_accuracy
+
+SAME_MEMORY = 1.25
+"""Peaks of memory whose ratio is below this count as the same: an allocator's holes vary by about
+as much."""
 
 MARGIN = 0.001
 """Accuracies that differ by less count as equal: 10 images of 10,000."""
@@ -90,13 +95,16 @@ def load_kaggle_runs(folder: Path = REFERENCE_FOLDER) -> KaggleRuns:
     return KaggleRuns(load_runs(split), tuning_runs, *load_predictions(split))
 
 
-def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame, kaggle: KaggleRuns) -> pd.DataFrame:
+def verdicts(
+    runs: pd.DataFrame, normalisation: pd.DataFrame, kaggle: KaggleRuns, cost: pd.DataFrame
+) -> pd.DataFrame:
     """The table of the claims.
 
     Args:
         runs: The study `batch-size`, from `load_runs`.
         normalisation: The study `normalisation`, from `load_runs`.
         kaggle: Where the post's Kaggle scores are put to the test.
+        cost: The table of the study `cost`, from `nbutils.cost.measure_grid`.
 
     Returns:
         A row a claim, from 1: `claim` as the post has it, `these runs show` the effect with
@@ -113,8 +121,7 @@ def verdicts(runs: pd.DataFrame, normalisation: pd.DataFrame, kaggle: KaggleRuns
         ),
         (
             "Accumulation fits a large batch into the memory of a small one.",
-            "no memory of a GPU was measured yet; on a CPU every batch is cut to fit the cache",
-            UNDECIDED,
+            *_fits_memory(cost),
         ),
     ]
     return _numbered(pd.concat([size_verdicts(runs), _claims(table)]))
@@ -326,3 +333,35 @@ def _settings(table: pd.DataFrame) -> list[tuple[int, int]]:
 
 def _name(batch_size: int, steps: int) -> str:
     return f"{batch_size}" if steps == 1 else f"{steps} x {batch_size}"
+
+
+def _fits_memory(cost: pd.DataFrame) -> tuple[str, str]:
+    memory = by_repeat(cost, "peak_memory")
+    seconds = by_repeat(cost, "seconds_per_update")
+    parts, fits, fails = [], [], []
+    for micro_batch, steps in ((128, 8), (32, 32)):
+        cut = micro_batch, steps
+        of_small = memory[cut] / memory[micro_batch, 1]
+        of_large = memory[cut] / memory[1024, 1]
+        parts.append(
+            f"{_name(*cut)} takes {_ratio(of_small)} times the peak memory of {micro_batch}, "
+            f"{_ratio(of_large)} times that of 1024, and {_ratio(seconds[cut] / seconds[1024, 1])} "
+            f"times the time of 1024"
+        )
+        fits.append(of_small.max() < SAME_MEMORY and of_large.max() < 1 / SAME_MEMORY)
+        fails.append(of_small.min() >= SAME_MEMORY or of_large.min() >= 1 / SAME_MEMORY)
+    spread = f"median, lowest to highest of n = {len(memory)}"
+    verdict = "holds" if all(fits) else "fails" if any(fails) else "not decidable from this"
+    places = ", ".join(cost["device"].unique())
+    return f"{'; '.join(parts)} ({spread})", f"{verdict}; measured on: {places}"
+
+
+def by_repeat(cost: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row a repeat, a column a setting (batch size, accumulation steps): `column`."""
+    return cost.pivot_table(
+        index="repeat", columns=["batch_size", "accumulation_steps"], values=column
+    )
+
+
+def _ratio(values: pd.Series) -> str:
+    return f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})"

@@ -56,41 +56,6 @@ def test_a_study_from_command_to_figure(study_file, tmp_path):
     assert load_runs(tmp_path / "reference")["run_id"].nunique() == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "batch-sise"], "no study 'batch-sise'; did you mean 'batch-size'?"),
-        (["run", "batch-size", "--dataset", "mnist5k"], "no dataset 'mnist5k'; did you mean"),
-        (["run", "batch-size", "--set", "epoch=3"], "no setting 'epoch'; did you mean 'epochs'?"),
-        (["run", "batch-size", "--set", "epochs"], "it must read FIELD=VALUE"),
-        (["run", "batch-size", "--set", "epochs="], "it must read FIELD=VALUE"),
-        (["run", "batch-size", "--set", "epochs=many"], "epochs = 'many', but it must be a whole"),
-        (["run", "batch-size", "--set", "epochs=2.5"], "epochs = 2.5, but it must be a whole"),
-        (["run", "batch-size", "--set", "batch_size=0"], "batch_size = 0, but it must be"),
-        (["run", "batch-size", "--set", "batch_size=-8"], "batch_size = -8, but it must be"),
-        (["run", "batch-size", "--set", "batch_size=9999"], "has only 3600 images to train on"),
-        (["run", "batch-size", "--set", "learning_rate=-1e-3"], "learning_rate = -0.001"),
-        (["run", "batch-size", "--set", "seed=0,0"], "are planned twice"),
-        (["run", "batch-size", "--set", "norm=[none"], "norm = '[none', but it must be one of"),
-        (["run", "batch-size", "--jobs", "0"], "jobs = 0, but it must be"),
-        (["run", "batch-size", "--set", "device=cuda:99"], "device = 'cuda:99', but this machine"),
-        (["run", "batch-size", "--out", "pyproject.toml"], "is not a folder"),
-        (["run", "nowhere.yaml"], "no study file nowhere.yaml"),
-        (["status", "nowhere"], "holds no study"),
-        (["export", "nowhere", "reference"], "no folder nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_status_2(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pyproject.toml").touch()
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ")
-    assert message in error
-    assert error.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["pyproject.toml"]
-
-
 def test_mnist_without_files_and_network_is_refused(tmp_path, monkeypatch, capsys):
     from torchvision import datasets
 

@@ -73,7 +73,7 @@ def test_a_training_notebook_declares_every_setting_with_its_default(number):
     declared = papermill.inspect_notebook(str(path))
     settings = {field.name for field in fields(RunConfig)}
     missing = {"accumulation_steps"} if number == "02" else set()
-    assert set(declared) == settings - missing | {"out"}
+    assert set(declared) == settings - missing | {"out", "on_oom"}
     chosen = {"epochs", "accumulation_steps"}  # small here, so that the notebook runs in seconds
     for name in settings - missing - chosen:
         assert eval(declared[name]["default"]) == getattr(RunConfig(), name), name

@@ -136,6 +136,48 @@ def test_final_values_show_each_run_and_the_mean_of_each_setting(ax):
     assert labels == ["1 pass per update", "8 passes per update"]
 
 
+def costs():
+    """Memory of the micro-batch, measured twice; one setting ran out of memory."""
+    rows = [
+        {
+            "batch_size": batch_size,
+            "accumulation_steps": steps,
+            "effective_batch_size": batch_size * steps,
+            "peak_memory": np.nan if batch_size == 8 else batch_size * 1e6 + repeat,
+            "seconds_per_update": batch_size * steps * (1.0 + repeat),
+            "images_per_second": 1 / (1.0 + repeat),
+            "repeat": repeat,
+        }
+        for batch_size, steps in [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
+        for repeat in range(2)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_cost_has_a_line_for_the_whole_batch_and_one_a_micro_batch(ax):
+    plots.plot_cost(ax, costs(), "peak_memory")
+    lines = {c.get_label(): c.lines[0].get_ydata().tolist() for c in ax.containers}
+    assert list(lines) == ["the whole batch", "2", "4"]
+    assert lines["the whole batch"] == pytest.approx([2, 4])  # 8 did not fit
+    assert lines["2"] == pytest.approx([2, 2, 2])
+
+
+@pytest.mark.parametrize("column", plots.COSTS)
+def test_a_cost_map_shows_each_median_that_there_is(ax, column):
+    plots.plot_cost_map(ax, costs(), column)
+    assert len(ax.texts) == (5 if column == "peak_memory" else 6)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "2", "1"]
+    if column == "seconds_per_update":
+        assert {text.get_text() for text in ax.texts} == {"3", "6", "12"}
+
+
+def test_a_search_shows_what_fits_and_what_does_not(ax):
+    plots.plot_search(ax, {1: 1_000_000, 4: 9_000_000, 8: None}, 5_000_000)
+    *tries, limit = ax.lines
+    assert [(line.get_xdata()[0], line.get_marker()) for line in tries] == [(1, "o"), (4, "x")]
+    assert limit.get_ydata()[0] == 5
+
+
 @pytest.fixture
 def rates():
     """A map of two sizes and three rates, with one that diverged."""

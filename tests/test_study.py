@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import Executor, Future
+from pathlib import Path
 
 import pytest
 import yaml
@@ -135,7 +136,7 @@ def two_runs(tmp_path):
 
 @pytest.fixture
 def no_summary(monkeypatch):
-    monkeypatch.setattr(study, "execute_notebook", lambda *_: None)
+    monkeypatch.setattr(study, "_sum_up", lambda *_: {})
 
 
 def test_a_study_is_run_once_and_then_only_summed_up(two_runs, tmp_path, no_summary):
@@ -227,7 +228,6 @@ def test_a_damaged_record_is_not_overwritten(two_runs, tmp_path, no_summary):
     [
         ({"dataset": ["mnist-6k"]}, "no dataset 'mnist-6k'; did you mean 'mnist-5k'?"),
         ({"batch_size": [4000]}, "batch_size = 4000, but 'mnist-5k' has only 3600 images"),
-        ({"device": ["cuda:77"]}, "device = 'cuda:77', but this machine has"),
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrides, message):
@@ -238,6 +238,49 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrid
         run_study(mine, tmp_path / "out", executor=nothing)
     assert nothing.made == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_here_is_refused_if_the_runs_are_made_here(tmp_path, no_summary):
+    mine = load_study(write(tmp_path, changed()), {"device": ["cuda:77"]})
+    with pytest.raises(InputError, match="device = 'cuda:77', but this machine has"):
+        run_study(mine, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    elsewhere = Inline(lambda *_: None)
+    failures = run_study(mine, tmp_path / "out", executor=elsewhere)
+    assert len(elsewhere.made) == 9
+    assert all("run.json is missing" in cause for cause in failures.values())  # it made nothing
+
+
+def test_a_record_of_another_study_or_other_images_is_refused(
+    two_runs, tmp_path, no_summary, monkeypatch
+):
+    out, nothing = tmp_path / "out", Inline()
+    run_study(two_runs, out, executor=Inline(train_without_notebook))
+    run_id = min(run.config.run_id for run in two_runs.runs)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_check_runnable", lambda _: {"mnist-5k": "f" * 64})
+        with pytest.raises(InputError) as error:
+            run_study(two_runs, out, executor=nothing)
+    assert f"{run_id} was made on other images than 'mnist-5k' has now" in str(error.value)
+    stranger = RunConfig(seed=5, device="cpu", epochs=1, batch_size=1200)
+    train_without_notebook(study.PlannedRun("02", stranger), out)
+    with pytest.raises(InputError, match=f"{stranger.run_id} is not a run of this study; move it"):
+        run_study(two_runs, out, executor=nothing)
+    assert nothing.made == []
+
+
+def test_a_record_that_is_damaged_before_it_is_moved_is_a_failure(two_runs, tmp_path, no_summary):
+    def damaging(run, out):
+        train_without_notebook(run, out)
+        (Path(out) / run.config.run_id / "history.csv").write_text("epoch\n")
+
+    out = tmp_path / "out"
+    failures = run_study(two_runs, out, executor=Inline(damaging))
+    assert all("history.csv was changed" in cause for cause in failures.values())
+    assert len(failures) == 2
+    assert run_status(out) == {run_id: f"failed: {cause}" for run_id, cause in failures.items()}
+    assert run_study(two_runs, out, executor=Inline(train_without_notebook)) == {}
+    assert not (out / "failures.json").exists()
 
 
 def test_zero_jobs_are_refused(two_runs, tmp_path):

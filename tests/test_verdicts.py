@@ -49,6 +49,23 @@ def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
     return pd.DataFrame(rows)
 
 
+def costs(memory=lambda batch_size, steps: batch_size, repeats=3):
+    """Measurements that need `memory(batch_size, steps)`, give or take a percent."""
+    rows = [
+        {
+            "batch_size": batch_size,
+            "accumulation_steps": steps,
+            "repeat": repeat,
+            "peak_memory": memory(batch_size, steps) * (1 + repeat / 100),
+            "seconds_per_update": batch_size * steps,
+            "device": "cpu",
+        }
+        for batch_size, steps in (*SIZES, (32, 32))
+        for repeat in range(repeats)
+    ]
+    return pd.DataFrame(rows)
+
+
 def kaggle_runs(gain, spread=2, seeds=5):
     """Five seeds of 128 and of 8 x 128, at 1e-3 and at 2e-3, on 28,000 images.
 
@@ -85,7 +102,7 @@ def kaggle_runs(gain, spread=2, seeds=5):
 def verdict(number, runs, normalisation=None, kaggle=None):
     if normalisation is None:
         normalisation = study(lambda size, steps: 0.99, norm="batch")
-    return verdicts(runs, normalisation, kaggle or kaggle_runs(0))["verdict"][number]
+    return verdicts(runs, normalisation, kaggle or kaggle_runs(0), costs())["verdict"][number]
 
 
 def size_verdict(number, runs):
@@ -156,8 +173,29 @@ def test_what_small_pieces_do_to_batch_norm(harm, expected):
     assert expected in found
 
 
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        (lambda size, steps: size, "holds"),
+        (lambda size, steps: 4200 + size, "fails"),  # the weights outweigh the activations
+        (lambda size, steps: size * steps, "fails"),
+        (lambda size, steps: size * (1.24 if steps > 1 else 1), "not decidable"),
+    ],
+)
+def test_whether_accumulation_fits_a_large_batch_into_little_memory(memory, expected):
+    noisy = costs(memory)
+    # Accumulated settings vary by a percent more a repeat than the others.
+    cut = noisy["accumulation_steps"] > 1
+    noisy.loc[cut, "peak_memory"] *= 1 + noisy["repeat"] / 100
+    runs, normalisation = study(level), study(level, norm="batch")
+    row = verdicts(runs, normalisation, kaggle_runs(0), noisy).loc[8]
+    assert row["verdict"].startswith(expected)
+    assert row["verdict"].endswith("measured on: cpu")
+    assert "n = 3" in row["these runs show"]
+
+
 def test_there_is_a_row_a_claim():
-    table = verdicts(study(level), study(level, norm="batch"), kaggle_runs(0))
+    table = verdicts(study(level), study(level, norm="batch"), kaggle_runs(0), costs())
     assert list(table.index) == list(range(1, 9))
     assert list(table.columns) == ["claim", "these runs show", "verdict"]
 
@@ -174,7 +212,7 @@ def test_a_certain_effect_too_small_to_matter_counts_as_none():
 
 def test_the_claims_on_batch_size_are_the_same_for_any_dataset():
     runs = study(falling)
-    first = verdicts(runs, study(level, norm="batch"), kaggle_runs(0)).loc[1:5]
+    first = verdicts(runs, study(level, norm="batch"), kaggle_runs(0), costs()).loc[1:5]
     pd.testing.assert_frame_equal(size_verdicts(runs), first)
 
 
@@ -210,7 +248,7 @@ def test_the_kaggle_claim_says_whether_rates_were_tuned():
     tuned = kaggle_runs(0)
     normalisation = study(level, norm="batch")
     shown = [
-        verdicts(study(level), normalisation, kaggle)["these runs show"][7]
+        verdicts(study(level), normalisation, kaggle, costs())["these runs show"][7]
         for kaggle in (tuned, replace(tuned, tuning=None))
     ]
     assert "at rates tuned on validation (0.001 and 0.002)" in shown[0]

@@ -1,0 +1,152 @@
+"""A process for each task on this machine: `Workers`, an executor.
+
+A pool of processes breaks as a whole when one of them is killed. Here every task has a process of
+its own, so that one which dies takes nothing with it; and such a process ends, with the kernel
+that it started, when the one that waits for it is gone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+class Failure(Exception):
+    """Says in one line why a task failed."""
+
+
+def cause(error: BaseException) -> str:
+    """One line that says why a task failed."""
+    if isinstance(error, Failure):
+        return str(error)
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+    hint = "; the system kills it when memory runs out" if name == "DeadKernelError" else ""
+    return " ".join(f"{name}: {value}".split()) + hint
+
+
+class Workers(Executor):
+    """Runs each task in a new process; a context manager.
+
+    An error of a task arrives as a `Failure`. When the block is left by an exception, tasks that
+    run are killed and others dropped.
+
+    Args:
+        jobs: Tasks side by side, >= 1.
+        threads: Processor threads of each.
+        log: File to which the tasks' own output is added, and that of their kernels.
+        time_limit: Seconds after which a task is killed.
+    """
+
+    def __init__(self, jobs: int, threads: int, log: Path, time_limit: float | None = None) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._prepare = partial(_prepare, threads, log)
+        self._time_limit = time_limit
+        # Processes inherit what the thread that starts them holds back: Ctrl-C in a terminal is
+        # for the command alone, also while they start.
+        self._pool = ThreadPoolExecutor(
+            jobs, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT})
+        )
+        self._lock = threading.Lock()
+        self._running: set[int] = set()
+        self._ended = False
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Run `task` with the arguments in a process of its own, when it is its turn."""
+        return self._pool.submit(self._run, pickle.dumps(partial(task, *args, **kwargs)))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more tasks."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is not None:
+            with self._lock:
+                self._ended = True
+                for pid in self._running:
+                    _kill_with_children(pid)
+        self.shutdown(cancel_futures=error[0] is not None)
+
+    def _run(self, task: bytes) -> Any:
+        ours, theirs = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_work, args=(theirs, self._prepare, task))
+        with self._lock:
+            if self._ended:
+                raise Failure("interrupted before it began")
+            process.start()
+            assert process.pid
+            self._running.add(process.pid)
+        theirs.close()
+        try:
+            if not ours.poll(self._time_limit):
+                raise Failure(f"stopped at the time limit of {self._time_limit:g} s")
+            result, failure = ours.recv()
+        except EOFError:
+            process.join()
+            raise Failure(_death(process.exitcode)) from None
+        finally:
+            with self._lock:
+                self._running.discard(process.pid)
+            _kill_with_children(process.pid)
+            process.join()
+            ours.close()
+        if failure:
+            raise Failure(failure)
+        return result
+
+
+def _work(pipe: Connection, prepare: Callable[[], None], task: bytes) -> None:
+    """What a process does: one task."""
+    result, failure = None, ""
+    try:
+        prepare()
+        result = pickle.loads(task)()
+    except Exception as error:
+        failure = cause(error)
+    pipe.send((result, failure))
+
+
+def _prepare(threads: int, log: Path) -> None:
+    os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent
+    wait([parent.sentinel])
+    _kill_with_children(os.getpid())
+
+
+def _kill_with_children(pid: int) -> None:
+    """Kill a process and all that it started: a kernel has a session of its own."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for member in (*process.children(recursive=True), process):
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+
+
+def _death(status: int | None) -> str:
+    if status is None or status >= 0:
+        return f"its process ended with exit status {status}"
+    name = signal.Signals(-status).name
+    hint = ", which the system sends when memory runs out" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"

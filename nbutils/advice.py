@@ -156,7 +156,9 @@ class Advice:
             else "1 (do not accumulate)"
         )
         low, high = self.learning_rate_range
-        fast, slow = self.seconds_per_epoch_range
+        rates = "" if low == high else f" ({low:g} to {high:g} are not told apart)"
+        fast, slow = map(format_seconds, self.seconds_per_epoch_range)
+        times = "measured once" if fast == slow else f"{fast} to {slow}"
         return "\n".join(
             [
                 f"{self.model} on {self.dataset}, {self.optimizer}, {self.device}:",
@@ -164,10 +166,8 @@ class Advice:
                 f"  accumulation steps  {accumulate}",
                 f"  images per update   {self.effective_batch_size}"
                 f" ({_range(*self.effective_batch_size_range)} by the noise scale's interval)",
-                f"  learning rate       {self.learning_rate:g}"
-                f" ({_range(low, high)} not told apart)",
-                f"  time per epoch      {format_seconds(self.seconds_per_epoch)}"
-                f" ({format_seconds(fast)} to {format_seconds(slow)})",
+                f"  learning rate       {self.learning_rate:g}{rates}",
+                f"  time per epoch      {format_seconds(self.seconds_per_epoch)} ({times})",
                 f"  peak memory         {format_memory(self.peak_memory)}",
             ]
         )

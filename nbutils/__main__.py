@@ -1,4 +1,4 @@
-"""The command line: `python -m nbutils run | status | export | figures | bench | peers`."""
+"""The command line: `python -m nbutils advise | run | status | export | figures | bench ...`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,25 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("runs", type=Path)
     export.add_argument("reference", type=Path)
     export.set_defaults(command=_export)
+
+    advise = commands.add_parser(
+        "advise", help="measure a classifier of yours and advise on its batch size"
+    )
+    advise.add_argument("--model", required=True, help="what makes it, as package.module:factory")
+    advise.add_argument(
+        "--dataset",
+        required=True,
+        help="a dataset's name, a folder with a folder of images a class, or the "
+        "package.module:factory of a dataset",
+    )
+    advise.add_argument("--memory-budget", help="such as 2GB (default: what is free)")
+    advise.add_argument("--time-budget", default="10min", help="such as 90s (default: 10min)")
+    advise.add_argument("--optimizer", default="adam", help="adam (default) or sgd")
+    advise.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    advise.add_argument(
+        "--out", type=Path, default=Path("runs/advice"), help="folder of the report"
+    )
+    advise.set_defaults(command=_advise)
 
     figures = commands.add_parser(
         "figures", help="make figures/ and the README's numbers from notebooks/reference/"
@@ -183,6 +202,25 @@ def _export(options: argparse.Namespace) -> int:
     export = export_tables if holds_tables(options.runs) else export_runs
     export(options.runs, options.reference)
     print(f"reference: {options.reference}")
+    return 0
+
+
+def _advise(options: argparse.Namespace) -> int:
+    from nbutils.advice import advise, write_report
+
+    advice = advise(
+        options.model,
+        options.dataset,
+        memory_budget=options.memory_budget,
+        time_budget=options.time_budget,
+        optimizer=options.optimizer,
+        device=options.device,
+    )
+    print(advice.answer)
+    for warning in advice.warnings:
+        print(f"  warning: {warning}")
+    for path in write_report(advice, options.out):
+        print(f"report: {path}")
     return 0
 
 

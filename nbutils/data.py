@@ -182,7 +182,7 @@ def data_folder() -> Path:
 def _dataset(
     name: str, train: Split, test: Split, class_names: tuple[str, ...] = DIGITS
 ) -> Dataset:
-    held_out = torch.arange(len(train.labels)) % VALIDATION_EVERY == VALIDATION_EVERY - 1
+    held_out = for_validation(len(train.labels))
     return Dataset(
         name,
         train=Split(train.images[~held_out], train.labels[~held_out]),
@@ -190,6 +190,11 @@ def _dataset(
         test=test,
         class_names=class_names,
     )
+
+
+def for_validation(images: int) -> Tensor:
+    """Which of so many images, in file order, the splitting rule sets aside: bool, (images,)."""
+    return torch.arange(images) % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 
 def _mnist_5k(name: str) -> Dataset:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nbutils.advice import load_advice
 from nbutils.bench import load, table
 from nbutils.config import InputError
 from nbutils.peers import peers_table
@@ -83,6 +84,7 @@ def _blocks() -> dict[str, str]:
         "agreement": _agreement(runs, labels, predictions),
         "trust": _trust(runs, labels, predictions),
         "peers": markdown_table(peers_table()),
+        "advice": _advice(),
         "bench": _bench(),
     }
 
@@ -152,6 +154,11 @@ def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np
         f"images differently: rounding, grown over the updates. For comparison, batches of 512 and "
         f"1024 differ on {differing((512, 1), (1024, 1))}."
     )
+
+
+def _advice() -> str:
+    advice = load_advice(REFERENCE_FOLDER / "advice" / "advice.json")
+    return f"```\n{advice.answer}\n```"
 
 
 def _bench() -> str:

@@ -517,6 +517,8 @@ def _check_runnable(study: Study) -> dict[str, str]:
 
     for run in study.runs:
         check_on_oom(run.on_oom, run.config)
+    for notebook in {run.notebook for run in study.runs if run.on_oom != "stop"}:
+        _check_parameters(notebook, ["on_oom"])
     datasets = {name: load_dataset(name) for name in study.datasets}
     for run in study.runs:
         check_fits(run.config, datasets[run.config.dataset])

@@ -493,7 +493,10 @@ def write_report(advice: Advice, out: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "advice.json", out / "report.ipynb", out / "report.html"]
     save_advice(advice, paths[0])
-    execute_notebook(NOTEBOOK, paths[1], {"advice": str(paths[0])})
+    described = {
+        name: getattr(advice, name) for name in ("model", "dataset", "optimizer", "device")
+    }
+    execute_notebook(NOTEBOOK, paths[1], {"measured": str(paths[0]), **described})
     page, _ = HTMLExporter().from_filename(str(paths[1]))
     paths[2].write_text(page)
     return paths

@@ -470,8 +470,11 @@ def judge(model: nn.Module, classifier: Classifier, most: int) -> tuple[Tensor, 
 def _rate_table(
     judged: dict[float, tuple[int, Tensor, float]], updates: int, at_start: float
 ) -> pd.DataFrame:
-    means = {rate: losses.mean().item() for rate, (_, losses, _) in judged.items()}
-    finite = [rate for rate in judged if judged[rate][0] == updates and math.isfinite(means[rate])]
+    means = {
+        rate: losses.mean().item() if done == updates else math.nan
+        for rate, (done, losses, _) in judged.items()
+    }
+    finite = [rate for rate in judged if math.isfinite(means[rate])]
     if not finite:
         raise InputError(
             f"the loss was not finite at any learning rate tried: "

@@ -8,7 +8,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Tests run on every processor, so each of their processes keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
 
-.PHONY: help install study lab test lint unit notebooks-test papermill-test test-faults notebooks figures bench clean
+.PHONY: help install study lab test lint unit notebooks-test papermill-test test-browser test-faults notebooks figures bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,13 @@ papermill-test: install
 		build/02.ipynb -p batch_size 512 -p epochs 1
 	$(ONE_THREAD) $(BIN)/papermill --no-progress-bar notebooks/03_train_accumulation.ipynb \
 		build/03.ipynb -p batch_size 64 -p accumulation_steps 8 -p epochs 1
+
+test-browser: .venv/browser  ## open every notebook in JupyterLab in a headless Chromium
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
+
+.venv/browser: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	@touch $@
 
 test-faults: install  ## kill a study at 50 random instants, which takes many minutes (KILLS=50)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_interrupted.py --kills $(or $(KILLS),50)

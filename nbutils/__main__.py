@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FIELD=VALUE[,VALUE...]",
         help="settings in place of the study's, each one or several values (may be repeated)",
     )
-    run.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
+    where = run.add_mutually_exclusive_group()
+    where.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
+    where.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="make the runs on the Dask cluster there (needs the extra: pip install -e .[cluster])",
+    )
     run.add_argument("--out", type=Path, help="folder of the runs (default: runs/STUDY-DATASET)")
     run.add_argument(
         "--time-limit", type=float, metavar="SECONDS", help="stop a run that takes longer"
@@ -116,9 +123,15 @@ def _run(options: argparse.Namespace) -> int:
         overrides["dataset"] = [options.dataset]
     study = load_study(options.study, overrides)
     out = options.out or study.default_folder
-    failures = run_study(
-        study, out, options.jobs, time_limit=options.time_limit, on_oom=options.on_oom
-    )
+    with _executor(options.scheduler) as executor:
+        failures = run_study(
+            study,
+            out,
+            options.jobs,
+            executor,
+            time_limit=options.time_limit,
+            on_oom=options.on_oom,
+        )
     if failures:
         for run_id, cause in failures.items():
             print(f"failed: {run_id}: {cause}", file=sys.stderr)
@@ -128,6 +141,15 @@ def _run(options: argparse.Namespace) -> int:
         _print_table(out.absolute())
     _print_files(out.absolute())
     return 0
+
+
+def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
+    """What makes the runs: a Dask cluster, or None for processes on this machine."""
+    if scheduler is None:
+        return nullcontext()
+    from nbutils.cluster import ClusterExecutor
+
+    return ClusterExecutor(scheduler)
 
 
 def _print_table(out: Path) -> None:

@@ -374,7 +374,7 @@ def _check_batch_norm(
     if steps > len(watched.updates):
         findings["batch norm"] = (
             f"{steps} steps of the running statistics in {len(watched.updates)} update(s), each "
-            f"from {size} images; group norm, or no norm, has no such statistics"
+            f"from {size} images; group norm has none"
         )
 
 

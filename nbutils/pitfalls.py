@@ -119,7 +119,7 @@ def clip_inside(model, optimizer, scheduler, batches, accumulation_steps):
         for images, labels in window:
             loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
             (loss_sum / images_in_window).backward()
-            clip_grad_norm_(model.parameters(), 0.2)  # wrong: the sum is clipped while it grows
+            clip_grad_norm_(model.parameters(), 0.2)  # wrong: the sum is not whole
         optimizer.step()
         scheduler.step()
 

@@ -549,7 +549,7 @@ def plot_updates_to_target(
         missing: Sizes at which some seed never reached the target at any rate: crosses.
     """
     sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
-    x = np.geomspace(sizes.min() / 1.5, sizes.max() * 1.5, 200)
+    x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
     least, most = critical.fewest_updates, critical.fewest_images
     ax.axvspan(max(critical.low, x[0]), min(critical.high, x[-1]), color="0.9", zorder=0)
     ax.axvline(critical.value, color="0.5", linewidth=1)
@@ -561,7 +561,8 @@ def plot_updates_to_target(
         ("at most", fastest[fastest["epochs"] <= 1], "white"),
     ):
         points = runs["effective_batch_size"], runs["updates"]
-        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=name)
+        label = name if len(runs) else None
+        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=label)
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
     ax.set(xlabel="images per update", ylabel="updates to the target")
     if len(missing):
@@ -681,7 +682,9 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
         palette="viridis",
         ax=ax,
     )
-    _stretch_towards_one(ax, history[list(METRIC_NAMES)])
+    accuracies = history[list(METRIC_NAMES)]
+    _stretch_towards_one(ax, accuracies)
+    ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - accuracies.min().min())))  # no point is cut off
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title=None)
 

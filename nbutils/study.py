@@ -47,6 +47,7 @@ from tqdm.auto import tqdm
 
 from nbutils.config import InputError, RunConfig, suggest
 from nbutils.files import CHECKPOINT, PROGRESS, locked, write_atomically
+from nbutils.kernels import kernel_manager
 from nbutils.machine import processors
 from nbutils.records import publish, read_record
 from nbutils.workers import Workers, cause
@@ -320,6 +321,7 @@ def execute_notebook(notebook: str, output: Path, parameters: Mapping[str, Any])
             parameters=dict(parameters),
             progress_bar=False,
             config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+            kernel_manager_class=kernel_manager(),
         )
 
 
@@ -371,6 +373,7 @@ def run_study(
     with locked(out):
         plan = _merge_with_folder(study, out)  # now that no other command changes it
         _check_records(plan, out, fingerprints)
+        _read_failures(out)  # refused now rather than later
         _write_json(out / "study.json", plan.to_dict())
         work = _take_over(out)
         for run in plan.runs:
@@ -514,7 +517,7 @@ def _check_runnable(study: Study) -> dict[str, str]:
 
     for run in study.runs:
         check_on_oom(run.on_oom, run.config)
-    datasets = {name: load_dataset(name) for name in {run.config.dataset for run in study.runs}}
+    datasets = {name: load_dataset(name) for name in study.datasets}
     for run in study.runs:
         check_fits(run.config, datasets[run.config.dataset])
     return {name: data.fingerprint for name, data in datasets.items()}

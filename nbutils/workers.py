@@ -22,6 +22,8 @@ from typing import Any
 
 import psutil
 
+from nbutils.kernels import fork_kernels, processes
+
 
 class Failure(Exception):
     """Says in one line why a task failed."""
@@ -50,7 +52,7 @@ class Workers(Executor):
     """
 
     def __init__(self, jobs: int, threads: int, log: Path, time_limit: float | None = None) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = processes()
         self._prepare = partial(_prepare, threads, log)
         self._time_limit = time_limit
         # Processes inherit what the thread that starts them holds back: Ctrl-C in a terminal is
@@ -126,6 +128,7 @@ def _prepare(threads: int, log: Path) -> None:
         os.dup2(output, stream)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
+    fork_kernels()
 
 
 def _end_with_parent() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 import torch
+from conftest import part
 
 from nbutils import RunConfig, train, training
 from nbutils import cuda_graph as cuda_graph_module
@@ -14,6 +15,17 @@ from nbutils.checkpoint import load_checkpoint, save_checkpoint
 from nbutils.files import CHECKPOINT
 
 TINY = RunConfig(batch_size=64, epochs=3, device="cpu")  # shrunken for speed
+
+
+@pytest.fixture(scope="module")
+def few_digits(few_digits):
+    """Fewer still: 160 images to train on, 20 to validate, 20 to test."""
+    return replace(
+        few_digits,
+        train=part(few_digits.train, 160),
+        validation=part(few_digits.validation, 20),
+        test=part(few_digits.test, 20),
+    )
 
 
 class Killed(BaseException):

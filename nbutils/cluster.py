@@ -1,0 +1,255 @@
+"""A study's runs on a Dask cluster: `ClusterExecutor`, for `run_study(..., executor=)`.
+
+One run a task. On its worker it is a process of its own, which ends with the worker, and when
+nobody waits for the run any more. A worker that sees the study's folder publishes the record
+there. Any other makes it in a scratch folder of its own and sends the files, which are verified
+here before they are published.
+
+A scheduler tells its workers and clients what to execute, so connect only to one you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nbutils.config import InputError
+from nbutils.machine import processors
+from nbutils.records import publish, read_record
+from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
+from nbutils.workers import Failure, cause
+
+RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
+
+Task = Callable[[PlannedRun, str], None]
+
+
+class ClusterExecutor(Executor):
+    """Makes runs on the workers of a Dask cluster.
+
+    Where workers declare the resource `GPU`, each run on "cuda" or "auto" takes one of them.
+
+    Args:
+        address: The scheduler's, such as "tcp://10.0.0.7:8786".
+        timeout: Seconds to wait for the scheduler's answer.
+
+    Raises:
+        InputError: Dask is not installed, no scheduler answers, or a worker has other code than
+            this machine; the message names each such worker.
+    """
+
+    def __init__(self, address: str, timeout: float = 10) -> None:
+        try:
+            from distributed import Client
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"a scheduler needs the extra cluster: pip install -e '.[cluster]' ({error})"
+            ) from error
+        self.address = address
+        self.mark = f"cluster-{uuid.uuid4().hex}"
+        self.marked: set[Path] = set()
+        self.code = code_version()
+        try:
+            self.client = Client(address, timeout=timeout, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"scheduler {address}: no Dask scheduler answers there within {timeout:g} s; "
+                "`dask scheduler` starts one and tells its address"
+            ) from error
+        try:
+            self._wait_for_a_worker()
+            self._check_versions()
+        except BaseException:
+            self.client.close()
+            raise
+
+    def _wait_for_a_worker(self) -> None:
+        if not self._workers():
+            print(f"Waiting for a worker; `dask worker {self.address}` starts one", flush=True)
+            self.client.wait_for_workers(1)
+
+    def _workers(self) -> dict[str, dict[str, Any]]:
+        return self.client.scheduler_info(n_workers=-1)["workers"]
+
+    def _check_versions(self) -> None:
+        """Refuse workers with other code, and warn of another torch, by address."""
+        torch = version("torch")
+        other = []
+        for worker, found in sorted(self.client.run(_versions, on_error="return").items()):
+            if isinstance(found, BaseException):
+                other.append(f"{worker} has none that works ({cause(found)})")
+            elif found["nbutils"] != self.code:
+                other.append(f"{worker} has {found['nbutils']}")
+            elif found["torch"] != torch:
+                warnings.warn(f"{worker} has torch {found['torch']}, not {torch}", stacklevel=3)
+        if other:
+            raise InputError(
+                f"this machine has the nbutils of digest {self.code}, but {'; '.join(other)}; "
+                "install the same on each worker"
+            )
+
+    def submit(self, task: Task, run: PlannedRun, out: str) -> Future[None]:  # type: ignore[override]
+        """Have `task(run, folder)` done by a worker; its record ends up in `out`.
+
+        The future's exception is what made the run fail for good. A run whose worker dies is
+        tried again on another, as often as the cluster allows (`allowed-failures` of Dask).
+        """
+        mark = Path(out, ".work", self.mark)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        self.marked.add(mark)
+        gpu = run.config.device.startswith(("auto", "cuda")) and any(
+            "GPU" in worker["resources"] for worker in self._workers().values()
+        )
+        remote = self.client.submit(
+            _run_on_worker,
+            task,
+            run,
+            str(mark),
+            self.code,
+            resources={"GPU": 1} if gpu else None,
+            pure=False,
+        )
+        future: Future[None] = Future()
+        future.add_done_callback(lambda future: remote.cancel() if future.cancelled() else None)
+        remote.add_done_callback(partial(self._finish, future, run, Path(out)))
+        return future
+
+    def _finish(self, future: Future[None], run: PlannedRun, out: Path, remote: Any) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            if remote.cancelled():
+                raise ConnectionError(f"the scheduler {self.address} was lost")
+            files = remote.result()
+            if files is not None:
+                receive_record(run, out, files)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Leave the cluster; its workers drop what is not done yet."""
+        self.client.close()
+        for mark in self.marked:
+            mark.unlink(missing_ok=True)
+
+
+def code_version() -> str:
+    """The start of a digest over the code of nbutils and of the notebooks."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        digest.update(json.dumps([cell["source"] for cell in cells]).encode())
+    return digest.hexdigest()[:8]
+
+
+def _versions() -> dict[str, str]:
+    return {"nbutils": code_version(), "torch": version("torch")}
+
+
+def receive_record(run: PlannedRun, out: Path, files: dict[str, bytes]) -> None:
+    """Publish a record in `out` that came as the bytes of its files.
+
+    Raises:
+        InputError: It is damaged or another run's.
+    """
+    partial = _work_folder(out, run) / run.config.run_id
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in RECORD_FILES:
+        (partial / name).write_bytes(files[name])
+    read_record(partial)
+    publish(partial, out / run.config.run_id)
+
+
+def _run_on_worker(task: Task, run: PlannedRun, mark: str, code: str) -> dict[str, bytes] | None:
+    """A worker's task: the files of the record, or None where it is in the study's folder."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    if code_version() != code:  # a worker that came after the client had checked
+        raise Failure(
+            f"needs the nbutils of digest {code}, not {code_version()} (on {worker.address})"
+        )
+    if os.access(mark, os.W_OK):
+        _run_in_process(task, run, str(Path(mark).parents[1]))
+        return None
+    with tempfile.TemporaryDirectory(prefix="nbutils-", dir=worker.local_directory) as scratch:
+        _run_in_process(task, run, scratch)
+        record = Path(scratch, run.config.run_id)
+        return {name: (record / name).read_bytes() for name in RECORD_FILES}
+
+
+def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
+    """Have `_main` do `task(run, out)`; kill it when the task is cancelled."""
+    from distributed import get_worker
+
+    worker = get_worker()
+    key = worker.get_current_task()
+    threads = max(1, processors() // worker.state.nthreads)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "nbutils.cluster"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(pickle.dumps((task, run, out)))
+        process.stdin.flush()
+        while process.poll() is None:
+            try:
+                process.wait(timeout=0.5)
+            except subprocess.TimeoutExpired:
+                if worker.state.tasks[key].state == "cancelled":
+                    process.kill()
+        reason = process.stdout.read().decode()
+    if process.returncode:
+        if process.returncode < 0:
+            reason = f"its process was ended by {signal.Signals(-process.returncode).name}"
+        raise Failure(f"{reason} (on {worker.address})")
+
+
+def _main() -> int:
+    """The process of one run: it makes the run, tells why it failed, and ends with its worker."""
+    # What the notebook's kernel prints goes to the worker's log, not into the answer.
+    with os.fdopen(os.dup(1), "w") as answer:
+        os.dup2(2, 1)
+        task, run, out = pickle.load(sys.stdin.buffer)
+        threading.Thread(target=_end_with_worker, daemon=True).start()
+        try:
+            task(run, out)
+        except Exception as error:  # whatever a cell raises
+            answer.write(cause(error))
+            return 1
+    return 0
+
+
+def _end_with_worker() -> None:
+    os.read(0, 1)  # returns when the worker's end of the pipe is closed, by its death too
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -262,7 +262,7 @@ def advise(
         memory_budget=memory,
         noise_scale=_finite(scale),
         noise_scale_range=[_finite(low), _finite(high)],
-        warnings=_warnings(rated, chosen, norms, high, bounded) + _too_short(costs, rates),
+        warnings=_warnings(rated, chosen, norms, high, bounded) + _too_little(costs, rates),
         reasons=_reasons(rated, chosen, scale, low, high, rates, bounded),
         not_checked=left_out + _never_checked(classifier, best, recipe),
         code=_code(classifier, chosen, float(best["learning_rate"]), recipe, str(place)),
@@ -349,8 +349,13 @@ def _warnings(
     return warnings
 
 
-def _too_short(costs: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
-    """What to say where too little was measured to choose from."""
+def _too_little(costs: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
+    """What to say where too little was measured, or nothing learnt."""
+    if not (rates["outcome"] == "learnt").any():
+        return [
+            "no learning rate lowered the validation loss: give a longer time budget; if that does "
+            "not help, are the images scaled, and do the labels belong to them?"
+        ]
     if min(len(costs), len(rates)) >= FEWEST:
         return []
     return [
@@ -493,7 +498,10 @@ def write_report(advice: Advice, out: str | Path) -> list[Path]:
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "advice.json", out / "report.ipynb", out / "report.html"]
     save_advice(advice, paths[0])
-    execute_notebook(NOTEBOOK, paths[1], {"advice": str(paths[0])})
+    described = {
+        name: getattr(advice, name) for name in ("model", "dataset", "optimizer", "device")
+    }
+    execute_notebook(NOTEBOOK, paths[1], {"measured": str(paths[0]), **described})
     page, _ = HTMLExporter().from_filename(str(paths[1]))
     paths[2].write_text(page)
     return paths

@@ -643,7 +643,7 @@ def plot_trial_rates(ax: Axes, rates: pd.DataFrame) -> None:
         ax: Where to draw.
         rates: `Advice.rates` as a table. Rates that diverged are crosses at the top.
     """
-    learnt = rates[rates["outcome"] == "learnt"]
+    learnt = rates[rates["outcome"] != "diverged"]
     diverged = rates.loc[rates["outcome"] == "diverged", "learning_rate"]
     loss = learnt["validation_loss"]
     spread = [loss - learnt["low"], learnt["high"] - loss]

@@ -56,9 +56,9 @@ MICRO_BATCHES = 24
 EPOCHS = 3
 """A trial trains for no longer: what more time tells is left to the reader's own training."""
 
-SHORTEST = 30
-"""Updates that each rate is tried for at least, if there is time for one rate to make them; if
-there is none for all rates, fewer are tried."""
+SHORT, SHORTEST = 30, 10
+"""Updates that each rate is tried for: the first number at least, if there is time for one rate to
+make them, and the second whatever the time. If there is no time for all rates, fewer are tried."""
 
 FEWEST_JUDGED, MOST_JUDGED = 100, 2000
 """Validation images that rates are judged by."""
@@ -401,12 +401,13 @@ def trial_rates(
 
     Returns:
         A row a rate, ascending: `learning_rate`, `updates`, `validation_loss`, its interval `low`
-        and `high`, `validation_accuracy`, `outcome` ("learnt", or "diverged": a loss that is not
-        finite, or one above that before training), `best`, and `within_noise`: whether the images
-        do not tell it from the best. Then what was left out.
+        and `high`, `validation_accuracy`, `outcome`, `best`, and `within_noise`: whether the images
+        do not tell it from the best. The outcome is "diverged" where the loss is not finite, or
+        not below that before training at a rate above the best; "too slow" where it is not below
+        it at another; else "learnt". Then what was left out.
 
     Raises:
-        InputError: All rates diverged.
+        InputError: The loss was not finite at any rate.
     """
     effective_batch_size = batch_size * accumulation_steps
     with torch.random.fork_rng():
@@ -422,8 +423,9 @@ def trial_rates(
         in_all = 0.9 * clock.left - judging
         share = max(0.0, 0.9 * clock.left / len(recipe.rates) - judging)
         images = min(share * images_per_second, EPOCHS * len(classifier.train.labels))
-        updates = max(SHORTEST, int(images / effective_batch_size))
-        updates = max(1, min(updates, int(in_all * images_per_second / effective_batch_size)))
+        updates = max(SHORT, int(images / effective_batch_size))
+        possible = int(in_all * images_per_second / effective_batch_size)
+        updates = max(SHORTEST, min(updates, possible))
         order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
         took = 0.0
         judged: dict[float, tuple[int, Tensor, float]] = {}
@@ -468,18 +470,23 @@ def judge(model: nn.Module, classifier: Classifier, most: int) -> tuple[Tensor, 
 def _rate_table(
     judged: dict[float, tuple[int, Tensor, float]], updates: int, at_start: float
 ) -> pd.DataFrame:
-    means = {rate: losses.mean().item() for rate, (_, losses, _) in judged.items()}
-    learnt = {
-        rate: done == updates and math.isfinite(means[rate]) and means[rate] < at_start
-        for rate, (done, _, _) in judged.items()
+    means = {
+        rate: losses.mean().item() if done == updates else math.nan
+        for rate, (done, losses, _) in judged.items()
     }
-    if not any(learnt.values()):
+    finite = [rate for rate in judged if math.isfinite(means[rate])]
+    if not finite:
         raise InputError(
-            f"training did not lower the loss at any learning rate tried: "
-            f"{', '.join(f'{rate:g}' for rate in sorted(judged))}; are the images scaled, and do "
-            f"the labels belong to them?"
+            f"the loss was not finite at any learning rate tried: "
+            f"{', '.join(f'{rate:g}' for rate in sorted(judged))}"
         )
-    best = min((rate for rate in judged if learnt[rate]), key=means.__getitem__)
+    best = min(finite, key=means.__getitem__)
+
+    def outcome(rate: float) -> str:
+        if rate not in finite or (means[rate] >= at_start and rate > best):
+            return "diverged"
+        return "learnt" if means[rate] < at_start else "too slow"
+
     rows = []
     for rate in sorted(judged):
         done, losses, accuracy = judged[rate]
@@ -493,9 +500,9 @@ def _rate_table(
                 "low": low,
                 "high": high,
                 "validation_accuracy": accuracy,
-                "outcome": "learnt" if learnt[rate] else "diverged",
+                "outcome": outcome(rate),
                 "best": rate == best,
-                "within_noise": learnt[rate] and (rate == best or worse <= 0),
+                "within_noise": rate == best or (outcome(rate) == "learnt" and worse <= 0),
             }
         )
     return pd.DataFrame(rows)

@@ -74,27 +74,26 @@ class ClusterExecutor(Executor):
             ) from error
         try:
             self._wait_for_a_worker()
-            self._check_versions()
+            self.gpu = self._check_workers()
         except BaseException:
             self.client.close()
             raise
 
     def _wait_for_a_worker(self) -> None:
-        if not self._workers():
+        if not self.client.nthreads():
             print(f"Waiting for a worker; `dask worker {self.address}` starts one", flush=True)
             self.client.wait_for_workers(1)
 
-    def _workers(self) -> dict[str, dict[str, Any]]:
-        return self.client.scheduler_info(n_workers=-1)["workers"]
-
-    def _check_versions(self) -> None:
-        """Refuse workers with other code, and warn of another torch, by address."""
+    def _check_workers(self) -> bool:
+        """Refuse workers with other code, warn of another torch; whether any declares a GPU."""
         torch = version("torch")
-        other = []
-        for worker, found in sorted(self.client.run(_versions, on_error="return").items()):
+        gpu, other = False, []
+        for worker, found in sorted(self.client.run(_describe, on_error="return").items()):
             if isinstance(found, BaseException):
                 other.append(f"{worker} has none that works ({cause(found)})")
-            elif found["nbutils"] != self.code:
+                continue
+            gpu = gpu or found["gpu"]
+            if found["nbutils"] != self.code:
                 other.append(f"{worker} has {found['nbutils']}")
             elif found["torch"] != torch:
                 warnings.warn(f"{worker} has torch {found['torch']}, not {torch}", stacklevel=3)
@@ -103,6 +102,7 @@ class ClusterExecutor(Executor):
                 f"this machine has the nbutils of digest {self.code}, but {'; '.join(other)}; "
                 "install the same on each worker"
             )
+        return gpu
 
     def submit(self, task: Task, run: PlannedRun, out: str) -> Future[None]:  # type: ignore[override]
         """Have `task(run, folder)` done by a worker; its record ends up in `out`.
@@ -114,9 +114,7 @@ class ClusterExecutor(Executor):
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         self.marked.add(mark)
-        gpu = run.config.device.startswith(("auto", "cuda")) and any(
-            "GPU" in worker["resources"] for worker in self._workers().values()
-        )
+        gpu = self.gpu and run.config.device.startswith(("auto", "cuda"))
         remote = self.client.submit(
             _run_on_worker,
             task,
@@ -163,8 +161,10 @@ def code_version() -> str:
     return digest.hexdigest()[:8]
 
 
-def _versions() -> dict[str, str]:
-    return {"nbutils": code_version(), "torch": version("torch")}
+def _describe(dask_worker: Any) -> dict[str, Any]:
+    """What a worker has: its code of nbutils, its torch, and whether it declares a GPU."""
+    gpu = "GPU" in dask_worker.state.total_resources
+    return {"nbutils": code_version(), "torch": version("torch"), "gpu": gpu}
 
 
 def receive_record(run: PlannedRun, out: Path, files: dict[str, bytes]) -> None:

@@ -35,16 +35,14 @@ class Explorer(widgets.VBox):
             description="seeds",
         )
         metrics = [(name, metric) for metric, name in METRIC_NAMES.items()]
-        wide = {"width": "max-content"}  # as wide as their texts need
         self.metric = widgets.Dropdown(
-            options=metrics, value="validation_accuracy", description="metric", layout=wide
+            options=metrics,
+            value="validation_accuracy",
+            description="metric",
+            layout={"width": "max-content"},
         )
-        self.against = widgets.ToggleButtons(
-            options=get_args(Progress), description="against", layout=wide
-        )
-        self.scale = widgets.ToggleButtons(
-            options=get_args(Scale), description="scale", layout=wide
-        )
+        self.against = widgets.ToggleButtons(options=get_args(Progress), description="against")
+        self.scale = widgets.ToggleButtons(options=get_args(Scale), description="scale")
         self.picture = widgets.Image(format="png")
         controls = (self.settings, self.seeds, self.metric, self.against, self.scale)
         for control in controls:

@@ -77,7 +77,7 @@ class Cluster:
         return process
 
     def addresses(self):
-        return set(self.client.scheduler_info()["workers"])
+        return set(self.client.nthreads())
 
     def run(self, study_file, out):
         return main(["run", study_file, "--out", str(out), "--scheduler", self.address])
@@ -180,12 +180,13 @@ def test_runs_go_to_the_gpu_where_workers_declare_one(tmp_path):
     with new_cluster(tmp_path) as mixed:
         mixed.start_worker("--resources", "GPU=1", "--name", "gpu")
         mixed.start_worker("--name", "plain")
-        workers = mixed.client.scheduler_info()["workers"]
-        address = {worker["name"]: address for address, worker in workers.items()}
+        names = mixed.client.run(lambda dask_worker: dask_worker.name)
+        address = {name: address for address, name in names.items()}
         with cluster.ClusterExecutor(mixed.address) as executor:
             futures = [executor.submit(make_run, run, str(tmp_path)) for run in runs]
             wait_for(lambda: sum(map(len, mixed.client.processing().values())) == len(runs))
-            at = {name: len(mixed.client.processing()[address[name]]) for name in address}
+            processing = mixed.client.processing()
+            at = {name: len(processing[address[name]]) for name in address}
             assert at == {"gpu": 2, "plain": 1}
             assert all(future.cancel() for future in futures)
 

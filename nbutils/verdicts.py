@@ -263,8 +263,8 @@ def _raises_the_score(kaggle: KaggleRuns) -> tuple[str, str]:
         f"8 x 128 less 128 on {images:,} images: {as_posted}, that is "
         f"{as_posted.mean * images:+.0f} images{_gain_at_tuned_rates(kaggle)}. "
         f"The post's gain is {lead} of {SCORED:,} images from one run each: two seeds of batch "
-        f"128 alone lie that far apart, in this direction, with chance {chance:.0%} there, and "
-        f"with chance {chance_of_all:.0%} by as much ({lead_of_all} images) on all {images:,}"
+        f"128 alone lie that far apart, in this direction, {_chance(chance)} there, and "
+        f"{_chance(chance_of_all)} by as much ({lead_of_all} images) on all {images:,}"
     )
     posted = SCORES[1] - SCORES[0]
     if as_posted.negligible:
@@ -287,6 +287,10 @@ def _gain_at_tuned_rates(kaggle: KaggleRuns) -> str:
     rates = tuned_rates(kaggle.tuning)
     gain = _gain(kaggle, rates)
     return f"; at rates tuned on validation ({rates[1]:g} and {rates[8]:g}) {gain}"
+
+
+def _chance(value: float) -> str:
+    return f"with chance {value:.0%}" if value >= 0.005 else "in no pair of these seeds"
 
 
 def tuned_rates(tuning: pd.DataFrame) -> dict[int, float]:

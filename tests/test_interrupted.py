@@ -57,10 +57,11 @@ class Command:
             return []
 
     def kernels(self):
-        return [p for p in self.family() if is_kernel(p)]
+        return [kernel for worker in self.workers() for kernel in sessions(children(worker))]
 
     def workers(self):
-        return [p for p in self.family() if any(is_kernel(child) for child in children(p))]
+        """Processes of tasks that have started a kernel, which like them has its own session."""
+        return [p for p in sessions(self.family()) if sessions(children(p))]
 
     def until(self, condition):
         """Wait until `condition()` holds, or the command has ended; what it returned."""
@@ -80,10 +81,15 @@ def children(process):
         return []
 
 
-def is_kernel(process):
+def sessions(processes):
+    """Those that lead a session."""
+    return [process for process in processes if leads_session(process.pid)]
+
+
+def leads_session(pid):
     try:
-        return "ipykernel_launcher" in process.cmdline()
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return os.getsid(pid) == pid
+    except ProcessLookupError:
         return False
 
 

@@ -29,6 +29,8 @@ class Command:
         self.out = folder / "out"
         (folder / "two.yaml").write_text(STUDY)
         self.output = folder / "output.txt"
+        # A job in the background ignores Ctrl-C, and so would what it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
                 [
@@ -142,7 +144,9 @@ def test_a_command_killed_in_mid_run_goes_on(tmp_path, expected):
 
 def test_a_killed_kernel_fails_its_run_and_a_second_command_is_refused(tmp_path, expected):
     with Command(tmp_path) as command:
-        kernel = command.until(command.kernels)[0]
+        command.until(lambda: list(tmp_path.glob("out/.work-1/.work/*/checkpoint.pt")))
+        kernel = command.kernels()[0]
+        kernel.suspend()  # so that its run does not end meanwhile
         with Command(tmp_path) as second:
             code, output = second.end()
             assert code == 2

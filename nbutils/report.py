@@ -103,9 +103,9 @@ def _answer(runs: pd.DataFrame) -> str:
         f"the final test accuracy lies between {means.min():.2%} and {means.max():.2%}; "
         f'{claim.iloc[1]}. "Larger is more accurate": {claim["verdict"]}.\n'
         f"- **Accumulation:** 8 x 128 makes the update of one batch of 1024, to rounding. After "
-        f"{final['epoch'].max()} epochs it ends {gap} away. On the "
-        f"CPU of the table below an epoch takes {bench['128x8'].seconds:.1f} s, and with 1024 "
-        f"{bench['1024'].seconds:.1f} s.\n"
+        f"{final['epoch'].max()} epochs the test accuracies differ by {gap}. An epoch takes "
+        f"{bench['128x8'].seconds:.1f} s, with 1024 in one pass {bench['1024'].seconds:.1f} s "
+        f"([how fast](#how-fast)).\n"
         f"- **To pick here:** {choice.setting}. It came within the noise of the best validation "
         f"accuracy, that is to {choice.threshold:.2%}, after "
         f"{choice.costs[choice.setting]:.0f} s of training; the slowest setting that got there "

@@ -157,7 +157,7 @@ def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np
 
 
 def _advice() -> str:
-    advice = load_advice(REFERENCE_FOLDER / "advice" / "advice.json")
+    advice = load_advice(REFERENCE_FOLDER / "advice" / "mnist-5k.json")
     return f"```\n{advice.answer}\n```"
 
 

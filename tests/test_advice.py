@@ -439,7 +439,7 @@ def test_bad_input_on_the_command_line_ends_with_status_2(options, message, tmp_
 @pytest.fixture
 def advice():
     """Advice as it was recorded for the project's own network."""
-    return load_advice(REFERENCE_FOLDER / "advice" / "advice.json")
+    return load_advice(REFERENCE_FOLDER / "advice" / "mnist-5k.json")
 
 
 def test_advice_is_looked_up_at_the_nearest_setting_of_a_study(advice):
@@ -484,8 +484,12 @@ def test_advice_is_looked_up_at_the_nearest_setting_of_a_study(advice):
         recorded_outcome(replace(advised, optimizer="sgd"), runs)
 
 
-def test_the_advice_for_the_projects_network_is_good_by_the_learning_rate_study(advice):
-    assert (advice.model, advice.dataset) == ("nbutils.model:DigitCNN", "mnist-5k")
-    outcome = recorded_outcome(advice, load_runs(REFERENCE_FOLDER / "learning-rate"))
+@pytest.mark.parametrize(
+    ("dataset", "study"), [("mnist-5k", "learning-rate"), ("mnist", "batch-size")]
+)
+def test_the_advice_for_the_projects_network_is_good_by_the_studies(dataset, study):
+    advice = load_advice(REFERENCE_FOLDER / "advice" / f"{dataset}.json")
+    assert (advice.model, advice.dataset) == ("nbutils.model:DigitCNN", dataset)
+    outcome = recorded_outcome(advice, load_runs(REFERENCE_FOLDER / study))
     assert outcome.within_noise
     assert outcome.relative_seconds <= 1.25

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from nbutils.data import (
     for_validation,
     load_dataset,
 )
+from nbutils.machine import no_progress
 
 HELD_BYTES = 2**29
 """Bytes of images, as float32, that are held in memory; of a larger dataset a part is taken."""
@@ -179,11 +179,9 @@ def _from_pairs(pairs: Any, name: str) -> _Images:
     if not len(pairs):
         raise InputError(f"dataset = {name}, but it has no images")
     part = _part(len(pairs), _image_and_label(pairs, name, 0)[0].numel())
-    # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
-    hidden = bool(os.environ.get("TQDM_DISABLE"))
     read = [
         _image_and_label(pairs, name, int(index))
-        for index in tqdm(part, "images", unit="image", leave=False, disable=hidden)
+        for index in tqdm(part, "images", unit="image", leave=False, disable=no_progress())
     ]
     images = [image for image, _ in read]
     if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:

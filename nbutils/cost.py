@@ -25,7 +25,6 @@ import multiprocessing.forkserver
 import os
 import pickle
 import re
-import resource
 import signal
 import sys
 import time
@@ -45,6 +44,7 @@ from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient
 from nbutils.config import InputError
+from nbutils.machine import no_progress, peak_resident_memory
 from nbutils.training import resolve_device
 
 Factory = Callable[[], nn.Module]
@@ -219,11 +219,9 @@ def measure_grid(
     """
     if repeats < 1:
         raise InputError(f"repeats = {repeats!r}, but it must be a whole number >= 1")
-    # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
-    hidden = bool(os.environ.get("TQDM_DISABLE"))
     rows = []
     everything = list(itertools.product(range(repeats), settings))
-    for repeat, (batch_size, steps) in tqdm(everything, unit="measurement", disable=hidden):
+    for repeat, (batch_size, steps) in tqdm(everything, unit="measurement", disable=no_progress()):
         try:
             cost = measure(
                 factory,
@@ -355,12 +353,9 @@ def free_memory(device: str = "auto") -> int:
     place = resolve_device(device)
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[0]
-    try:
-        available = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        available = None
-    if available:
-        return int(available[1]) * 1024
+    available = _told_by_linux("/proc/meminfo", "MemAvailable")
+    if available is not None:
+        return available
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -550,12 +545,15 @@ def _peak(device: torch.device) -> int:
     """Bytes: the peak of reserved memory on CUDA, else of the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    high = _told_by_linux("/proc/self/status", "VmHWM")
+    # Not on Linux the latter, which there also counts what the parent held when it forked.
+    return peak_resident_memory() if high is None else high
+
+
+def _told_by_linux(path: str, name: str) -> int | None:
+    """Bytes that a file of Linux's `/proc` has under `name`; None on other systems."""
     try:
-        high = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        found = re.search(rf"{name}:\s*(\d+) kB", Path(path).read_text())
     except OSError:
-        high = None
-    if high:
-        return int(high[1]) * 1024
-    # Elsewhere, and not on Linux, where it also counts what the parent held when it forked.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return None
+    return int(found[1]) * 1024 if found else None

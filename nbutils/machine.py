@@ -1,9 +1,11 @@
-"""What this machine has: processors, and their name."""
+"""What this machine and process have: processors, memory, a place to show progress."""
 
 from __future__ import annotations
 
 import os
 import platform
+import resource
+import sys
 from pathlib import Path
 
 
@@ -22,3 +24,14 @@ def processor_name() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def no_progress() -> bool:
+    """Whether `$TQDM_DISABLE` asks for no progress: tqdm's bar for notebooks overlooks it."""
+    return bool(os.environ.get("TQDM_DISABLE"))
+
+
+def peak_resident_memory() -> int:
+    """Bytes: the most that this process has had resident so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

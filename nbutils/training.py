@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +26,7 @@ from nbutils.config import InputError, RunConfig, suggest
 from nbutils.cuda_graph import GraphedEpoch
 from nbutils.data import Dataset, augment, draw_moves
 from nbutils.files import CHECKPOINT, PROGRESS, write_atomically
-from nbutils.machine import processor_name
+from nbutils.machine import no_progress, peak_resident_memory, processor_name
 from nbutils.model import DigitCNN
 from nbutils.pieces import Pieces
 
@@ -189,8 +187,7 @@ def _train_together(
     runs: Sequence[Run], progress: bool, log_folder: str | Path | None = None
 ) -> list[RunResult]:
     """Train all `runs` at once, their updates in turn."""
-    # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
-    hidden = not progress or bool(os.environ.get("TQDM_DISABLE"))
+    hidden = not progress or no_progress()
     if log_folder:
         Path(log_folder).mkdir(parents=True, exist_ok=True)  # fails now rather than later
     with ExitStack() as stack:
@@ -649,8 +646,7 @@ def _accuracy(logits: Tensor, labels: Tensor) -> float:
 def _peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_memory()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -32,6 +31,7 @@ from nbutils.cost import (
     largest_batch_size,
     measure,
 )
+from nbutils.machine import no_progress
 from nbutils.noise_scale import noise_scale
 from nbutils.statistics import mean_interval
 
@@ -175,7 +175,7 @@ def trial_costs(
     walls: dict[int, float] = {}
     largest = min(LARGEST, max(1, len(classifier.train.labels) // FEWEST_UPDATES))
     left_out: list[str] = []
-    bar = tqdm(desc="cost", unit="measurement", leave=False, disable=_hidden())
+    bar = tqdm(desc="cost", unit="measurement", leave=False, disable=no_progress())
 
     def fits(batch_size: int, steps: int = 1) -> bool:
         begun = time.perf_counter()
@@ -361,7 +361,11 @@ def trial_noise(
         rows = []
         points = {max(1, updates // 8), max(2, updates // 2), updates}
         for update in tqdm(
-            range(1, updates + 1), "noise scale", unit="update", leave=False, disable=_hidden()
+            range(1, updates + 1),
+            "noise scale",
+            unit="update",
+            leave=False,
+            disable=no_progress(),
         ):
             if not clock.left or not trial.update():
                 break
@@ -429,7 +433,7 @@ def trial_rates(
         order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
         took = 0.0
         judged: dict[float, tuple[int, Tensor, float]] = {}
-        for rate in tqdm(order, "learning rates", unit="rate", leave=False, disable=_hidden()):
+        for rate in tqdm(order, "learning rates", unit="rate", leave=False, disable=no_progress()):
             if judged and took > clock.left:
                 break
             begun = time.perf_counter()
@@ -511,8 +515,3 @@ def _rate_table(
 def typical(noise: pd.DataFrame) -> tuple[float, float, float]:
     """The median of the noise scales measured, the lowest lower end and the highest upper end."""
     return median(noise["value"]), noise["low"].min(), noise["high"].max()
-
-
-def _hidden() -> bool:
-    # tqdm's bar for notebooks overlooks its own switch, $TQDM_DISABLE.
-    return bool(os.environ.get("TQDM_DISABLE"))

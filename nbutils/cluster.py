@@ -33,7 +33,7 @@ from nbutils.config import InputError
 from nbutils.machine import processors
 from nbutils.records import publish, read_record
 from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
-from nbutils.workers import Failure, cause
+from nbutils.workers import Failure, cause, end_with_children, use_scratch
 
 RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
 
@@ -130,14 +130,21 @@ class ClusterExecutor(Executor):
         return future
 
     def _finish(self, future: Future[None], run: PlannedRun, out: Path, remote: Any) -> None:
+        from distributed import KilledWorker
+
         if not future.set_running_or_notify_cancel():
             return
         try:
             if remote.cancelled():
-                raise ConnectionError(f"the scheduler {self.address} was lost")
+                raise Failure(f"the scheduler {self.address} was lost")
             files = remote.result()
             if files is not None:
                 receive_record(run, out, files)
+        except KilledWorker as error:
+            dead = error.allowed_failures + 1
+            workers = f"{dead} worker{'s' if dead > 1 else ''}"
+            reason = f"{workers} died making this run, the last at {error.last_worker.address}"
+            future.set_exception(Failure(reason))
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -223,7 +230,7 @@ def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
                 process.wait(timeout=0.5)
             except subprocess.TimeoutExpired:
                 if worker.state.tasks[key].state == "cancelled":
-                    process.kill()
+                    process.stdin.close()  # which ends it
         reason = process.stdout.read().decode()
     if process.returncode:
         if process.returncode < 0:
@@ -237,18 +244,20 @@ def _main() -> int:
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         task, run, out = pickle.load(sys.stdin.buffer)
-        threading.Thread(target=_end_with_worker, daemon=True).start()
-        try:
-            task(run, out)
-        except Exception as error:  # whatever a cell raises
-            answer.write(cause(error))
-            return 1
+        with tempfile.TemporaryDirectory(prefix="nbutils-") as scratch:
+            use_scratch(scratch)
+            threading.Thread(target=_end_with_worker, args=[scratch], daemon=True).start()
+            try:
+                task(run, out)
+            except Exception as error:  # whatever a cell raises
+                answer.write(cause(error))
+                return 1
     return 0
 
 
-def _end_with_worker() -> None:
+def _end_with_worker(scratch: str) -> None:
     os.read(0, 1)  # returns when the worker's end of the pipe is closed, by its death too
-    os._exit(1)
+    end_with_children(scratch)
 
 
 if __name__ == "__main__":

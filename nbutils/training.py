@@ -134,20 +134,17 @@ def train(
             more images than there are, or than fit the GPU's memory; or `on_oom="split"` would
             change what the run computes.
     """
-    check_on_oom(on_oom, config)
-    (run,) = _prepared([config], data, engine)
-    while True:
-        try:
-            return _train_together([run], progress, log_folder)[0]
-        except torch.OutOfMemoryError as error:
-            micro_batch = _smaller_micro_batch(run, on_oom, error)
-        run = Run(config, data, run.device, run.engine, micro_batch)
-        gc.collect()  # what the failed attempt held on the device
-        torch.cuda.empty_cache()
+    (run,) = _prepared([config], data, engine, on_oom)
+    return _train_within_memory([run], progress, on_oom, log_folder)[0]
 
 
 def train_many(
-    configs: Sequence[RunConfig], data: Dataset, *, progress: bool = True, engine: Engine = "auto"
+    configs: Sequence[RunConfig],
+    data: Dataset,
+    *,
+    progress: bool = True,
+    engine: Engine = "auto",
+    on_oom: OnOom = "stop",
 ) -> list[RunResult]:
     """Train several networks on the same data: seeds, or different settings.
 
@@ -160,20 +157,24 @@ def train_many(
         data: The images.
         progress: Whether to show a progress bar.
         engine: As in `train`.
+        on_oom: As in `train`; of runs that share a GPU, those with the largest batches are split.
 
     Raises:
         InputError: As in `train`, or the configs name several devices.
     """
-    runs = _prepared(configs, data, engine)
+    runs = _prepared(configs, data, engine, on_oom)
     if runs and runs[0].device.type == "cuda":
-        return _train_together(runs, progress)
-    return [_train_together([run], progress)[0] for run in runs]
+        return _train_within_memory(runs, progress, on_oom)
+    return [_train_within_memory([run], progress, on_oom)[0] for run in runs]
 
 
-def _prepared(configs: Iterable[RunConfig], data: Dataset, engine: Engine) -> list[Run]:
+def _prepared(
+    configs: Iterable[RunConfig], data: Dataset, engine: Engine, on_oom: OnOom
+) -> list[Run]:
     """The runs, checked but not begun."""
     runs = []
     for config in configs:
+        check_on_oom(on_oom, config)
         device = resolve_device(config.device)
         check_fits(config, data)
         runs.append(Run(config, data, device, resolve_engine(engine, config, device)))
@@ -181,6 +182,27 @@ def _prepared(configs: Iterable[RunConfig], data: Dataset, engine: Engine) -> li
     if len(devices) > 1:
         raise InputError(f"device = {devices}, but runs trained together must share one")
     return runs
+
+
+def _train_within_memory(
+    runs: Sequence[Run], progress: bool, on_oom: OnOom, log_folder: str | Path | None = None
+) -> list[RunResult]:
+    """Train all `runs` at once; where they do not fit, do as `on_oom` says."""
+    while True:
+        try:
+            return _train_together(runs, progress, log_folder)
+        except torch.OutOfMemoryError as error:
+            sizes = [run.micro_batch for run in runs]
+            largest = max(sizes)
+            for number, run in enumerate(runs):
+                if run.micro_batch == largest:
+                    sizes[number] = _smaller_micro_batch(run, len(runs), on_oom, error)
+        runs = [
+            Run(run.config, run.data, run.device, run.engine, size)
+            for run, size in zip(runs, sizes, strict=True)
+        ]
+        gc.collect()  # what the failed attempt held on the device
+        torch.cuda.empty_cache()
 
 
 def _train_together(
@@ -295,8 +317,10 @@ def _may_split(config: RunConfig) -> bool:
     return config.norm in ("group", "none")
 
 
-def _smaller_micro_batch(run: Run, on_oom: str, error: torch.OutOfMemoryError) -> int:
-    """Half the micro-batch that did not fit; a warning says so.
+def _smaller_micro_batch(
+    run: Run, together: int, on_oom: str, error: torch.OutOfMemoryError
+) -> int:
+    """Half the micro-batch that did not fit, of so many runs; a warning says so.
 
     Raises:
         InputError: It is not to be halved, or cannot be; the message says what to do.
@@ -304,6 +328,8 @@ def _smaller_micro_batch(run: Run, on_oom: str, error: torch.OutOfMemoryError) -
     config, size, half = run.config, run.micro_batch, run.micro_batch // 2
     steps = config.effective_batch_size // half if half else 0
     problem = f"a batch of {size} images does not fit the memory of {run.device}"
+    if together > 1:
+        problem += f", which {together} runs share"
     if size % 2:
         raise InputError(
             f"batch_size = {config.batch_size}: {problem}, and {size} cannot be halved evenly; "
@@ -317,7 +343,7 @@ def _smaller_micro_batch(run: Run, on_oom: str, error: torch.OutOfMemoryError) -
         else:
             advice += f", which with norm = {config.norm!r} trains differently"
         raise InputError(f"batch_size = {config.batch_size}: {problem}; {advice}") from error
-    warnings.warn(f"{problem}: the run begins anew, with {smaller}", stacklevel=3)
+    warnings.warn(f"{problem}: the run begins anew, with {smaller}", stacklevel=4)
     return half
 
 

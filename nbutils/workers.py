@@ -2,7 +2,7 @@
 
 A pool of processes breaks as a whole when one of them is killed. Here every task has a process of
 its own, so that one which dies takes nothing with it; and such a process ends, with the kernel
-that it started, when the one that waits for it is gone.
+that it started, when the one that waits for it is gone. Its temporary files end with it too.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -82,9 +84,11 @@ class Workers(Executor):
 
     def _run(self, task: bytes) -> Any:
         ours, theirs = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=_work, args=(theirs, self._prepare, task))
+        scratch = tempfile.mkdtemp(prefix="nbutils-")
+        process = self._context.Process(target=_work, args=(theirs, self._prepare, scratch, task))
         with self._lock:
             if self._ended:
+                shutil.rmtree(scratch)
                 raise Failure("interrupted before it began")
             process.start()
             assert process.pid
@@ -103,48 +107,66 @@ class Workers(Executor):
             _kill_with_children(process.pid)
             process.join()
             ours.close()
+            shutil.rmtree(scratch, ignore_errors=True)
         if failure:
             raise Failure(failure)
         return result
 
 
-def _work(pipe: Connection, prepare: Callable[[], None], task: bytes) -> None:
+def _work(pipe: Connection, prepare: Callable[[str], None], scratch: str, task: bytes) -> None:
     """What a process does: one task."""
     result, failure = None, ""
     try:
-        prepare()
+        prepare(scratch)
         result = pickle.loads(task)()
     except Exception as error:
         failure = cause(error)
     pipe.send((result, failure))
 
 
-def _prepare(threads: int, log: Path) -> None:
+def _prepare(threads: int, log: Path, scratch: str) -> None:
     os.setsid()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=[scratch], daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(output, stream)
+    use_scratch(scratch)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
     fork_kernels()
 
 
-def _end_with_parent() -> None:
+def use_scratch(folder: str) -> None:
+    """Make `folder` the place of temporary files, for this process and those that it starts."""
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+
+
+def _end_with_parent(scratch: str) -> None:
     parent = multiprocessing.parent_process()
     assert parent
     wait([parent.sentinel])
-    _kill_with_children(os.getpid())
+    end_with_children(scratch)
+
+
+def end_with_children(scratch: str) -> None:
+    """End this process at once, with all that it started and its temporary files."""
+    _kill(psutil.Process().children(recursive=True))
+    shutil.rmtree(scratch, ignore_errors=True)
+    os._exit(1)
 
 
 def _kill_with_children(pid: int) -> None:
     """Kill a process and all that it started: a kernel has a session of its own."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        for member in (*process.children(recursive=True), process):
-            with suppress(psutil.NoSuchProcess):
-                member.kill()
+        _kill([*process.children(recursive=True), process])
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _death(status: int | None) -> str:

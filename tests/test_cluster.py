@@ -48,11 +48,12 @@ def wait_for(condition):
 class Cluster:
     """A scheduler, and workers that can be started and killed."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **environment):
         self.folder = folder
         self.processes = []
         self.address_file = folder / "scheduler.json"
-        self.start("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+        options = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+        self.scheduler = self.start("scheduler", *options, **environment)
         wait_for(self.address_file.exists)
         self.client = distributed.Client(
             scheduler_file=str(self.address_file), set_as_default=False
@@ -90,8 +91,8 @@ class Cluster:
 
 
 @contextmanager
-def new_cluster(folder):
-    started = Cluster(folder)
+def new_cluster(folder, **environment):
+    started = Cluster(folder, **environment)
     try:
         yield started
     finally:
@@ -173,6 +174,26 @@ def test_a_worker_killed_in_mid_run_loses_nothing(pair, tmp_path, no_summary):
         assert command.result() == 0
     assert records(out) == sorted(run.config.run_id for run in load_study(tiny).runs)
     assert len(pair.addresses()) == 1
+
+
+def test_runs_that_kill_workers_and_a_lost_scheduler_are_told(tmp_path, no_summary):
+    tiny, out = write_study(tmp_path, epochs=[500], seed=[0, 1]), tmp_path / "out"
+    no_second_try = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+    with new_cluster(tmp_path, **no_second_try) as frail, ThreadPoolExecutor(1) as background:
+        frail.workers = [frail.start_worker(), frail.start_worker()]
+        command = background.submit(frail.run, tiny, out)
+        wait_for(lambda: all(map(kernels, frail.workers)))
+        running = [kernel for worker in frail.workers for kernel in kernels(worker)]
+        frail.workers[0].send_signal(signal.SIGKILL)
+        wait_for((out / "failures.json").exists)
+        frail.scheduler.send_signal(signal.SIGKILL)
+        assert command.result() == 1
+        _, left = psutil.wait_procs(running, timeout=60)
+        assert left == []
+    killed, lost = sorted(run_status(out).values())
+    assert killed.startswith("failed: 1 worker died making this run, the last at tcp://127.0.0.1:")
+    assert lost == f"failed: the scheduler {frail.address} was lost"
+    assert records(out) == []
 
 
 def test_runs_go_to_the_gpu_where_workers_declare_one(tmp_path):

@@ -172,7 +172,7 @@ def test_updates_in_turn_do_not_disturb_each_other(few_digits, graphs_on_the_cpu
         replace(TINY, learning_rate=2**-9, batch_size=20, epochs=3, augment=True),
     ]
     together = training._train_together(
-        training._prepared(configs, few_digits, "cuda-graph"), progress=False
+        training._prepared(configs, few_digits, "cuda-graph", "stop"), progress=False
     )
     for config, result in zip(configs, together, strict=True):
         solo = train(config, few_digits, progress=False, engine="eager")

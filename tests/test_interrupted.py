@@ -197,40 +197,44 @@ def test_random_kills(tmp_path_factory, expected, request, capsys):
             assert content(folder / "out") == expectation
             studies, folder = studies + 1, tmp_path_factory.mktemp("killed")
         with Command(folder) as command:
-            delay = draw.uniform(0, 0.6 * seconds)  # the rest is the summary
-            victim = kill_one(command, draw, delay) if len(victims) < kills else None
+            victim = kill_one(command, draw, seconds) if len(victims) < kills else None
             code, output = command.end()
         assert code in {None: [0], "command": [-signal.SIGKILL]}.get(victim, [0, 1]), output
         assert "Traceback" not in output
         if victim:
             victims.append(victim)
             with capsys.disabled():
-                print(f"\n{len(victims)}: {victim} killed after {delay:.1f} s", end="", flush=True)
+                print(f"\n{len(victims)}: {victim} killed", end="", flush=True)
     assert content(folder / "out") == expectation
     counts = {kind: victims.count(kind) for kind in sorted(set(victims))}
     with capsys.disabled():
         print(f"\n{len(victims)} kills {counts}; {studies + 1} studies ended as if uninterrupted")
 
 
-def kill_one(command, draw, delay):
-    """Kill some process of a command after so many seconds, which kind is told, if it still runs.
+def kill_one(command, draw, seconds):
+    """Kill a process of a command at some instant; which kind is told, if one still ran.
 
-    Where the command itself is killed, all that it started must end by itself.
+    The command at any time of the seconds that it takes, a worker or a kernel at any time from
+    the first kernel's start. Where the command is killed, all that it started ends by itself.
     """
     kind = draw.choice(["command", "worker", "kernel"])
-    end = time.monotonic() + delay
+    find = {"worker": command.workers, "kernel": command.kernels}.get(kind)
+    if find:
+        command.until(command.kernels)
+    end = time.monotonic() + draw.uniform(0, seconds / 4 if find else seconds)
     command.until(lambda: time.monotonic() > end)
+    if find:
+        for process in draw.sample(find(), 1) if find() else []:
+            process.kill()
+            return kind
+        return None
     if command.process.poll() is not None:
         return None
     started = command.family()
-    chosen = {"worker": command.workers, "kernel": command.kernels}.get(kind, list)()
-    if chosen:
-        draw.choice(chosen).kill()
-        return kind
     command.process.kill()
     command.process.wait()
     assert_ends(started)
-    return "command"
+    return kind
 
 
 def done(folder):

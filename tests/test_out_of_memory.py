@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nbutils import InputError, RunConfig, save_run, train, training
+from nbutils import InputError, RunConfig, save_run, train, train_many, training
 from nbutils.records import read_record
 
 TINY = RunConfig(batch_size=96, accumulation_steps=2, epochs=2, device="cpu")  # for speed
@@ -106,9 +106,42 @@ def test_batches_whose_images_see_each_other_are_not_split(few_digits, norm):
         train(replace(TINY, norm=norm), few_digits, on_oom="split")
 
 
+TOGETHER = [TINY, replace(TINY, batch_size=40), replace(TINY, seed=1)]
+
+
+def assert_cut(results, sizes, data):
+    """That `TOGETHER` was trained with these micro-batches, each run as if alone."""
+    assert [result.micro_batch for result in results] == sizes
+    for config, size, result in zip(TOGETHER, sizes, results, strict=True):
+        steps = config.effective_batch_size // size
+        smaller = replace(config, batch_size=size, accumulation_steps=steps)
+        assert torch.equal(result.predictions, train(smaller, data, progress=False).predictions)
+
+
+@pytest.mark.filterwarnings("ignore:a batch of")
+def test_of_several_runs_one_after_the_other_each_is_split_as_it_needs(few_digits, room):
+    room(40)
+    results = train_many(TOGETHER, few_digits, progress=False, on_oom="split")
+    assert_cut(results, [24, 40, 24], few_digits)
+
+
+def test_of_runs_that_share_a_gpu_the_largest_batches_are_split(few_digits, room):
+    room(30)
+    runs = training._prepared(TOGETHER, few_digits, "auto", "split")
+    with pytest.warns(UserWarning, match="does not fit") as warnings:
+        results = training._train_within_memory(runs, progress=False, on_oom="split")
+    assert [str(warning.message).partition(":")[0] for warning in warnings] == [
+        f"a batch of {size} images does not fit the memory of cpu, which 3 runs share"
+        for size in (96, 96, 48, 48, 40)
+    ]
+    assert_cut(results, [24, 20, 24], few_digits)
+
+
 def test_an_unknown_answer_is_refused(few_digits):
     with pytest.raises(InputError, match=r"no on_oom 'spilt'; did you mean 'split'\?"):
         train(TINY, few_digits, on_oom="spilt")
+    with pytest.raises(InputError, match="no on_oom 'spilt'"):
+        train_many([TINY], few_digits, on_oom="spilt")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -28,6 +28,7 @@ from nbutils.config import InputError
 from nbutils.cost import Factory, format_memory, free_memory, parse_memory
 from nbutils.critical_batch import updates_to_target
 from nbutils.learning_rate import RULES
+from nbutils.machine import device_name
 from nbutils.records import machine
 from nbutils.statistics import proportion_interval
 from nbutils.summary import last_epochs
@@ -271,7 +272,7 @@ def advise(
         rates=_rows(rates),
         seconds_taken=seconds - clock.left,
         time_budget=seconds,
-        environment=machine(_device_name(place)),
+        environment=machine(device_name(place)),
     )
 
 
@@ -359,9 +360,13 @@ def _too_little(costs: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
     if min(len(costs), len(rates)) >= FEWEST:
         return []
     return [
-        f"a guess: there was time for {len(costs)} batch sizes and {len(rates)} learning rates "
-        f"only; give a longer time budget"
+        f"a guess: there was time for {_count(costs, 'batch size')} and "
+        f"{_count(rates, 'learning rate')} only; give a longer time budget"
     ]
+
+
+def _count(table: pd.DataFrame, what: str) -> str:
+    return f"{len(table)} {what}{'' if len(table) == 1 else 's'}"
 
 
 def _accumulated(costs: pd.DataFrame) -> pd.DataFrame:
@@ -611,12 +616,6 @@ def _bytes(budget: str | int | None, device: str) -> int:
     if budget is None:
         return free_memory(device)
     return budget if isinstance(budget, int) else parse_memory(budget)
-
-
-def _device_name(device: Any) -> str:
-    import torch
-
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

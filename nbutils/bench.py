@@ -28,7 +28,7 @@ from nbutils.accumulation import windows_of_batches
 from nbutils.config import InputError, RunConfig
 from nbutils.cuda_graph import record
 from nbutils.data import Dataset, Split
-from nbutils.machine import processor_name, processors
+from nbutils.machine import device_name, processor_name, processors
 from nbutils.model import DigitCNN
 from nbutils.training import Run, deterministic, generator_for, resolve_device, resolve_engine
 
@@ -271,7 +271,7 @@ def _time(
             bar.update()
     return Row(
         setting=_name(config),
-        device=_device_name(device),
+        device=_processor(device),
         **{name: median(values) for name, values in figures.items()},
         floors={name: median(floor[name] for floor in floors) for name in floors[0]},
         spread={name: (min(values), max(values)) for name, values in figures.items()},
@@ -282,10 +282,10 @@ def _time(
     )
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({processor_name()}, {torch.get_num_threads()} threads)"
+def _processor(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
+    return device_name(device)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

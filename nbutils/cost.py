@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient
 from nbutils.config import InputError
-from nbutils.machine import no_progress, peak_resident_memory
+from nbutils.machine import device_name, no_progress, peak_resident_memory
 from nbutils.training import resolve_device
 
 Factory = Callable[[], nn.Module]
@@ -183,7 +183,7 @@ def measure(
         peak_memory,
         seconds,
         effective_batch_size / seconds,
-        torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        device_name(place),
     )
 
 

@@ -1,4 +1,4 @@
-"""Kaggle's Digit Recognizer: reading its files, writing a submission, asking several networks.
+"""Kaggle's Digit Recognizer: reading its files, writing a submission.
 
 Two files come from Kaggle. Their first line names the columns; every further line is an image.
 
@@ -15,14 +15,14 @@ import io
 import itertools
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbutils.config import InputError
 
@@ -40,9 +40,6 @@ TRAIN_COLUMNS = {"label": CLASSES - 1} | TEST_COLUMNS
 
 ROWS_AT_A_TIME = 2000
 """Rows that pandas parses at once, each value in 8 bytes. It changes memory and speed only."""
-
-EVALUATION_BATCH = 500
-"""Images at a time in `mean_probabilities`. It changes memory and speed only."""
 
 
 def read_train(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -124,44 +121,6 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
-    """What several networks together hold of each image: the mean of their probabilities.
-
-    Args:
-        models: Trained networks, in evaluation mode, on the device of `images`.
-        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
-
-    Returns:
-        float64, shape (n, classes), on the CPU. Each row sums to 1.
-
-    Raises:
-        InputError: There is no network, or one is in training mode, where dropout makes noise.
-    """
-    if not models or any(model.training for model in models):
-        raise InputError("models must be at least one network, each in evaluation mode")
-    with torch.inference_mode():
-        return torch.cat(
-            [
-                torch.stack([model(batch).cpu().double().softmax(1) for model in models]).mean(0)
-                for batch in images.split(EVALUATION_BATCH)
-            ]
-        )
-
-
-def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """The class that most networks give each image; of equally many, the smallest.
-
-    Args:
-        predictions: Classes by each network, uint8, shape (n,) each.
-
-    Returns:
-        uint8, shape (n,).
-    """
-    from scipy import stats
-
-    return stats.mode(np.stack(predictions)).mode
 
 
 def _images(pixels: np.ndarray) -> Tensor:

@@ -7,6 +7,10 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def processors() -> int:
@@ -24,6 +28,15 @@ def processor_name() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU; elsewhere the kind of device."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
 
 
 def no_progress() -> bool:

@@ -626,7 +626,7 @@ def plot_trial_costs(axes: Sequence[Axes], costs: pd.DataFrame, chosen: int) -> 
         )
         axes[1].plot(size, part["relative_time"], "o", ls=line, color=colour, label=label)
     axes[0].set(ylabel="images per second", ylim=(0, None))
-    axes[1].set(ylabel="time to get equally far (least = 1)", ylim=(0, None))
+    axes[1].set(ylabel="time to get equally far", ylim=(0, None))
     for ax in axes:
         ax.set(xscale="log", xlabel="images per update")
         ax.axvline(chosen, color="0.6", linestyle=":", label="advised")

@@ -39,7 +39,7 @@ import numpy as np
 import pandas as pd
 
 from nbutils.config import InputError, RunConfig
-from nbutils.machine import processor_name
+from nbutils.machine import device_name, processor_name
 
 if TYPE_CHECKING:
     from nbutils.training import RunResult
@@ -447,11 +447,7 @@ def _read_csv(path: Path) -> pd.DataFrame:
 
 
 def _environment(result: RunResult) -> dict[str, Any]:
-    import torch
-
-    on_cuda = result.device.type == "cuda"
-    device = torch.cuda.get_device_name(result.device) if on_cuda else result.device.type
-    return machine(device) | {"engine": result.engine}
+    return machine(device_name(result.device)) | {"engine": result.engine}
 
 
 def machine(device: str) -> dict[str, Any]:

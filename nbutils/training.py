@@ -26,7 +26,7 @@ from nbutils.config import InputError, RunConfig, suggest
 from nbutils.cuda_graph import GraphedEpoch
 from nbutils.data import Dataset, augment, draw_moves
 from nbutils.files import CHECKPOINT, PROGRESS, write_atomically
-from nbutils.machine import no_progress, peak_resident_memory, processor_name
+from nbutils.machine import device_name, no_progress, peak_resident_memory, processor_name
 from nbutils.model import DigitCNN
 from nbutils.pieces import Pieces
 
@@ -532,7 +532,7 @@ class Run:
             "images": self.data.fingerprint,
             "micro_batch": self.micro_batch,
             "engine": self.engine,
-            "hardware": torch.cuda.get_device_name(self.device) if on_cuda else processor_name(),
+            "hardware": device_name(self.device) if on_cuda else processor_name(),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
         }

@@ -9,7 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
@@ -360,20 +360,16 @@ def trial_noise(
         clock = Clock(1.5 * seconds)
         rows = []
         points = {max(1, updates // 8), max(2, updates // 2), updates}
-        for update in tqdm(
-            range(1, updates + 1),
-            "noise scale",
-            unit="update",
-            leave=False,
-            disable=no_progress(),
-        ):
-            if not clock.left or not trial.update():
-                break
-            if update in points:
-                drawn = (size * micro_batches,)
-                chosen = torch.randint(len(classifier.train.labels), drawn, generator=generator)
-                measured = noise_scale(trial.model, chosen.split(size), trial.losses)
-                rows.append({"update": update, **asdict(measured)})
+        with _progress("noise scale", "update", updates) as bar:
+            for update in range(1, updates + 1):
+                if not clock.left or not trial.update():
+                    break
+                if update in points:
+                    drawn = (size * micro_batches,)
+                    chosen = torch.randint(len(classifier.train.labels), drawn, generator=generator)
+                    measured = noise_scale(trial.model, chosen.split(size), trial.losses)
+                    rows.append({"update": update, **asdict(measured)})
+                bar.update()
     if len(rows) < len(points):
         return pd.DataFrame(rows), ["the noise scale at all points: the training was cut short"]
     return pd.DataFrame(rows), []
@@ -433,24 +429,34 @@ def trial_rates(
         order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
         took = 0.0
         judged: dict[float, tuple[int, Tensor, float]] = {}
-        for rate in tqdm(order, "learning rates", unit="rate", leave=False, disable=no_progress()):
-            if judged and took > clock.left:
-                break
-            begun = time.perf_counter()
-            torch.manual_seed(0)
-            optimizer = partial(recipe.optimizer, lr=rate)
-            trial = Trial(classifier, start, optimizer, batch_size, accumulation_steps)
-            done = trial.updates(updates)
-            judged[rate] = done, *judge(trial.model, classifier, judged_images)
-            took = max(took, time.perf_counter() - begun)
+        with _progress("learning rates", "rate", len(order)) as bar:
+            for rate in order:
+                if judged and took > clock.left:
+                    break
+                begun = time.perf_counter()
+                torch.manual_seed(0)
+                optimizer = partial(recipe.optimizer, lr=rate)
+                trial = Trial(classifier, start, optimizer, batch_size, accumulation_steps)
+                done = trial.updates(updates)
+                judged[rate] = done, *judge(trial.model, classifier, judged_images)
+                took = max(took, time.perf_counter() - begun)
+                bar.update()
     left_out = []
     if len(judged) < len(order):
         missing = ", ".join(f"{rate:g}" for rate in sorted(set(order) - set(judged)))
-        left_out.append(f"the rates {missing}: the time budget did not reach for them")
+        left_out.append(f"learning rates that the time budget did not reach for: {missing}")
     table = _rate_table(judged, updates, at_start.mean().item())
     if table["best"].iloc[0] or table["best"].iloc[-1]:
         left_out.append("rates beyond the best one, which is the outermost that was tried")
     return table, left_out
+
+
+@contextmanager
+def _progress(name: str, unit: str, total: int) -> Iterator[tqdm]:
+    """A bar that goes away at the end, also where time is up before all is done."""
+    with tqdm(desc=name, unit=unit, total=total, leave=False, disable=no_progress()) as bar:
+        yield bar
+        bar.total = bar.n  # else a notebook keeps it, in red
 
 
 def judge(model: nn.Module, classifier: Classifier, most: int) -> tuple[Tensor, float]:

@@ -22,7 +22,7 @@ CHROMIUM = next(
 )
 SCREENSHOTS = Path(ROOT, "build", "browser")
 WIDTH, HEIGHT = 1280, 900  # pixels, of a small laptop
-PATIENCE = 300  # seconds for a notebook to run through
+PATIENCE = 900  # seconds for a notebook to run through, also on a machine that does much else
 
 playwright = pytest.importorskip(
     "playwright.sync_api", reason="needs the extra browser: pip install -e '.[browser]'"
@@ -35,8 +35,9 @@ pytestmark = [
 # What of a notebook is wider or higher than the place that it has, as [element, text, excess].
 CLIPPED = """() => {
   const found = [];
+  const seen = element => !element.closest('mjx-assistive-mml');  // which only screen readers see
   for (const part of document.querySelectorAll('.jp-OutputArea-output, .jp-RenderedMarkdown')) {
-    for (const element of [part, ...part.querySelectorAll('*')]) {
+    for (const element of [part, ...part.querySelectorAll('*')].filter(seen)) {
       const style = getComputedStyle(element);
       const wide = element.scrollWidth - element.clientWidth;
       const high = element.scrollHeight - element.clientHeight;

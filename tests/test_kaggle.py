@@ -11,15 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import nn
 
 from nbutils import InputError, RunConfig, load_dataset, load_runs, plots, save_run, train
 from nbutils.data import Dataset, Split
 from nbutils.kaggle import (
     TEST_COLUMNS,
     TRAIN_COLUMNS,
-    majority_vote,
-    mean_probabilities,
     read_test,
     read_train,
     write_dataset,
@@ -373,46 +370,3 @@ def test_other_predictions_are_refused_and_nothing_is_written(tmp_path, predicti
         write_submission(path, predictions)
     assert path.read_text() == "an earlier one"
     assert list(tmp_path.iterdir()) == [path]
-
-
-class Fixed(nn.Module):
-    """A network that gives each image the same logits."""
-
-    def __init__(self, *logits):
-        super().__init__()
-        self.logits = torch.tensor(logits)
-        self.sizes = []
-
-    def forward(self, images):
-        self.sizes.append(len(images))
-        assert torch.is_inference_mode_enabled()
-        return self.logits.expand(len(images), -1)
-
-
-def test_an_ensemble_takes_the_mean_of_probabilities():
-    # Odds of 1 to 3, then of 4 to 1: probabilities 1/4 and 4/5 of the first class.
-    models = [Fixed(0.0, math.log(3)).eval(), Fixed(math.log(4), 0.0).eval()]
-    means = mean_probabilities(models, torch.zeros(1001, 1, 28, 28))
-    expected = torch.tensor([[0.525, 0.475]], dtype=torch.float64).expand(1001, -1)
-    torch.testing.assert_close(means, expected, rtol=0, atol=1e-7)
-    assert models[0].sizes == [500, 500, 1]
-    assert not torch.is_inference_mode_enabled()
-
-
-def test_an_ensemble_of_one_predicts_as_the_run_did(result):
-    images = result.data.normalised(result.data.test.images, result.device, torch.float32)
-    means = mean_probabilities([result.model], images)
-    assert torch.equal(means.argmax(1).to(torch.uint8), result.predictions)
-    torch.testing.assert_close(means.sum(1), torch.ones(50, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("models", [[], [Fixed(0.0, 1.0).train()]], ids=["none", "in training"])
-def test_networks_that_cannot_be_asked_are_refused(models):
-    with pytest.raises(InputError, match="at least one network, each in evaluation mode"):
-        mean_probabilities(models, torch.zeros(1, 1, 28, 28))
-
-
-def test_networks_vote():
-    votes = [np.array(v, dtype=np.uint8) for v in ([1, 7, 9], [1, 7, 3], [2, 8, 5])]
-    assert majority_vote(votes).tolist() == [1, 7, 3]
-    assert majority_vote(votes).dtype == np.uint8

@@ -1,0 +1,73 @@
+"""Networks asked together: their mean and their majority, against hand-made answers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from nbutils import InputError, RunConfig, train
+from nbutils.ensemble import majority_vote, mean_probabilities, score_vote
+
+
+class Fixed(nn.Module):
+    """A network that gives each image the same logits."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = torch.tensor(logits)
+        self.sizes = []
+
+    def forward(self, images):
+        self.sizes.append(len(images))
+        assert torch.is_inference_mode_enabled()
+        return self.logits.expand(len(images), -1)
+
+
+def test_an_ensemble_takes_the_mean_of_probabilities():
+    # Odds of 1 to 3, then of 4 to 1: probabilities 1/4 and 4/5 of the first class.
+    models = [Fixed(0.0, math.log(3)).eval(), Fixed(math.log(4), 0.0).eval()]
+    means = mean_probabilities(models, torch.zeros(1001, 1, 28, 28))
+    expected = torch.tensor([[0.525, 0.475]], dtype=torch.float64).expand(1001, -1)
+    torch.testing.assert_close(means, expected, rtol=0, atol=1e-7)
+    assert models[0].sizes == [500, 500, 1]
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_an_ensemble_of_one_predicts_as_the_run_did(few_digits):
+    config = RunConfig(batch_size=100, epochs=1, device="cpu")  # shrunken for speed
+    result = train(config, few_digits, progress=False)
+    images = few_digits.normalised(few_digits.test.images, result.device, torch.float32)
+    means = mean_probabilities([result.model], images)
+    assert torch.equal(means.argmax(1).to(torch.uint8), result.predictions)
+    torch.testing.assert_close(means.sum(1), torch.ones(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("models", [[], [Fixed(0.0, 1.0).train()]], ids=["none", "in training"])
+def test_networks_that_cannot_be_asked_are_refused(models):
+    with pytest.raises(InputError, match="at least one network, each in evaluation mode"):
+        mean_probabilities(models, torch.zeros(1, 1, 28, 28))
+
+
+def test_networks_vote():
+    votes = [np.array(v, dtype=np.uint8) for v in ([1, 7, 9], [1, 7, 3], [2, 8, 5])]
+    assert majority_vote(votes).tolist() == [1, 7, 3]
+    assert majority_vote(votes).dtype == np.uint8
+
+
+def test_a_vote_is_scored_beside_the_networks_that_cast_it():
+    labels = np.arange(100, dtype=np.uint8) % 10
+    predictions = [labels.copy() for _ in range(3)]
+    for number, each in enumerate(predictions):
+        each[number : 10 * (number + 1) : 10] = 11  # 1, 2 and 3 errors, each network's own
+    score = score_vote(labels, predictions)
+    assert score.alone == [0.99, 0.98, 0.97]
+    assert (score.together, score.images) == (1.0, 100)
+    both = [predictions[2], predictions[2], predictions[0]]
+    assert score_vote(labels, both).together == 0.97
+
+
+def test_no_votes_are_refused():
+    with pytest.raises(InputError, match="at least one network"):
+        score_vote(np.zeros(3, np.uint8), [])

@@ -33,7 +33,7 @@ from nbutils.config import InputError
 from nbutils.machine import processors
 from nbutils.records import publish, read_record
 from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
-from nbutils.workers import Failure, cause, end_with_children, use_scratch
+from nbutils.workers import Failure, cause, end_with_children, task_environment, use_scratch
 
 RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
 
@@ -214,12 +214,11 @@ def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
     worker = get_worker()
     key = worker.get_current_task()
     threads = max(1, processors() // worker.state.nthreads)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
     with subprocess.Popen(
         [sys.executable, "-m", "nbutils.cluster"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=environment,
+        env=os.environ | task_environment(threads),
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None

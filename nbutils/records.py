@@ -252,7 +252,7 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
     history.sort_values(["run_id", "epoch"]).to_csv(reference / "history.csv", index=False)
     in_order = dict(sorted(predictions.items()))
     np.savez_compressed(reference / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
-    distinct = {json.dumps(environment): environment for environment in environments}
+    distinct = {json.dumps(each, sort_keys=True): each for each in environments}
     files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
     content = _describe(list(distinct.values()), files)
     (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -40,6 +40,11 @@ def cause(error: BaseException) -> str:
     return " ".join(f"{name}: {value}".split()) + hint
 
 
+def task_environment(threads: int) -> dict[str, str]:
+    """Variables for the process of a task: its threads; its progress shows in the terminal."""
+    return {"OMP_NUM_THREADS": str(threads), "TQDM_DISABLE": "1"}
+
+
 class Workers(Executor):
     """Runs each task in a new process; a context manager.
 
@@ -132,8 +137,7 @@ def _prepare(threads: int, log: Path, scratch: str) -> None:
     for stream in (1, 2):
         os.dup2(output, stream)
     use_scratch(scratch)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ["TQDM_DISABLE"] = "1"  # progress shows in the terminal, not in the notebook
+    os.environ.update(task_environment(threads))
     fork_kernels()
 
 

@@ -149,10 +149,10 @@ def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np
         return int((predictions[names[0]] != predictions[names[1]]).sum())
 
     return (
-        f"After 20 epochs in float32, the network trained with one batch of 1024 and the one with "
-        f"8 x 128 accumulated predict {differing((1024, 1), (128, 8))} of {len(labels):,} test "
-        f"images differently: rounding, grown over the updates. For comparison, batches of 512 and "
-        f"1024 differ on {differing((512, 1), (1024, 1))}."
+        f"After {runs['epoch'].max()} epochs in float32, the network trained with one batch of "
+        f"1024 and the one with 8 x 128 accumulated predict {differing((1024, 1), (128, 8))} of "
+        f"{len(labels):,} test images differently: rounding, grown over the updates. For "
+        f"comparison, batches of 512 and 1024 differ on {differing((512, 1), (1024, 1))}."
     )
 
 

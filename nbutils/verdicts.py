@@ -139,7 +139,7 @@ def size_verdicts(runs: pd.DataFrame) -> pd.DataFrame:
         ("512 is within a small margin of 1024, so it is the best choice.", *_best(test)),
         ("Small batches converge faster.", *_faster(runs)),
         ("Too large a batch generalises worse.", *_generalises(test)),
-        ("8 x 128 accumulated has the net effect of 1024.", *_same(test)),
+        ("8 x 128 accumulated has the net effect of 1024.", *_same(test, int(runs["epoch"].max()))),
     ]
     return _numbered(_claims(table))
 
@@ -228,9 +228,9 @@ def _generalises(test: pd.DataFrame) -> tuple[str, str]:
     return shown, UNDECIDED
 
 
-def _same(test: pd.DataFrame) -> tuple[str, str]:
+def _same(test: pd.DataFrame, epochs: int) -> tuple[str, str]:
     gap = effect(test[128, 8] - test[1024, 1])
-    shown = f"8 x 128 less 1024, after 20 epochs in float32: {gap}"
+    shown = f"8 x 128 less 1024, after {epochs} epochs: {gap}"
     exact = "the updates are equal to rounding (05_equivalence)"
     if gap.decided and not gap.negligible:
         return shown, "fails"

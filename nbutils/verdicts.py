@@ -33,6 +33,10 @@ UNDECIDED = "not decidable from this"
 SCORES = (0.99257, 0.99442)
 """Kaggle's public score of the post's networks, with 128 and with 8 x 128 images an update."""
 
+POSTED_GAIN = SCORES[1] - SCORES[0]
+POSTED_RATE = 1e-3
+"""Learning rate of `kaggle-split` with and without accumulation: Adam's default."""
+
 SCORED = 7_000
 """Images that the public score counts, to go by the scores: 28,000 are Kaggle's test images."""
 
@@ -253,40 +257,41 @@ def _needs_group_norm(runs: pd.DataFrame) -> tuple[str, str]:
 
 
 def _raises_the_score(kaggle: KaggleRuns) -> tuple[str, str]:
-    as_posted = _gain(kaggle, {1: 1e-3, 8: 1e-3})
+    as_posted = _gain(kaggle, {1: POSTED_RATE, 8: POSTED_RATE})
     images = len(kaggle.labels)
-    lead = round((SCORES[1] - SCORES[0]) * SCORED)
-    lead_of_all = round((SCORES[1] - SCORES[0]) * images)
+    lead = round(POSTED_GAIN * SCORED)
+    lead_of_all = round(POSTED_GAIN * images)
     chance = seed_chance(kaggle, SCORED, lead)
     chance_of_all = seed_chance(kaggle, images, lead_of_all)
+    at_tuned_rates = ""
+    verdict = f"{_judged(as_posted)} (at one learning rate)"
+    if kaggle.tuning is not None:
+        rates = tuned_rates(kaggle.tuning)
+        tuned = _gain(kaggle, rates)
+        at_tuned_rates = f"; at rates tuned on validation ({rates[1]:g} and {rates[8]:g}) {tuned}"
+        verdict += f"; {_judged(tuned)} (at tuned rates)"
     shown = (
         f"8 x 128 less 128 on {images:,} images: {as_posted}, that is "
-        f"{as_posted.mean * images:+.0f} images{_gain_at_tuned_rates(kaggle)}. "
+        f"{as_posted.mean * images:+.0f} images, at one learning rate{at_tuned_rates}. "
         f"The post's gain is {lead} of {SCORED:,} images from one run each: two seeds of batch "
         f"128 alone lie that far apart, in this direction, {_chance(chance)} there, and "
         f"{_chance(chance_of_all)} by as much ({lead_of_all} images) on all {images:,}"
     )
-    posted = SCORES[1] - SCORES[0]
-    if as_posted.negligible:
-        return shown, "fails: there is no such gain"
-    if as_posted.high < 0:
-        return shown, "fails: accumulation lowers it, at one learning rate"
-    if as_posted.low > 0:
-        size = (
-            "of that size" if as_posted.low <= posted <= as_posted.high else "but not of that size"
-        )
-        return shown, f"holds: there is a gain, {size}"
-    if as_posted.high < posted:
-        return shown, "fails: a gain of that size is ruled out; whether there is any is open"
-    return shown, UNDECIDED
+    return shown, verdict
 
 
-def _gain_at_tuned_rates(kaggle: KaggleRuns) -> str:
-    if kaggle.tuning is None:
-        return ", at one learning rate"
-    rates = tuned_rates(kaggle.tuning)
-    gain = _gain(kaggle, rates)
-    return f"; at rates tuned on validation ({rates[1]:g} and {rates[8]:g}) {gain}"
+def _judged(gain: Effect) -> str:
+    """Whether there is a gain like the post's."""
+    if gain.negligible:
+        return "fails: there is no such gain"
+    if gain.high < 0:
+        return "fails: accumulation lowers it"
+    if gain.low > 0:
+        as_large = gain.low <= POSTED_GAIN <= gain.high
+        return f"holds: there is a gain, {'of' if as_large else 'but not of'} that size"
+    if gain.high < POSTED_GAIN:
+        return "fails: a gain of that size is ruled out; whether there is any is open"
+    return UNDECIDED
 
 
 def _chance(value: float) -> str:
@@ -320,7 +325,7 @@ def seed_chance(kaggle: KaggleRuns, part: int, lead: int) -> float:
     all ordered pairs of its seeds.
     """
     runs = kaggle.runs
-    chosen = runs[(runs["accumulation_steps"] == 1) & (runs["learning_rate"] == 1e-3)]
+    chosen = runs[(runs["accumulation_steps"] == 1) & (runs["learning_rate"] == POSTED_RATE)]
     right = [kaggle.predictions[run_id] == kaggle.labels for run_id in chosen["run_id"].unique()]
     chances = [
         chance_of_lead(int((a & ~b).sum()), int((b & ~a).sum()), len(kaggle.labels), part, lead)

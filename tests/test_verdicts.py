@@ -247,9 +247,22 @@ def test_the_chance_of_a_lead_by_seeds_alone_on_all_images_is_that_of_their_pair
 def test_the_kaggle_claim_says_whether_rates_were_tuned():
     tuned = kaggle_runs(0)
     normalisation = study(level, norm="batch")
-    shown = [
-        verdicts(study(level), normalisation, kaggle, costs())["these runs show"][7]
+    both, one = [
+        verdicts(study(level), normalisation, kaggle, costs()).loc[7]
         for kaggle in (tuned, replace(tuned, tuning=None))
     ]
-    assert "at rates tuned on validation (0.001 and 0.002)" in shown[0]
-    assert "at one learning rate" in shown[1]
+    assert "at rates tuned on validation (0.001 and 0.002) +0.000 points" in both["these runs show"]
+    assert both["verdict"] == (
+        "fails: there is no such gain (at one learning rate); "
+        "fails: there is no such gain (at tuned rates)"
+    )
+    assert "tuned" not in one["these runs show"]
+    assert one["verdict"] == "fails: there is no such gain (at one learning rate)"
+
+
+def test_a_rate_that_was_not_run_decides_nothing():
+    kaggle = kaggle_runs(0)
+    posted = kaggle.runs[kaggle.runs["learning_rate"] == 1e-3]
+    assert verdict(7, study(level), kaggle=replace(kaggle, runs=posted)).endswith(
+        "not decidable from this (at tuned rates)"
+    )

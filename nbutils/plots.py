@@ -176,17 +176,12 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
         ax.plot([place] * len(group), group["value"], linestyle="", alpha=0.3, ms=4, **style)
         mean, (low, high) = group["value"].mean(), mean_interval(group["value"].tolist())
         ends = [[mean - low], [high - mean]] if len(group) > 1 else None
+        mark = 8 if steps == 1 else 4 + np.log2(steps)
+        ax.errorbar([place], [mean], yerr=ends, capsize=4, ms=mark, **style)
+        # The legend tells marks; colours are told by the axis.
         label = "1 pass per update" if steps == 1 else f"{steps} passes per update"
-        known = {container.get_label() for container in ax.containers}
-        ax.errorbar(
-            [place],
-            [mean],
-            yerr=ends,
-            capsize=4,
-            ms=8 if steps == 1 else 4 + np.log2(steps),
-            label="_" if label in known else label,
-            **style,
-        )
+        if label not in ax.get_legend_handles_labels()[1]:
+            ax.plot([], [], label=label, linestyle="", ms=mark, **style | {"color": "0.3"})
     ax.set_xscale("log", base=2)
     _size_ticks(ax, colours)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))

@@ -57,6 +57,14 @@ def load_checkpoint(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]
         return None
 
 
+def held_condition(path: Path, name: str) -> Any:
+    """A condition under which the checkpoint was made; None where there is no whole one."""
+    try:
+        return _read(path)["conditions"].get(name)
+    except (OSError, ValueError, pickle.UnpicklingError):
+        return None
+
+
 def _read(path: Path) -> dict[str, Any]:
     digest, _, content = path.read_bytes().partition(b"\n")
     if digest != _digest(content):

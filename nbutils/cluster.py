@@ -15,7 +15,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from nbutils.config import InputError
 from nbutils.machine import processors
 from nbutils.records import publish, read_record
 from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
-from nbutils.workers import Failure, cause, end_with_children, task_environment, use_scratch
+from nbutils.workers import Failure, cause, death, end_with_children, task_environment, use_scratch
 
 RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
 
@@ -149,6 +148,8 @@ class ClusterExecutor(Executor):
             future.set_exception(error)
         else:
             future.set_result(None)
+        finally:
+            remote.release()  # else the cluster makes it again when its worker leaves
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster; its workers drop what is not done yet."""
@@ -232,9 +233,7 @@ def _run_in_process(task: Task, run: PlannedRun, out: str) -> None:
                     process.stdin.close()  # which ends it
         reason = process.stdout.read().decode()
     if process.returncode:
-        if process.returncode < 0:
-            reason = f"its process was ended by {signal.Signals(-process.returncode).name}"
-        raise Failure(f"{reason} (on {worker.address})")
+        raise Failure(f"{reason or death(process.returncode)} (on {worker.address})")
 
 
 def _main() -> int:
@@ -242,15 +241,15 @@ def _main() -> int:
     # What the notebook's kernel prints goes to the worker's log, not into the answer.
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
-        task, run, out = pickle.load(sys.stdin.buffer)
-        with tempfile.TemporaryDirectory(prefix="nbutils-") as scratch:
-            use_scratch(scratch)
-            threading.Thread(target=_end_with_worker, args=[scratch], daemon=True).start()
-            try:
+        try:
+            task, run, out = pickle.load(sys.stdin.buffer)
+            with tempfile.TemporaryDirectory(prefix="nbutils-") as scratch:
+                use_scratch(scratch)
+                threading.Thread(target=_end_with_worker, args=[scratch], daemon=True).start()
                 task(run, out)
-            except Exception as error:  # whatever a cell raises
-                answer.write(cause(error))
-                return 1
+        except Exception as error:  # whatever a cell raises
+            answer.write(cause(error))
+            return 1
     return 0
 
 

@@ -46,15 +46,19 @@ def locked(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
+        file = open(folder / LOCK, "a")  # noqa: SIM115 - network disks lock only what can be written
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}") from error
-    with open(folder / LOCK) as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
                 f"another command is at work in {folder}; wait for it to end, or choose another "
                 f"--out"
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"{folder} is on a disk without locks ({error.strerror}); choose another --out"
             ) from error
         yield

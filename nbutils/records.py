@@ -39,6 +39,7 @@ import numpy as np
 import pandas as pd
 
 from nbutils.config import InputError, RunConfig
+from nbutils.files import write_atomically
 from nbutils.machine import device_name, processor_name
 
 if TYPE_CHECKING:
@@ -189,9 +190,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         InputError: There are no runs, or some are damaged, or they used different images; the
             message names them.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}")
+    folder = _existing(folder)
     if (folder / "runs.csv").exists():
         _verify_reference(folder)
         runs, history = _reference_tables(folder)
@@ -210,11 +209,19 @@ def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarr
     Raises:
         InputError: As `load_runs`.
     """
-    folder = Path(folder)
+    folder = _existing(folder)
     if (folder / "runs.csv").exists():
         _verify_reference(folder)
         return _reference_predictions(folder)
-    return _record_predictions(folder, _read_all(folder))
+    records = _read_all(folder)
+    _check_same_images(folder, pd.DataFrame([_run_row(record) for record in records]))
+    return _record_predictions(folder, records)
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise InputError(f"no folder {folder}")
+    return Path(folder)
 
 
 def export_runs(folder: str | Path, reference: str | Path) -> None:
@@ -312,9 +319,11 @@ def export_tables(folder: str | Path, reference: str | Path) -> None:
 
 def _write_tables(folder: Path, content: Mapping[str, str], description: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    # Until it is written anew, there are no tables, rather than some that do not belong together.
+    (folder / "environment.json").unlink(missing_ok=True)
     for name, text in content.items():
         (folder / f"{name}.csv").write_text(text)
-    (folder / "environment.json").write_text(json.dumps(description, indent=1) + "\n")
+    write_atomically(folder / "environment.json", f"{json.dumps(description, indent=1)}\n".encode())
 
 
 def _read_all(folder: Path) -> list[RunRecord]:

@@ -376,9 +376,12 @@ def run_study(
         _read_failures(out)  # refused now rather than later
         _write_json(out / "study.json", plan.to_dict())
         work = _take_over(out)
-        for run in plan.runs:
-            if (work / run.config.run_id).exists():
-                _note(out, work, run.config.run_id, _publish(run, work, out))
+        # What an interrupted command did but did not come to publish or to note:
+        whole = [run for run in plan.runs if (work / run.config.run_id).exists()]
+        outcomes = {run.config.run_id: _publish(run, work, out, fingerprints) for run in whole}
+        done = [run for run in plan.runs if (out / run.config.run_id).exists()]
+        outcomes |= {run.config.run_id: None for run in done}
+        _note(out, work, outcomes)
         waiting = [run for run in study.runs if not (out / run.config.run_id).exists()]
         failures: dict[str, str] = {}
         if waiting:
@@ -391,10 +394,10 @@ def run_study(
                 else Workers(jobs, threads, work / "log.txt", time_limit)
             )
             with pool as workers:
-                failures = _run_all(study, waiting, out, work, workers)
+                failures = _run_all(study, waiting, out, work, workers, fingerprints)
         if not failures:
             failures = _sum_up(study, out, work)
-        if not failures:
+        if not failures and all((out / run.config.run_id).exists() for run in plan.runs):
             for folder in _numbered_folders(out):
                 shutil.rmtree(folder, ignore_errors=True)
     return failures
@@ -408,7 +411,7 @@ def _sum_up(study: Study, out: Path, work: Path) -> dict[str, str]:
     with Workers(1, processors(), work / "log.txt") as workers:
         future = workers.submit(execute_notebook, study.summary, out / "summary.ipynb", parameters)
         error = future.exception()
-    _note(out, work, study.summary, error)
+    _note(out, work, {study.summary: error})
     return {study.summary: cause(error)} if error else {}
 
 
@@ -453,12 +456,11 @@ def _read_failures(out: Path) -> dict[str, str]:
     return {str(name): str(reason) for name, reason in content.items()}
 
 
-def _note(out: Path, work: Path, name: str, error: BaseException | None) -> None:
-    """Keep the cause of a failure in `failures.json`, or remove it after a success."""
+def _note(out: Path, work: Path, outcomes: Mapping[str, BaseException | None]) -> None:
+    """Keep the causes of failures in `failures.json`, or remove them after a success."""
     noted = _read_failures(out)
-    failures = {key: reason for key, reason in noted.items() if key != name}
-    if error:
-        failures[name] = cause(error)
+    failures = {name: reason for name, reason in noted.items() if name not in outcomes}
+    failures |= {name: cause(error) for name, error in outcomes.items() if error}
     if failures == noted:
         return
     if not failures:
@@ -471,7 +473,8 @@ def _note(out: Path, work: Path, name: str, error: BaseException | None) -> None
         try:
             _write_json(out / "failures.json", failures)
         except OSError as problem:
-            print(f"that {name} failed cannot be noted: {problem}", file=sys.stderr)
+            names = ", ".join(outcomes)
+            print(f"that {names} failed cannot be noted: {problem}", file=sys.stderr)
 
 
 def _read_plan(out: Path) -> Study:
@@ -540,12 +543,17 @@ def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> N
             continue
         if folder.name not in planned:
             raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-        name, made_on = planned[folder.name].dataset, read_record(folder).dataset["fingerprint"]
-        if fingerprints.get(name, made_on) != made_on:
-            raise InputError(
-                f"the record {folder} was made on other images than {name!r} has now; move it "
-                f"elsewhere, or choose another --out"
-            )
+        _check_record(folder, planned[folder.name].dataset, fingerprints)
+
+
+def _check_record(folder: Path, dataset: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a record that is damaged or was made on other images than `dataset` has here."""
+    made_on = read_record(folder).dataset["fingerprint"]
+    if fingerprints.get(dataset, made_on) != made_on:
+        raise InputError(
+            f"the record {folder} was made on other images than {dataset!r} has now; move it "
+            f"elsewhere, or choose another --out"
+        )
 
 
 def _numbered_folders(out: Path) -> list[Path]:
@@ -564,7 +572,7 @@ def _take_over(out: Path) -> Path:
     A process that outlived its command, as a kernel does for a moment, knows only the old name.
     What it still writes cannot reach the work that goes on.
     """
-    for aside in (*out.glob(".study.json.*"), *out.glob(".failures.json.*")):
+    for aside in out.glob(".*.json.*"):  # what a killed command was writing
         aside.unlink(missing_ok=True)
     earlier = _numbered_folders(out)
     if not earlier:
@@ -587,7 +595,12 @@ def _default_jobs(runs: int) -> int:
 
 
 def _run_all(
-    study: Study, waiting: list[PlannedRun], out: Path, work: Path, executor: Executor
+    study: Study,
+    waiting: list[PlannedRun],
+    out: Path,
+    work: Path,
+    executor: Executor,
+    fingerprints: Mapping[str, str],
 ) -> dict[str, str]:
     """Make the `waiting` runs, showing how far they are; the cause of each failure by run id."""
     failures: dict[str, str] = {}
@@ -607,8 +620,8 @@ def _run_all(
             for future in finished:
                 run_id, error = futures[future].config.run_id, future.exception()
                 if error is None:
-                    error = _publish(futures[future], work, out)
-                _note(out, work, run_id, error)
+                    error = _publish(futures[future], work, out, fingerprints)
+                _note(out, work, {run_id: error})
                 if error is None:
                     done += 1
                 else:
@@ -629,11 +642,13 @@ def _run_all(
     return failures
 
 
-def _publish(run: PlannedRun, work: Path, out: Path) -> Exception | None:
+def _publish(
+    run: PlannedRun, work: Path, out: Path, fingerprints: Mapping[str, str]
+) -> Exception | None:
     """Move a finished run's record to where it belongs; what went wrong, if anything did."""
     run_id = run.config.run_id
     try:
-        read_record(work / run_id)
+        _check_record(work / run_id, run.config.dataset, fingerprints)
         os.rename(work / run_id, out / run_id)
     except (InputError, OSError) as error:
         return error
@@ -692,7 +707,7 @@ def _epochs_done(out: Path, run: PlannedRun) -> int:
     if (out / run.config.run_id).exists():
         return run.config.epochs
     with suppress(OSError):
-        return max(0, (_work_folder(out, run) / PROGRESS).read_text().count("\n") - 1)
+        return max(0, (_work_folder(out, run) / PROGRESS).read_bytes().count(b"\n") - 1)
     return 0
 
 

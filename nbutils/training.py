@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nbutils.accumulation import accumulate_gradient, updates_per_epoch, windows
-from nbutils.checkpoint import load_checkpoint, save_checkpoint
+from nbutils.checkpoint import held_condition, load_checkpoint, save_checkpoint
 from nbutils.config import InputError, RunConfig, suggest
 from nbutils.cuda_graph import GraphedEpoch
 from nbutils.data import Dataset, augment, draw_moves
@@ -188,20 +188,25 @@ def _train_within_memory(
     runs: Sequence[Run], progress: bool, on_oom: OnOom, log_folder: str | Path | None = None
 ) -> list[RunResult]:
     """Train all `runs` at once; where they do not fit, do as `on_oom` says."""
+    sizes = [run.micro_batch for run in runs]
+    if on_oom == "split" and log_folder:  # a run that goes on has found out already what fits
+        held = held_condition(Path(log_folder) / CHECKPOINT, "micro_batch")
+        sizes = [held if held and not size % held else size for size in sizes]
     while True:
-        try:
-            return _train_together(runs, progress, log_folder)
-        except torch.OutOfMemoryError as error:
-            sizes = [run.micro_batch for run in runs]
-            largest = max(sizes)
-            for number, run in enumerate(runs):
-                if run.micro_batch == largest:
-                    sizes[number] = _smaller_micro_batch(run, len(runs), on_oom, error)
-        runs = [
+        # New ones for each attempt, so that nothing of a failed one is held on the device.
+        attempt = [
             Run(run.config, run.data, run.device, run.engine, size)
             for run, size in zip(runs, sizes, strict=True)
         ]
-        gc.collect()  # what the failed attempt held on the device
+        try:
+            return _train_together(attempt, progress, log_folder)
+        except torch.OutOfMemoryError as error:
+            largest = max(sizes)
+            for number, run in enumerate(attempt):
+                if run.micro_batch == largest:
+                    sizes[number] = _smaller_micro_batch(run, len(runs), on_oom, error)
+        del attempt, run
+        gc.collect()
         torch.cuda.empty_cache()
 
 

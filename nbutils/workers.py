@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,7 @@ class Workers(Executor):
         self._context = processes()
         self._prepare = partial(_prepare, threads, log)
         self._time_limit = time_limit
-        # Processes inherit what the thread that starts them holds back: Ctrl-C in a terminal is
-        # for the command alone, also while they start.
-        self._pool = ThreadPoolExecutor(
-            jobs, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, {signal.SIGINT})
-        )
+        self._pool = ThreadPoolExecutor(jobs, initializer=_hold_back_interrupts)
         self._lock = threading.Lock()
         self._running: set[int] = set()
         self._ended = False
@@ -81,23 +78,30 @@ class Workers(Executor):
 
     def __exit__(self, *error: Any) -> None:
         if error[0] is not None:
+            self._ended = True
             with self._lock:
-                self._ended = True
                 for pid in self._running:
                     _kill_with_children(pid)
         self.shutdown(cancel_futures=error[0] is not None)
 
     def _run(self, task: bytes) -> Any:
+        if self._ended:
+            raise Failure("interrupted before it began")
+        with tempfile.TemporaryDirectory(prefix="nbutils-", ignore_cleanup_errors=True) as scratch:
+            return self._run_in(scratch, task)
+
+    def _run_in(self, scratch: str, task: bytes) -> Any:
         ours, theirs = self._context.Pipe(duplex=False)
-        scratch = tempfile.mkdtemp(prefix="nbutils-")
         process = self._context.Process(target=_work, args=(theirs, self._prepare, scratch, task))
-        with self._lock:
-            if self._ended:
-                shutil.rmtree(scratch)
-                raise Failure("interrupted before it began")
+        try:
             process.start()
-            assert process.pid
+        except (OSError, EOFError) as error:
+            raise Failure(f"no process could be started for it: {error}") from error
+        assert process.pid
+        with self._lock:
             self._running.add(process.pid)
+            if self._ended:
+                _kill_with_children(process.pid)
         theirs.close()
         try:
             if not ours.poll(self._time_limit):
@@ -105,17 +109,22 @@ class Workers(Executor):
             result, failure = ours.recv()
         except EOFError:
             process.join()
-            raise Failure(_death(process.exitcode)) from None
+            raise Failure(death(process.exitcode)) from None
         finally:
             with self._lock:
                 self._running.discard(process.pid)
             _kill_with_children(process.pid)
             process.join()
             ours.close()
-            shutil.rmtree(scratch, ignore_errors=True)
         if failure:
             raise Failure(failure)
         return result
+
+
+def _hold_back_interrupts() -> None:
+    """Keep Ctrl-C, which is for the command alone, from the processes that this thread starts."""
+    resource_tracker.ensure_running()  # it would let Ctrl-C through again when it is started
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 def _work(pipe: Connection, prepare: Callable[[str], None], scratch: str, task: bytes) -> None:
@@ -131,7 +140,9 @@ def _work(pipe: Connection, prepare: Callable[[str], None], scratch: str, task: 
 
 def _prepare(threads: int, log: Path, scratch: str) -> None:
     os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # forgets one that was held back
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_end_with_parent, args=[scratch], daemon=True).start()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -173,7 +184,8 @@ def _kill(processes: Iterable[psutil.Process]) -> None:
             process.kill()
 
 
-def _death(status: int | None) -> str:
+def death(status: int | None) -> str:
+    """What the exit status of a task's process says."""
     if status is None or status >= 0:
         return f"its process ended with exit status {status}"
     name = signal.Signals(-status).name

@@ -1,5 +1,6 @@
 """Studies on a real Dask cluster: a scheduler and its workers, processes on this machine."""
 
+import operator
 import os
 import shutil
 import signal
@@ -147,6 +148,16 @@ def test_records_come_from_workers_that_do_not_see_the_folder_and_so_do_failures
     assert cause.startswith("failed: InputError: device = 'cuda:77'")
     assert "(on tcp://127.0.0.1:" in cause
     assert not (pair.folder / "out").exists()
+
+
+def test_the_cluster_forgets_what_is_done(pair, tmp_path):
+    """Else it would make a run again when the worker that made it leaves."""
+    run = load_study(write_study(tmp_path, seed=[0])).runs[0]
+    with cluster.ClusterExecutor(pair.address) as executor:
+        future = executor.submit(operator.eq, run, str(tmp_path))  # a task that ends at once
+        assert future.result() is None
+        known = lambda dask_scheduler: len(dask_scheduler.tasks)  # noqa: E731 - sent by value
+        wait_for(lambda: pair.client.run_on_scheduler(known) == 0)
 
 
 def test_ctrl_c_ends_the_runs_on_the_workers(pair, tmp_path):

@@ -169,9 +169,13 @@ def test_a_killed_kernel_fails_its_run_and_a_second_command_is_refused(tmp_path,
     assert content(tmp_path / "out") == expected[0]
 
 
-def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("when", ["at the start", "in mid-run"])
+def test_ctrl_c_ends_all_and_says_how_to_go_on(tmp_path, when):
     with Command(tmp_path) as command:
-        command.until(command.kernels)
+        if when == "at the start":  # what the runs need is being imported
+            command.until(lambda: "runs to make" in command.output.read_text())
+        else:
+            command.until(command.kernels)
         started = command.family()
         os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does
         code, output = command.end()

@@ -6,9 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nbutils import InputError, RunConfig, load_runs, save_run, train
+from nbutils import InputError, RunConfig, load_runs, records, save_run, train
 from nbutils.data import Dataset
-from nbutils.records import export_runs, load_predictions, read_record
+from nbutils.records import (
+    export_runs,
+    load_predictions,
+    load_tables,
+    read_record,
+    save_tables,
+)
 
 TINY = RunConfig(batch_size=100, epochs=2, device="cpu", norm="none")  # shrunken for speed
 
@@ -167,6 +173,8 @@ def test_runs_on_different_images_are_not_mixed(few_digits, folder):
     save_run(result, folder)
     with pytest.raises(InputError, match="mixes runs on different images"):
         load_runs(folder)
+    with pytest.raises(InputError, match="mixes runs on different images"):
+        load_predictions(folder)
 
 
 def test_an_export_adds_to_a_reference(results, few_digits, folder, tmp_path):
@@ -203,9 +211,28 @@ def test_a_damaged_reference_is_refused_by_name(folder, tmp_path, name):
         load_runs(reference)
 
 
+def test_tables_that_a_full_disk_cut_short_are_none_and_are_made_again(tmp_path, monkeypatch):
+    table = pd.DataFrame({"a": [1, 2]})
+    save_tables({"t": table}, tmp_path, "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "write_atomically", full_disk)
+        with pytest.raises(OSError, match="full"):
+            save_tables({"t": 2 * table}, tmp_path, "cpu")
+    with pytest.raises(InputError, match=r"holds no whole tables: environment\.json is missing"):
+        load_tables(tmp_path)
+    save_tables({"t": 2 * table}, tmp_path, "cpu")
+    pd.testing.assert_frame_equal(load_tables(tmp_path)["t"], 2 * table)
+
+
+def full_disk(*_):
+    raise OSError("the disk is full")
+
+
 def test_nothing_to_load(tmp_path, folder):
     with pytest.raises(InputError, match="no folder"):
         load_runs(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no folder"):
+        load_predictions(tmp_path / "nowhere")
     shutil.rmtree(folder)
     folder.mkdir()
     with pytest.raises(InputError, match="no runs in"):

@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import Executor, Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,45 @@ def test_a_record_that_is_damaged_before_it_is_moved_is_a_failure(two_runs, tmp_
     assert run_status(out) == {run_id: f"failed: {cause}" for run_id, cause in failures.items()}
     assert run_study(two_runs, out, executor=Inline(train_without_notebook)) == {}
     assert not (out / "failures.json").exists()
+
+
+def test_a_record_that_a_worker_made_on_other_images_is_a_failure(
+    two_runs, few_digits, tmp_path, no_summary
+):
+    def elsewhere(run, out):
+        config = replace(run.config, batch_size=100)
+        other = replace(few_digits, name="mnist-5k")
+        result = replace(train(config, other, progress=False), config=run.config)
+        save_run(result, out)
+
+    out = tmp_path / "out"
+    failures = run_study(two_runs, out, executor=Inline(elsewhere))
+    assert len(failures) == 2
+    assert all("was made on other images than 'mnist-5k' has now" in f for f in failures.values())
+    assert run_study(two_runs, out, executor=Inline(train_without_notebook)) == {}
+
+
+def test_a_smaller_command_leaves_the_others_runs_where_they_are(tmp_path, no_summary):
+    overrides = {"epochs": [1], "batch_size": [1200], "accumulation_steps": [1], "device": ["cpu"]}
+    path = write(tmp_path, changed(runs=[BLOCK | {"notebook": "03_train_accumulation"}]))
+    both, one = (load_study(path, overrides | {"seed": seeds}) for seeds in ([0, 1], [0]))
+
+    def interrupted(run, out):
+        folder = study._work_folder(Path(out), run)
+        folder.mkdir(parents=True)
+        (folder / "progress.csv").write_bytes(b"epoch\n\xff\n")  # not even text
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(both, out, executor=Inline(interrupted))
+    started = both.runs[0].config.run_id
+    assert run_status(out)[started] == "started: epoch 1/1"
+    other = load_study(path, overrides | {"seed": [1]})
+    assert run_study(other, out, executor=Inline(train_without_notebook)) == {}
+    assert run_status(out)[started] == "started: epoch 1/1"
+    assert run_study(one, out, executor=Inline(train_without_notebook)) == {}
+    assert not list(out.glob(".work-*"))
 
 
 def test_zero_jobs_are_refused(two_runs, tmp_path):

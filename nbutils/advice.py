@@ -105,15 +105,16 @@ class Advice:
         seconds_per_epoch_range: At the highest and the lowest speed measured.
         peak_memory: Bytes that training adds.
         memory_budget: Bytes that it might have added.
-        noise_scale: Images: the median along a short training, `None` if not measured.
+        noise_scale: Images: the median along a short training, `None` if not measured or infinite.
         noise_scale_range: The lowest lower end and highest upper end of its intervals; an upper
             end of `None` is infinite.
         warnings: What to beware of.
         reasons: Why this.
         not_checked: What the advice does not rest on.
         code: The loop to paste.
-        costs: Rows of `trial_costs`, with `relative_time` by the rule, and `scaled_rate`: the
-            learning rate by the optimizer's rule, measured only at the advised size.
+        costs: Rows of `trial_costs`, with `relative_time` by the rule, the least that may be
+            advised being 1, and `scaled_rate`: the learning rate by the optimizer's rule, measured
+            only at the advised size.
         noise: Rows of `trial_noise`.
         rates: Rows of `trial_rates`.
         seconds_taken: That the measurements took.
@@ -160,13 +161,15 @@ class Advice:
         rates = "" if low == high else f" ({low:g} to {high:g} are not told apart)"
         fast, slow = map(format_seconds, self.seconds_per_epoch_range)
         times = "measured once" if fast == slow else f"{fast} to {slow}"
+        sizes = "by speed alone"
+        if self.noise:
+            sizes = f"{_range(*self.effective_batch_size_range)} by the noise scale's interval"
         return "\n".join(
             [
                 f"{self.model} on {self.dataset}, {self.optimizer}, {self.device}:",
                 f"  batch size          {self.batch_size}",
                 f"  accumulation steps  {accumulate}",
-                f"  images per update   {self.effective_batch_size}"
-                f" ({_range(*self.effective_batch_size_range)} by the noise scale's interval)",
+                f"  images per update   {self.effective_batch_size} ({sizes})",
                 f"  learning rate       {self.learning_rate:g}{rates}",
                 f"  time per epoch      {format_seconds(self.seconds_per_epoch)} ({times})",
                 f"  peak memory         {format_memory(self.peak_memory)}",
@@ -241,8 +244,9 @@ def advise(
     equal = rates.loc[rates["within_noise"], "learning_rate"]
     scale, low, high = typical(noise) if len(noise) else (math.nan,) * 3
     images = classifier.images_per_epoch
+    times = relative_time(costs, scale if len(noise) else math.inf)
     rated = costs.assign(
-        relative_time=relative_time(costs, scale if len(noise) else math.inf),
+        relative_time=times / times[_open_to_choice(costs, accumulate=not norms)].min(),
         scaled_rate=best["learning_rate"]
         * (costs["effective_batch_size"] / chosen["effective_batch_size"]) ** RULES[recipe.rule],
     )
@@ -263,7 +267,8 @@ def advise(
         memory_budget=memory,
         noise_scale=_finite(scale),
         noise_scale_range=[_finite(low), _finite(high)],
-        warnings=_warnings(rated, chosen, norms, high, bounded) + _too_little(costs, rates),
+        warnings=_warnings(rated, chosen, norms, high, bounded)
+        + _too_little(costs, rates, bounded),
         reasons=_reasons(rated, chosen, scale, low, high, rates, bounded),
         not_checked=left_out + _never_checked(classifier, best, recipe),
         code=_code(classifier, chosen, float(best["learning_rate"]), recipe, str(place)),
@@ -295,11 +300,16 @@ def choose(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> dict[st
         noise_scale: As for `relative_time`.
         accumulate: Whether more images than fit as one micro-batch are open to choice.
     """
+    candidates = costs[_open_to_choice(costs, accumulate)]
+    near = candidates[relative_time(candidates, noise_scale) <= NEAR]
+    return _rows(near.sort_values("effective_batch_size"))[0]
+
+
+def _open_to_choice(costs: pd.DataFrame, accumulate: bool) -> pd.Series:
+    """Which settings may be advised: accumulated ones where that many images do not fit at once."""
     whole = costs["accumulation_steps"] == 1
     too_large = costs["effective_batch_size"] > costs.loc[whole, "batch_size"].max()
-    open_to_choice = costs[whole | too_large] if accumulate else costs[whole]
-    near = open_to_choice[relative_time(open_to_choice, noise_scale) <= NEAR]
-    return _rows(near.sort_values("effective_batch_size"))[0]
+    return whole | (too_large & accumulate)
 
 
 def _chosen(
@@ -350,14 +360,14 @@ def _warnings(
     return warnings
 
 
-def _too_little(costs: pd.DataFrame, rates: pd.DataFrame) -> list[str]:
+def _too_little(costs: pd.DataFrame, rates: pd.DataFrame, bounded: bool) -> list[str]:
     """What to say where too little was measured, or nothing learnt."""
     if not (rates["outcome"] == "learnt").any():
         return [
             "no learning rate lowered the validation loss: give a longer time budget; if that does "
             "not help, are the images scaled, and do the labels belong to them?"
         ]
-    if min(len(costs), len(rates)) >= FEWEST:
+    if len(rates) >= FEWEST and (bounded or len(costs) >= FEWEST):
         return []
     return [
         f"a guess: there was time for {_count(costs, 'batch size')} and "
@@ -418,7 +428,11 @@ def _reasons(
         reasons.append(
             f"do not accumulate: {size} images "
             + ("are the most that pays within the memory budget" if bounded else "fit the memory")
-            + ", and a larger update would not get further in the same time"
+            + (
+                ""
+                if math.isnan(scale)
+                else ", and a larger update gets no further in the same time"
+            )
         )
     best = rates[rates["best"]].iloc[0]
     diverged = rates.loc[rates["outcome"] == "diverged", "learning_rate"]

@@ -121,16 +121,19 @@ def growth(ridge_table: pd.DataFrame) -> pd.DataFrame:
     """The power of the batch size with which the rate of lowest training loss grows.
 
     Args:
-        ridge_table: From `ridge`; at least three sizes.
+        ridge_table: From `ridge`.
 
     Returns:
         A row an `optimizer`: `power`, by least squares on log scales over the sizes, and its
-        95 % interval (Student's), `low` and `high`.
+        95 % interval (Student's), `low` and `high`; all NaN where there are fewer than three.
     """
     from scipy import stats
 
     rows = []
     for optimizer, group in ridge_table.groupby("optimizer"):
+        if len(group) < 3:
+            rows.append({"optimizer": optimizer, **dict.fromkeys(("power", "low", "high"), np.nan)})
+            continue
         fit = stats.linregress(np.log(group["effective_batch_size"]), np.log(group["loss_rate"]))
         half = stats.t.ppf(0.975, len(group) - 2) * fit.stderr
         rows.append(
@@ -213,12 +216,16 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
     for optimizer, power in powers.iterrows():
         everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
         rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
+        grows = ""
+        if not np.isnan(power["low"]):
+            grows = (
+                f"the rate of lowest training loss grows as the batch size to the "
+                f"power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
+                f"{power['high']:.2f}; linear is 1, square root 0.5). "
+            )
         lines.append(
-            f"- **{optimizer}**: the rate of lowest training loss grows as the batch size to the "
-            f"power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
-            f"{power['high']:.2f}; linear is 1, square root 0.5). "
-            f"Within noise of the best validation accuracy at *every* size: "
-            f"{', '.join(rates) or 'no rate'}."
+            f"- **{optimizer}**: {grows}Within noise of the best validation accuracy at *every* "
+            f"size: {', '.join(rates) or 'no rate'}."
         )
         for rule, rows in rules[rules["optimizer"] == optimizer].groupby("rule"):
             off = ", ".join(map(str, rows.loc[~rows["fits"], "effective_batch_size"]))

@@ -74,7 +74,8 @@ def noise_scale(
         tr(Sigma) is estimated by sum_k b_k |g_k - g|^2 / (K - 1), and |G|^2 by |g|^2 - tr(Sigma)/n
 
     without bias, whatever the sizes b_k, if the images are drawn independently. Images drawn
-    without replacement from a set not much larger than the window make |G|^2 too large.
+    without replacement from a set not much larger than the window make |G|^2 too small for the
+    mean gradient of that set, and the noise scale too large.
 
     The interval is Fieller's for a ratio, since it stays right where the denominator may be zero
     and then has no upper end. Its variances and covariance come from leaving out one micro-batch

@@ -504,7 +504,9 @@ def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
         table: From `nbutils.noise_scale.noise_along_training`.
     """
     finite = table[["low", "value", "high"]].replace([np.inf, 0.0], np.nan)
-    top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
+    top, bottom = 3000.0, 1.0  # where no end of an interval is known
+    if finite[["low", "value"]].notna().any(axis=None):
+        top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
     colours = dict(zip(sorted(table["optimizer"].unique()), ("#29af7f", "#440154"), strict=False))
     for (optimizer, seed), group in table.groupby(["optimizer", "seed"]):
         value = group["value"].where(group["value"] < top)
@@ -584,8 +586,8 @@ def plot_updates_to_target(
 def _log_edges(centres: np.ndarray) -> np.ndarray:
     """Borders of cells around `centres`, shape (n,), on a log scale; shape (n + 1,)."""
     logs = np.log(centres)
-    steps = np.diff(logs) / 2
-    inner = logs[:-1] + steps
+    steps = np.diff(logs) / 2 if len(logs) > 1 else np.array([0.5])
+    inner = logs[:-1] + np.diff(logs) / 2
     return np.exp(np.concatenate([[logs[0] - steps[0]], inner, [logs[-1] + steps[-1]]]))
 
 

@@ -8,6 +8,7 @@ first measurements.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nbutils.config import InputError, RunConfig
 from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs
 from nbutils.statistics import chance_of_lead, mean_interval
 from nbutils.summary import last_epochs, target_accuracy
@@ -138,20 +140,28 @@ def size_verdicts(runs: pd.DataFrame) -> pd.DataFrame:
         runs: As the study `batch-size`, from `load_runs`.
     """
     test = by_size(last_epochs(runs), "test_accuracy")
+    norm = runs["norm"].iloc[0]
     table = [
         ("With all else equal, accuracy rises with the batch size.", *_rises(test)),
         ("512 is within a small margin of 1024, so it is the best choice.", *_best(test)),
         ("Small batches converge faster.", *_faster(runs)),
         ("Too large a batch generalises worse.", *_generalises(test)),
-        ("8 x 128 accumulated has the net effect of 1024.", *_same(test, int(runs["epoch"].max()))),
+        (
+            "8 x 128 accumulated has the net effect of 1024.",
+            *_same(test, int(runs["epoch"].max()), norm),
+        ),
     ]
     return _numbered(_claims(table))
 
 
 def can_be_judged(runs: pd.DataFrame) -> bool:
-    """Whether `runs` have the settings that `size_verdicts` compares."""
+    """Whether `runs` have the settings that `size_verdicts` compares, all else equal and known."""
     held = set(zip(runs["batch_size"], runs["accumulation_steps"], strict=True))
-    return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held
+    varied = {"batch_size", "accumulation_steps", "seed"}
+    fixed = runs[[name for name in RunConfig.field_names() if name not in varied]]
+    equal = len(fixed.drop_duplicates()) == 1
+    known = bool(runs["test_accuracy"].notna().all())
+    return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held and equal and known
 
 
 def _claims(rows: list[tuple[str, str, str]]) -> pd.DataFrame:
@@ -164,9 +174,10 @@ def _numbered(table: pd.DataFrame) -> pd.DataFrame:
 
 def by_size(final: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row a seed, a column a setting (batch size, accumulation steps): `metric`, or NaN."""
-    return final.pivot_table(
-        index="seed", columns=["batch_size", "accumulation_steps"], values=metric
-    )
+    settings = ["batch_size", "accumulation_steps"]
+    # pivot_table would lose a setting whose values are all missing.
+    table = final.pivot(index="seed", columns=settings, values=metric)  # noqa: PD010
+    return table.sort_index(axis=1)
 
 
 def _rises(test: pd.DataFrame) -> tuple[str, str]:
@@ -190,7 +201,11 @@ def _best(test: pd.DataFrame) -> tuple[str, str]:
     shown = f"1024 less 512: {near}"
     if not (near.decided or near.negligible):
         return shown, UNDECIDED
-    first = "within 0.1 points" if near.negligible else "not within 0.1 points"
+    first = "differs, by how much is open"
+    if near.negligible:
+        first = "within 0.1 points"
+    elif near.low >= MARGIN or near.high <= -MARGIN:
+        first = "not within 0.1 points"
     if ahead:
         names = ", ".join(_name(*setting) for setting in ahead)
         return shown, f"fails: {first}, but {names} is ahead of 512"
@@ -199,27 +214,30 @@ def _best(test: pd.DataFrame) -> tuple[str, str]:
 
 def _faster(runs: pd.DataFrame) -> tuple[str, str]:
     target = target_accuracy(runs)
-    reached = runs[runs["validation_accuracy"] >= target]
-    first = reached.groupby(["run_id", "batch_size", "accumulation_steps", "seed"], as_index=False)[
-        ["epoch", "updates"]
-    ].min()
-    parts, faster = [], {}
-    for unit in ("epoch", "updates"):
-        table = by_size(first, unit)
-        small, large = table[32, 1].mean(), table[1024, 1].mean()
-        gap = effect(table[1024, 1] - table[32, 1])
-        faster[unit] = gap.low > 0, gap.high < 0
-        name = {"epoch": "epochs", "updates": "updates"}[unit]
-        parts.append(
-            f"{small:,.1f} and {large:,.1f} {name} (difference {gap.low:+,.1f} to "
-            f"{gap.high:+,.1f}, n = {gap.seeds})"
-        )
-    shown = f"to {target:.0%} validation accuracy, 32 and 1024 need " + "; ".join(parts)
-    if faster["epoch"][0] and faster["updates"][1]:
+    # Of each run, when it first had the accuracy; missing where it never did.
+    units = runs[["epoch", "updates"]].where(runs["validation_accuracy"] >= target)
+    keys = ["seed", "batch_size", "accumulation_steps"]
+    first = runs.assign(**units).groupby(keys, as_index=False)[["epoch", "updates"]].min()
+    epochs, updates = by_size(first, "epoch"), by_size(first, "updates")
+    if epochs[[(32, 1), (1024, 1)]].isna().any(axis=None):
+        return f"not every run of 32 and of 1024 got to {target:.0%} validation accuracy", UNDECIDED
+    gap = epochs[1024, 1] - epochs[32, 1]
+    low, high = mean_interval(gap.tolist())
+    # 32 may have had it at any update since the epoch before.
+    earliest = updates[32, 1] * (1 - 1 / epochs[32, 1])
+    interval = f"difference {low:+.1f} to {high:+.1f}, n = {len(gap)}"
+    shown = (
+        f"to {target:.0%} validation accuracy, judged after each epoch, 32 and 1024 need "
+        f"{epochs[32, 1].mean():.1f} and {epochs[1024, 1].mean():.1f} epochs "
+        f"({interval if len(gap) > 1 else 'n = 1: no interval'}); in updates, 32 needs "
+        f"{earliest.mean():,.0f} to {updates[32, 1].mean():,.0f}, and 1024 at most "
+        f"{updates[1024, 1].mean():,.0f}"
+    )
+    if not low > 0:
+        return shown, UNDECIDED
+    if mean_interval((updates[1024, 1] - earliest).tolist())[1] < 0:
         return shown, "holds only if counted in epochs; in updates the large batch is faster"
-    if faster["epoch"][0]:
-        return shown, "holds, counted in epochs"
-    return shown, UNDECIDED
+    return shown, f"holds, counted in epochs; counted in updates {UNDECIDED}"
 
 
 def _generalises(test: pd.DataFrame) -> tuple[str, str]:
@@ -232,22 +250,28 @@ def _generalises(test: pd.DataFrame) -> tuple[str, str]:
     return shown, UNDECIDED
 
 
-def _same(test: pd.DataFrame, epochs: int) -> tuple[str, str]:
+def _same(test: pd.DataFrame, epochs: int, norm: str) -> tuple[str, str]:
     gap = effect(test[128, 8] - test[1024, 1])
     shown = f"8 x 128 less 1024, after {epochs} epochs: {gap}"
-    exact = "the updates are equal to rounding (05_equivalence)"
     if gap.decided and not gap.negligible:
         return shown, "fails"
-    return shown, f"holds with GroupNorm: {exact}"
+    names = {"group": "GroupNorm", "none": "no normalisation"}
+    if norm in names:
+        exact = "the updates are equal to rounding (05_equivalence)"
+        return shown, f"holds with {names[norm]}: {exact}"
+    return shown, "holds, within 0.1 points" if gap.negligible else UNDECIDED
 
 
 def _needs_group_norm(runs: pd.DataFrame) -> tuple[str, str]:
     final = last_epochs(runs)
     final = final[final["norm"] == "batch"]
-    table = by_size(final, "validation_accuracy")
+    table = by_size(final, "test_accuracy")
     whole, *_, cut = _settings(table)
     gap = effect(table[cut] - table[whole])
-    shown = f"BatchNorm, {_name(*cut)} less {_name(*whole)}: {gap}"
+    shown = (
+        f"BatchNorm, {_name(*cut)} less {_name(*whole)}, after {final['epoch'].max()} epochs at "
+        f"learning rate {final['learning_rate'].iloc[0]:g}: {gap}"
+    )
     first = "per micro-batch: holds, exactly (07_normalisation)"
     if gap.negligible or gap.low > 0:
         return shown, f"{first}; GroupNorm is not needed here"
@@ -295,7 +319,9 @@ def _judged(gain: Effect) -> str:
 
 
 def _chance(value: float) -> str:
-    return f"with chance {value:.0%}" if value >= 0.005 else "in no pair of these seeds"
+    if math.isnan(value):
+        return "with a chance that one seed does not tell"
+    return f"with chance {value:.0%}" if value >= 0.005 else "with a chance below 0.5%"
 
 
 def tuned_rates(tuning: pd.DataFrame) -> dict[int, float]:
@@ -307,7 +333,11 @@ def tuned_rates(tuning: pd.DataFrame) -> dict[int, float]:
 
 
 def _gain(kaggle: KaggleRuns, rates: Mapping[int, float]) -> Effect:
-    """Test accuracy with 8 accumulation steps less that with 1, seed by seed."""
+    """Test accuracy with 8 accumulation steps less that with 1, seed by seed.
+
+    Raises:
+        InputError: There are no runs at one of the rates.
+    """
     final = last_epochs(kaggle.runs)
     accuracy = {
         steps: final[
@@ -315,6 +345,12 @@ def _gain(kaggle: KaggleRuns, rates: Mapping[int, float]) -> Effect:
         ].set_index("seed")["test_accuracy"]
         for steps in (1, 8)
     }
+    for steps, values in accuracy.items():
+        if values.empty:
+            raise InputError(
+                f"kaggle-split has no runs of {_name(128, steps)} at the learning rate "
+                f"{rates[steps]:g}"
+            )
     return effect(accuracy[8] - accuracy[1])
 
 
@@ -322,7 +358,7 @@ def seed_chance(kaggle: KaggleRuns, part: int, lead: int) -> float:
     """Chance that a run leads another of its own setting by `lead` of `part` random test images.
 
     The setting is batch size 128 without accumulation at the post's learning rate; the mean over
-    all ordered pairs of its seeds.
+    all ordered pairs of its seeds; NaN where there is but one.
     """
     runs = kaggle.runs
     chosen = runs[(runs["accumulation_steps"] == 1) & (runs["learning_rate"] == POSTED_RATE)]
@@ -331,7 +367,7 @@ def seed_chance(kaggle: KaggleRuns, part: int, lead: int) -> float:
         chance_of_lead(int((a & ~b).sum()), int((b & ~a).sum()), len(kaggle.labels), part, lead)
         for a, b in permutations(right, 2)
     ]
-    return float(np.mean(chances))
+    return float(np.mean(chances)) if chances else math.nan
 
 
 def _settings(table: pd.DataFrame) -> list[tuple[int, int]]:

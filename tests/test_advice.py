@@ -309,7 +309,7 @@ def test_without_time_the_usual_rate_is_tried_and_the_rest_said_to_be_left_out(f
     classifier = read_classifier("own_models:mlp", tuple(few_digits.train))
     table, left_out = trial_rates(classifier, RECIPES["adam"], CPU, 32, 1, 1000.0, 0.0)
     assert table["learning_rate"].tolist() == [RECIPES["adam"].usual_rate]
-    assert left_out[0].endswith("did not reach for: 0.0001, 0.0003, 0.003")
+    assert "did not reach for: 0.0001, 0.0003, 0.003" in left_out[0]
 
 
 @pytest.fixture

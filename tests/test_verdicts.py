@@ -1,5 +1,6 @@
 """Verdicts on made-up runs in which the truth is known."""
 
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -7,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nbutils import InputError, RunConfig
 from nbutils.verdicts import (
     Effect,
     KaggleRuns,
@@ -36,10 +38,9 @@ def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
                 rows.append(
                     {
                         "run_id": f"{norm}-{batch_size}-{steps}-{seed}",
-                        "batch_size": batch_size,
-                        "accumulation_steps": steps,
-                        "seed": seed,
-                        "norm": norm,
+                        **RunConfig(
+                            batch_size=batch_size, accumulation_steps=steps, seed=seed, norm=norm
+                        ).to_dict(),
                         "epoch": epoch,
                         "updates": epoch * 54_000 // (batch_size * steps),
                         "validation_accuracy": at,
@@ -110,7 +111,7 @@ def size_verdict(number, runs):
 
 
 def rising(size, steps):
-    return 0.985 + 0.001 * (size * steps).bit_length()
+    return 0.97 + 0.002 * (size * steps).bit_length()
 
 
 def falling(size, steps):
@@ -149,6 +150,10 @@ def test_the_truth_is_found(number, accuracy, expected):
 def test_the_claims_need_their_settings():
     assert can_be_judged(study(level))
     assert not can_be_judged(study(level).query("batch_size != 512"))
+    unknown = study(level).assign(test_accuracy=math.nan)  # as Kaggle's images
+    assert not can_be_judged(unknown)
+    two_rates = [study(level).assign(learning_rate=rate) for rate in (1e-3, 1e-2)]
+    assert not can_be_judged(pd.concat(two_rates))
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
@@ -157,9 +162,29 @@ def test_one_seed_decides_nothing(number):
 
 
 def test_convergence_is_counted_in_epochs_and_in_updates():
-    slower = study(level, epochs_needed=lambda size: 1 + size // 256)
+    slower = study(level, epochs_needed=lambda size: 2 + size // 256)
     assert size_verdict(3, slower).startswith("holds only if counted in epochs")
     assert size_verdict(3, study(level)) == "not decidable from this"
+
+
+def test_an_accuracy_reached_within_the_first_epoch_tells_no_updates():
+    slower = study(level, epochs_needed=lambda size: 1 + size // 256)
+    first = slower["seed"] % 2 == 0
+    row = size_verdicts(slower[first]).loc[3]
+    assert row["verdict"] == "holds, counted in epochs; counted in updates not decidable from this"
+    assert "in updates, 32 needs 0 to 1,687, and 1024 at most 263" in row["these runs show"]
+
+
+def test_sizes_that_never_get_there_decide_nothing():
+    row = size_verdicts(study(level, epochs_needed=lambda size: size // 100)).loc[3]
+    assert row["verdict"] == "not decidable from this"
+    assert row["these runs show"].startswith("not every run of 32 and of 1024 got to 99%")
+
+
+def test_only_a_norm_without_neighbours_makes_updates_equal():
+    batch = study(level, norm="batch")
+    assert size_verdict(5, batch) == "holds, within 0.1 points"
+    assert "equal to rounding" in size_verdict(5, study(level, norm="none"))
 
 
 @pytest.mark.parametrize(
@@ -260,9 +285,15 @@ def test_the_kaggle_claim_says_whether_rates_were_tuned():
     assert one["verdict"] == "fails: there is no such gain (at one learning rate)"
 
 
-def test_a_rate_that_was_not_run_decides_nothing():
+def test_a_tuned_rate_that_was_not_run_is_an_error():
     kaggle = kaggle_runs(0)
     posted = kaggle.runs[kaggle.runs["learning_rate"] == 1e-3]
-    assert verdict(7, study(level), kaggle=replace(kaggle, runs=posted)).endswith(
-        "not decidable from this (at tuned rates)"
-    )
+    with pytest.raises(InputError, match=r"no runs of 8 x 128 at the learning rate 0\.002"):
+        verdict(7, study(level), kaggle=replace(kaggle, runs=posted))
+
+
+def test_one_seed_tells_no_chance():
+    kaggle = kaggle_runs(0, seeds=1)
+    assert math.isnan(seed_chance(kaggle, 7_000, 13))
+    shown = verdicts(study(level), study(level, norm="batch"), kaggle, costs())
+    assert "with a chance that one seed does not tell" in shown["these runs show"][7]

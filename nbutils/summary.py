@@ -221,9 +221,9 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 
     def text(values: pd.Series) -> str:
         low, high = mean_interval(values.tolist())
-        if str(values.name).endswith("accuracy"):
-            return f"{values.mean():+.2%} ({low:+.2%} to {high:+.2%})"
-        return f"{values.mean():+.4f} ({low:+.4f} to {high:+.4f})"
+        form = "+.2%" if str(values.name).endswith("accuracy") else "+.4f"
+        interval = f"{low:{form}} to {high:{form}}" if len(values) > 1 else "n = 1: no interval"
+        return f"{values.mean():{form}} ({interval})"
 
     return pairs.groupby(["norm", "accumulation_steps", "batch_size"])[metrics].agg(text)
 

@@ -98,7 +98,9 @@ class Advice:
         effective_batch_size: Images per update.
         effective_batch_size_range: The sizes that the rule would choose at either end of the
             noise scale's interval.
-        learning_rate: The best of the rates tried.
+        learning_rate: Of the rates tried that are not told apart from the best, the middle one:
+            one short training does not tell which of them is best, and the outer ones are nearer
+            to those that are worse.
         learning_rate_range: The lowest and the highest rate that the validation images do not
             tell from it.
         seconds_per_epoch: Of training alone, all training images of the dataset.
@@ -240,14 +242,14 @@ def advise(
         clock.left,
     )
     left_out += missed
-    best = rates[rates["best"]].iloc[0]
-    equal = rates.loc[rates["within_noise"], "learning_rate"]
+    equal = rates.loc[rates["within_noise"], "learning_rate"].sort_values()
+    rate = _middle(equal)
     scale, low, high = typical(noise) if len(noise) else (math.nan,) * 3
     images = classifier.images_per_epoch
     times = relative_time(costs, scale if len(noise) else math.inf)
     rated = costs.assign(
         relative_time=times / times[_open_to_choice(costs, accumulate=not norms)].min(),
-        scaled_rate=best["learning_rate"]
+        scaled_rate=rate
         * (costs["effective_batch_size"] / chosen["effective_batch_size"]) ** RULES[recipe.rule],
     )
     return Advice(
@@ -259,7 +261,7 @@ def advise(
         accumulation_steps=chosen["accumulation_steps"],
         effective_batch_size=chosen["effective_batch_size"],
         effective_batch_size_range=sizes,
-        learning_rate=float(best["learning_rate"]),
+        learning_rate=rate,
         learning_rate_range=[float(equal.min()), float(equal.max())],
         seconds_per_epoch=images / chosen["images_per_second"],
         seconds_per_epoch_range=[images / chosen["images_per_second"], images / chosen["slowest"]],
@@ -270,8 +272,8 @@ def advise(
         warnings=_warnings(rated, chosen, norms, high, bounded)
         + _too_little(costs, rates, bounded),
         reasons=_reasons(rated, chosen, scale, low, high, rates, bounded),
-        not_checked=left_out + _never_checked(classifier, best, recipe),
-        code=_code(classifier, chosen, float(best["learning_rate"]), recipe, str(place)),
+        not_checked=left_out + _never_checked(classifier, int(rates["updates"].max()), recipe),
+        code=_code(classifier, chosen, rate, recipe, str(place)),
         costs=_rows(rated),
         noise=_rows(noise),
         rates=_rows(rates),
@@ -327,6 +329,11 @@ def _speed(costs: pd.DataFrame, size: int) -> float:
     whole = _rows(costs[costs["accumulation_steps"] == 1])
     nearest = min(whole, key=lambda row: abs(row["batch_size"] - size))
     return nearest["images_per_second"]
+
+
+def _middle(rates: pd.Series) -> float:
+    """The middle one of some rates in order; of an even number, the lower of the two."""
+    return float(rates.iloc[(len(rates) - 1) // 2])
 
 
 def _warnings(
@@ -442,13 +449,19 @@ def _reasons(
         f"({best['low']:.3g} to {best['high']:.3g}), accuracy {best['validation_accuracy']:.1%}"
         + (f"; from {diverged.min():g} on training diverged" if len(diverged) else "")
     )
+    equal = rates.loc[rates["within_noise"], "learning_rate"].sort_values()
+    if len(equal) > 1:
+        reasons.append(
+            f"{_range(equal.min(), equal.max())} are not told apart by the validation images: "
+            f"{_middle(equal):g} is in their middle"
+        )
     return reasons
 
 
-def _never_checked(classifier: Classifier, best: pd.Series, recipe: Recipe) -> list[str]:
+def _never_checked(classifier: Classifier, updates: int, recipe: Recipe) -> list[str]:
     held = len(classifier.train.labels)
     missed = [
-        f"a training longer than {best['updates']} updates, in which a rate that falls, or a lower "
+        f"a training longer than {updates} updates, in which a rate that falls, or a lower "
         f"one, may be better and the noise scale usually grows",
         "seeds: one start and one order of the images",
         f"other optimizers, weight decay, augmentation; other sizes' rates, given by the "

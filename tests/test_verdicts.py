@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 
 from nbutils import InputError, RunConfig
+from nbutils.study import load_study
 from nbutils.verdicts import (
     Effect,
     KaggleRuns,
     can_be_judged,
     effect,
+    load_kaggle_runs,
     seed_chance,
     size_verdicts,
     tuned_rates,
@@ -297,3 +299,13 @@ def test_one_seed_tells_no_chance():
     assert math.isnan(seed_chance(kaggle, 7_000, 13))
     shown = verdicts(study(level), study(level, norm="batch"), kaggle, costs())
     assert "with a chance that one seed does not tell" in shown["these runs show"][7]
+
+
+def test_the_tuned_rates_are_within_those_tried_and_planned_for_ten_seeds():
+    tuning = load_kaggle_runs().tuning
+    runs = [run.config for run in load_study("kaggle-split").runs]
+    for steps, rate in tuned_rates(tuning).items():
+        tried = tuning.loc[tuning["accumulation_steps"] == steps, "learning_rate"]
+        assert tried.min() < rate < tried.max()
+        planned = [r.seed for r in runs if (r.accumulation_steps, r.learning_rate) == (steps, rate)]
+        assert len(planned) >= 10

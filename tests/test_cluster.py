@@ -161,6 +161,8 @@ def test_the_cluster_forgets_what_is_done(pair, tmp_path):
 
 
 def test_ctrl_c_ends_the_runs_on_the_workers(pair, tmp_path):
+    # A job in the background ignores Ctrl-C, and so would what it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = ["run", write_study(tmp_path, epochs=[500]), "--scheduler", pair.address]
     with subprocess.Popen(
         [sys.executable, "-m", "nbutils", *arguments], cwd=tmp_path, stderr=subprocess.PIPE

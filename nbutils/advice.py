@@ -242,7 +242,7 @@ def advise(
         clock.left,
     )
     left_out += missed
-    equal = rates.loc[rates["within_noise"], "learning_rate"].sort_values()
+    equal = _equal_rates(rates)
     rate = _middle(equal)
     scale, low, high = typical(noise) if len(noise) else (math.nan,) * 3
     images = classifier.images_per_epoch
@@ -329,6 +329,11 @@ def _speed(costs: pd.DataFrame, size: int) -> float:
     whole = _rows(costs[costs["accumulation_steps"] == 1])
     nearest = min(whole, key=lambda row: abs(row["batch_size"] - size))
     return nearest["images_per_second"]
+
+
+def _equal_rates(rates: pd.DataFrame) -> pd.Series:
+    """The learning rates that are not told apart from the best, in order."""
+    return rates.loc[rates["within_noise"], "learning_rate"].sort_values()
 
 
 def _middle(rates: pd.Series) -> float:
@@ -449,7 +454,7 @@ def _reasons(
         f"({best['low']:.3g} to {best['high']:.3g}), accuracy {best['validation_accuracy']:.1%}"
         + (f"; from {diverged.min():g} on training diverged" if len(diverged) else "")
     )
-    equal = rates.loc[rates["within_noise"], "learning_rate"].sort_values()
+    equal = _equal_rates(rates)
     if len(equal) > 1:
         reasons.append(
             f"{_range(equal.min(), equal.max())} are not told apart by the validation images: "

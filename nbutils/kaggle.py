@@ -13,8 +13,6 @@ from __future__ import annotations
 import functools
 import io
 import itertools
-import os
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nbutils.config import InputError
+from nbutils.files import write_atomically
 
 if TYPE_CHECKING:
     from nbutils.data import Dataset
@@ -114,12 +113,7 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
         )
     lines = [f"{image},{label}\n" for image, label in enumerate(predictions.tolist(), start=1)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        partial.write_bytes("".join(["ImageId,Label\n", *lines]).encode())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(path, "".join(["ImageId,Label\n", *lines]).encode())
     return path
 
 

@@ -48,10 +48,12 @@ BAND_SEEDS = 3
 standard errors wide on either side: such bands would hide the curves and say nothing."""
 
 ACCURACY_TICKS = (
-    *(0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.985),
-    *(0.99, 0.993, 0.995, 0.997, 0.998, 0.999, 0.9995, 0.9999),
+    *(0.5, 0.9, 0.99, 0.999, 0.9999),
+    *(0.2, 0.8, 0.95, 0.98, 0.995, 0.998, 0.9995),
+    *(0.1, 0.7, 0.85, 0.97, 0.985, 0.993, 0.997),
+    *(0.3, 0.4, 0.6, 0.75, 0.88, 0.92, 0.94, 0.96),
 )
-
+"""What an axis of accuracies may have as ticks, the roundest first: see `_ticks_apart`."""
 
 RED = "#d1495b"
 """What stands out against the palette of the batch sizes."""
@@ -711,10 +713,24 @@ def _stretch_towards_one(ax: Axes, accuracies: pd.DataFrame) -> None:
     high = float(values.max(initial=0.5, where=values < 1))
     ax.set_ylim(low, 1 - (1 - high) / 1.4)  # before the scale, which warns of data all at 1
     ax.set_yscale("logit", nonpositive="clip")
-    ax.yaxis.set_major_locator(FixedLocator(list(ACCURACY_TICKS)))
+    ax.yaxis.set_major_locator(FixedLocator(_ticks_apart(*ax.get_ylim())))
     ax.yaxis.set_minor_locator(NullLocator())
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _ticks_apart(low: float, high: float) -> list[float]:
+    """Those of `ACCURACY_TICKS` that stand a tenth of a logit axis or more from rounder ones."""
+    from scipy.special import logit
+
+    bottom, *places, top = logit([low, *ACCURACY_TICKS, high])
+    kept: dict[float, float] = {}
+    for tick, place in zip(ACCURACY_TICKS, places, strict=True):
+        if low <= tick <= high and all(
+            abs(place - p) >= (top - bottom) / 10 for p in kept.values()
+        ):
+            kept[tick] = place
+    return sorted(kept)
 
 
 def plot_digits(ax: Axes, images: Split, class_names: tuple[str, ...], columns: int = 16) -> None:

@@ -51,6 +51,18 @@ def test_curves_near_one_can_be_told_apart(ax):
     assert "99 %" in labels
 
 
+@pytest.mark.parametrize(
+    "accuracies", [[0.1, 0.3], [0.75, 0.93], [0.6, 0.99], [0.97, 0.997]], ids=str
+)
+def test_accuracies_have_ticks_that_stand_apart_wherever_they_lie(ax, accuracies):
+    plots.plot_accuracy(ax, runs_of((RunConfig(), accuracies, 1)), "validation_accuracy")
+    low, high = ax.get_ylim()
+    ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
+    places = [ax.transData.transform((1, tick))[1] / ax.bbox.height for tick in ticks]
+    assert len(places) >= 4
+    assert min(np.diff(places)) > 0.099
+
+
 def test_several_seeds_have_a_band(ax):
     runs = runs_of(*[(RunConfig(seed=s), [0.9 + s / 100], 1) for s in range(3)])
     plots.plot_accuracy(ax, runs, "test_accuracy")

@@ -106,13 +106,19 @@ class ClusterExecutor(Executor):
     def submit(self, task: Task, run: PlannedRun, out: str) -> Future[None]:  # type: ignore[override]
         """Have `task(run, folder)` done by a worker; its record ends up in `out`.
 
-        The future's exception is what made the run fail for good. A run whose worker dies is
-        tried again on another, as often as the cluster allows (`allowed-failures` of Dask).
+        The future's exception is what made the run fail for good. A run whose worker dies under
+        it is tried again on another, as often as the cluster allows (`allowed-failures` of Dask).
         """
         mark = Path(out, ".work", self.mark)
         mark.parent.mkdir(parents=True, exist_ok=True)
         mark.touch()
         self.marked.add(mark)
+        future: Future[None] = Future()
+        self._send(future, task, run, mark)
+        return future
+
+    def _send(self, future: Future[None], task: Task, run: PlannedRun, mark: Path) -> None:
+        """Give the run to the cluster, and see to it that `future` ends with it."""
         gpu = self.gpu and run.config.device.startswith(("auto", "cuda"))
         remote = self.client.submit(
             _run_on_worker,
@@ -123,39 +129,68 @@ class ClusterExecutor(Executor):
             resources={"GPU": 1} if gpu else None,
             pure=False,
         )
-        future: Future[None] = Future()
+        again = partial(self._send, future, task, run, mark)
         future.add_done_callback(lambda future: remote.cancel() if future.cancelled() else None)
-        remote.add_done_callback(partial(self._finish, future, run, Path(out)))
-        return future
+        remote.add_done_callback(partial(self._finish, future, run, mark, again))
 
-    def _finish(self, future: Future[None], run: PlannedRun, out: Path, remote: Any) -> None:
+    def _finish(
+        self,
+        future: Future[None],
+        run: PlannedRun,
+        mark: Path,
+        again: Callable[[], None],
+        remote: Any,
+    ) -> None:
         from distributed import KilledWorker
 
-        if not future.set_running_or_notify_cancel():
-            return
         try:
             if remote.cancelled():
                 raise Failure(f"the scheduler {self.address} was lost")
             files = remote.result()
             if files is not None:
-                receive_record(run, out, files)
+                receive_record(run, _study_folder(mark), files)
         except KilledWorker as error:
             dead = error.allowed_failures + 1
+            if self._attempts(run, mark) < dead and not future.cancelled():
+                again()  # some of the dead workers had it on their list but had not begun it
+                return
             workers = f"{dead} worker{'s' if dead > 1 else ''}"
             reason = f"{workers} died making this run, the last at {error.last_worker.address}"
-            future.set_exception(Failure(reason))
+            _end(future, Failure(reason))
         except BaseException as error:
-            future.set_exception(error)
+            _end(future, error)
         else:
-            future.set_result(None)
+            _end(future)
         finally:
             remote.release()  # else the cluster makes it again when its worker leaves
+
+    def _attempts(self, run: PlannedRun, mark: Path) -> int:
+        """How often a worker began the run."""
+        return len(self.client.get_events(_topic(run, mark)))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster; its workers drop what is not done yet."""
         self.client.close()
         for mark in self.marked:
             mark.unlink(missing_ok=True)
+
+
+def _study_folder(mark: Path) -> Path:
+    """The folder in which `submit` put the mark."""
+    return mark.parents[1]
+
+
+def _topic(run: PlannedRun, mark: Path) -> str:
+    """Under which workers tell the scheduler that they begin the run."""
+    return f"{mark.name}-{run.config.run_id}"
+
+
+def _end(future: Future[None], error: BaseException | None = None) -> None:
+    if future.set_running_or_notify_cancel():
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 def code_version() -> str:
@@ -199,8 +234,9 @@ def _run_on_worker(task: Task, run: PlannedRun, mark: str, code: str) -> dict[st
         raise Failure(
             f"needs the nbutils of digest {code}, not {code_version()} (on {worker.address})"
         )
+    worker.log_event(_topic(run, Path(mark)), "begun")
     if os.access(mark, os.W_OK):
-        _run_in_process(task, run, str(Path(mark).parents[1]))
+        _run_in_process(task, run, str(_study_folder(Path(mark))))
         return None
     with tempfile.TemporaryDirectory(prefix="nbutils-", dir=worker.local_directory) as scratch:
         _run_in_process(task, run, scratch)

@@ -25,6 +25,8 @@ distributed = pytest.importorskip(
 
 from nbutils import cluster  # noqa: E402
 
+NO_SECOND_TRY = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
+
 
 def write_study(folder, **grid):
     """Shrunken for speed: runs of one epoch with large batches."""
@@ -191,8 +193,7 @@ def test_a_worker_killed_in_mid_run_loses_nothing(pair, tmp_path, no_summary):
 
 def test_runs_that_kill_workers_and_a_lost_scheduler_are_told(tmp_path, no_summary):
     tiny, out = write_study(tmp_path, epochs=[500], seed=[0, 1]), tmp_path / "out"
-    no_second_try = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0"}
-    with new_cluster(tmp_path, **no_second_try) as frail, ThreadPoolExecutor(1) as background:
+    with new_cluster(tmp_path, **NO_SECOND_TRY) as frail, ThreadPoolExecutor(1) as background:
         frail.workers = [frail.start_worker(), frail.start_worker()]
         command = background.submit(frail.run, tiny, out)
         wait_for(lambda: all(map(kernels, frail.workers)))
@@ -207,6 +208,20 @@ def test_runs_that_kill_workers_and_a_lost_scheduler_are_told(tmp_path, no_summa
     assert killed.startswith("failed: 1 worker died making this run, the last at tcp://127.0.0.1:")
     assert lost == f"failed: the scheduler {frail.address} was lost"
     assert records(out) == []
+
+
+def test_runs_that_a_dead_worker_had_not_begun_are_made_by_another(tmp_path, no_summary):
+    tiny, out = write_study(tmp_path, device=["auto"], seed=[0, 1]), tmp_path / "out"
+    with new_cluster(tmp_path, **NO_SECOND_TRY) as frail, ThreadPoolExecutor(1) as background:
+        only = frail.start_worker("--resources", "GPU=1")
+        command = background.submit(frail.run, tiny, out)
+        wait_for(lambda: sum(map(len, frail.client.processing().values())) == 2 and kernels(only))
+        only.send_signal(signal.SIGKILL)
+        frail.start_worker("--resources", "GPU=1")
+        assert command.result() == 1
+    killed, done = sorted(run_status(out).values(), reverse=True)
+    assert killed.startswith("failed: 1 worker died making this run")
+    assert done.startswith("done: ")
 
 
 def test_runs_go_to_the_gpu_where_workers_declare_one(tmp_path):

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable
@@ -35,6 +36,10 @@ from nbutils.study import NOTEBOOKS, PlannedRun, _work_folder
 from nbutils.workers import Failure, cause, death, end_with_children, task_environment, use_scratch
 
 RECORD_FILES = ("run.json", "history.csv", "predictions.npz", "notebook.ipynb")
+
+SIGHT = 90
+"""Seconds after which a network disk shows what another machine wrote: they remember for up to a
+minute that a name was not there."""
 
 Task = Callable[[PlannedRun, str], None]
 
@@ -114,7 +119,10 @@ class ClusterExecutor(Executor):
         mark.touch()
         self.marked.add(mark)
         future: Future[None] = Future()
-        self._send(future, task, run, mark)
+        try:
+            self._send(future, task, run, mark)
+        except Exception as error:  # the scheduler is gone
+            _end(future, error)
         return future
 
     def _send(self, future: Future[None], task: Task, run: PlannedRun, mark: Path) -> None:
@@ -141,22 +149,11 @@ class ClusterExecutor(Executor):
         again: Callable[[], None],
         remote: Any,
     ) -> None:
-        from distributed import KilledWorker
-
         try:
-            if remote.cancelled():
-                raise Failure(f"the scheduler {self.address} was lost")
-            files = remote.result()
-            if files is not None:
-                receive_record(run, _study_folder(mark), files)
-        except KilledWorker as error:
-            dead = error.allowed_failures + 1
-            if self._attempts(run, mark) < dead and not future.cancelled():
-                again()  # some of the dead workers had it on their list but had not begun it
+            if self._gave_up_too_early(run, mark, remote) and not future.cancelled():
+                again()
                 return
-            workers = f"{dead} worker{'s' if dead > 1 else ''}"
-            reason = f"{workers} died making this run, the last at {error.last_worker.address}"
-            _end(future, Failure(reason))
+            self._receive(run, mark, remote)
         except BaseException as error:
             _end(future, error)
         else:
@@ -164,15 +161,49 @@ class ClusterExecutor(Executor):
         finally:
             remote.release()  # else the cluster makes it again when its worker leaves
 
-    def _attempts(self, run: PlannedRun, mark: Path) -> int:
-        """How often a worker began the run."""
-        return len(self.client.get_events(_topic(run, mark)))
+    def _gave_up_too_early(self, run: PlannedRun, mark: Path, remote: Any) -> bool:
+        """Whether some of the dead workers had the run on their list but had not begun it."""
+        from distributed import KilledWorker
+
+        error = remote.exception() if remote.status == "error" else None
+        if not isinstance(error, KilledWorker):
+            return False
+        return len(self.client.get_events(_topic(run, mark))) <= error.allowed_failures
+
+    def _receive(self, run: PlannedRun, mark: Path, remote: Any) -> None:
+        """Publish the record, if it comes from a worker that could not.
+
+        Raises:
+            BaseException: What made the run fail.
+        """
+        from distributed import KilledWorker
+
+        if remote.cancelled():
+            raise Failure(f"the scheduler {self.address} was lost")
+        try:
+            files = remote.result()
+        except KilledWorker as error:
+            dead = error.allowed_failures + 1
+            workers = f"{dead} worker{'s' if dead > 1 else ''}"
+            reason = f"{workers} died making this run, the last at {error.last_worker.address}"
+            raise Failure(reason) from error
+        if files is None:
+            wait_until_seen(_study_folder(mark) / run.config.run_id / "run.json")
+        else:
+            receive_record(run, _study_folder(mark), files)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster; its workers drop what is not done yet."""
         self.client.close()
         for mark in self.marked:
             mark.unlink(missing_ok=True)
+
+
+def wait_until_seen(path: Path, patience: float = SIGHT) -> None:
+    """Wait for a file that another machine has written on a shared disk, `patience` seconds."""
+    end = time.monotonic() + patience
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.5)
 
 
 def _study_folder(mark: Path) -> Path:
@@ -186,6 +217,7 @@ def _topic(run: PlannedRun, mark: Path) -> str:
 
 
 def _end(future: Future[None], error: BaseException | None = None) -> None:
+    """End a future with or without an error, if it was not cancelled."""
     if future.set_running_or_notify_cancel():
         if error is None:
             future.set_result(None)

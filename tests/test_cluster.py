@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -255,6 +256,40 @@ def test_workers_with_other_code_are_refused_by_name(tmp_path, capsys):
         assert f"this machine has the nbutils of digest {cluster.code_version()}" in message
         assert f"but {address} has " in message
         assert not (tmp_path / "out").exists()
+
+
+def finish(executor, remote):
+    """What the future of a run holds after its task has ended like `remote`."""
+    run = load_study("batch-size").runs[0]
+    future = Future()
+    executor._finish(future, run, Path("out/.work/mark"), lambda: None, remote)
+    return future
+
+
+def test_a_scheduler_lost_while_a_death_is_looked_into_ends_the_run():
+    def lost(_):
+        raise OSError("Timed out trying to connect")
+
+    dead = SimpleNamespace(address="tcp://127.0.0.1:9")
+    error = distributed.KilledWorker("key", dead, 0)
+    remote = SimpleNamespace(
+        status="error", exception=lambda: error, release=lambda: None, cancelled=lambda: False
+    )
+    executor = object.__new__(cluster.ClusterExecutor)
+    executor.client = SimpleNamespace(get_events=lost)
+    with pytest.raises(OSError, match="Timed out"):
+        finish(executor, remote).result(timeout=0)
+
+
+def test_a_record_that_another_machine_wrote_is_waited_for(tmp_path):
+    path = tmp_path / "run.json"
+    with ThreadPoolExecutor(1) as background:
+        waiting = background.submit(cluster.wait_until_seen, path, patience=60)
+        time.sleep(0.2)
+        assert not waiting.done()
+        path.touch()
+        assert waiting.result(timeout=30) is None
+    cluster.wait_until_seen(tmp_path / "nowhere", patience=0)
 
 
 def test_where_no_scheduler_answers_the_message_says_so():

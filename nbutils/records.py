@@ -28,6 +28,7 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -131,9 +132,9 @@ def save_run(result: RunResult, out: str | Path) -> Path:
 
 
 def publish(partial: Path, folder: Path) -> None:
-    """Give a whole record its name, in place of an earlier one.
+    """Give a whole record or reference its name, in place of an earlier one.
 
-    Two renames cannot be one: a process that is killed between them leaves the earlier record
+    Two renames cannot be one: a process that is killed between them leaves the earlier one
     beside, as `.NAME.replaced`, and `load_runs` refuses the folder until one of them is named.
     """
     replaced = _replaced(folder)
@@ -219,23 +220,27 @@ def load_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarr
 
 
 def _existing(folder: str | Path) -> Path:
-    if not Path(folder).is_dir():
-        raise InputError(f"no folder {folder}")
-    return Path(folder)
+    folder = Path(folder)
+    if not folder.is_dir():
+        aside = _replaced(folder)
+        hint = f"; it was being replaced: name {aside} so" if aside.is_dir() else ""
+        raise InputError(f"no folder {folder}{hint}")
+    return folder
 
 
 def export_runs(folder: str | Path, reference: str | Path) -> None:
     """Add the runs of a study's folder to a reference, in place of earlier ones of the same id.
 
     A reference that takes more than one machine or evening to make grows that way. To begin
-    anew, remove its folder first.
+    anew, remove its folder first. Killed at any instant, or out of disk, it leaves the earlier
+    reference or the new one; see `publish`.
 
     Raises:
         InputError: As `load_runs`, or the reference holds runs on other images.
     """
-    folder, reference = Path(folder), Path(reference)
-    if not folder.is_dir():
-        raise InputError(f"no folder {folder}")
+    folder, reference = _existing(folder), Path(reference).absolute()
+    if _replaced(reference).exists() and not reference.exists():
+        os.rename(_replaced(reference), reference)  # an export was killed between two renames
     records = _read_all(folder)
     runs, history = _record_tables(folder, records)
     _check_same_images(folder, runs)
@@ -254,15 +259,21 @@ def export_runs(folder: str | Path, reference: str | Path) -> None:
         predictions = {run_id: held[run_id] for run_id in kept["run_id"]} | predictions
         if len(kept):
             environments = [*known, *environments]
-    reference.mkdir(parents=True, exist_ok=True)
-    runs.sort_values("run_id").to_csv(reference / "runs.csv", index=False)
-    history.sort_values(["run_id", "epoch"]).to_csv(reference / "history.csv", index=False)
-    in_order = dict(sorted(predictions.items()))
-    np.savez_compressed(reference / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
     distinct = {json.dumps(each, sort_keys=True): each for each in environments}
-    files = {name: _sha256(reference / name) for name in REFERENCE_FILES}
-    content = _describe(list(distinct.values()), files)
-    (reference / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+    in_order = dict(sorted(predictions.items()))
+    reference.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{reference.name}.", dir=reference.parent) as aside:
+        partial = Path(aside) / reference.name
+        if reference.exists():  # it may hold more than is written here
+            shutil.copytree(reference, partial)
+        partial.mkdir(exist_ok=True)
+        runs.sort_values("run_id").to_csv(partial / "runs.csv", index=False)
+        history.sort_values(["run_id", "epoch"]).to_csv(partial / "history.csv", index=False)
+        np.savez_compressed(partial / "predictions.npz", labels=labels, **in_order)  # type: ignore[arg-type]
+        files = {name: _sha256(partial / name) for name in REFERENCE_FILES}
+        content = _describe(list(distinct.values()), files)
+        (partial / "environment.json").write_text(json.dumps(content, indent=1) + "\n")
+        publish(partial, reference)
 
 
 def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:

@@ -7,6 +7,7 @@ does to the study's folder and, at one of these steps, kills it or tells it that
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 from conftest import part
 
 from nbutils import InputError, RunConfig, data, load_runs, save_run, study, train, training
+from nbutils.records import export_runs
 from nbutils.study import PlannedRun, Study, run_status, run_study
 
 EPOCHS = 2
@@ -214,6 +216,40 @@ def test_saving_over_a_record_and_killed_there_is_one_or_is_named(few_digits, tm
         pd.testing.assert_frame_equal(loaded[list(result.history)], result.history)
         step += 1
     assert named == 1
+
+
+@pytest.mark.parametrize("act", [kill, full])
+def test_an_export_stopped_at_any_step_leaves_the_earlier_reference_or_the_new_one(
+    few_digits, tmp_path, act
+):
+    for seed in range(2):
+        config = RunConfig(batch_size=100, epochs=1, device="cpu", seed=seed)
+        save_run(train(config, few_digits, progress=False), tmp_path / f"runs-{seed}")
+    references = tmp_path / "references"
+    reference, first = references / "mine", tmp_path / "first"
+    export_runs(tmp_path / "runs-0", first)
+    export_runs(tmp_path / "runs-0", tmp_path / "both")
+    export_runs(tmp_path / "runs-1", tmp_path / "both")
+    before, after = load_runs(first), load_runs(tmp_path / "both")
+    step, reached, aside = 1, True, 0
+    while reached:
+        shutil.rmtree(references, ignore_errors=True)
+        shutil.copytree(first, reference)
+        (reference / "notes.txt").write_text("mine")
+        export = lambda: export_runs(tmp_path / "runs-1", reference)  # noqa: E731
+        reached, _ = forked_body(export, references, step, act)
+        if reference.exists():
+            assert len(load_runs(reference)) in (len(before), len(after))
+        else:
+            aside += 1
+            with pytest.raises(InputError, match=r"it was being replaced: name .*\.mine\.replaced"):
+                load_runs(reference)
+        export()
+        pd.testing.assert_frame_equal(load_runs(reference), after)
+        assert (reference / "notes.txt").read_text() == "mine"
+        step += 1
+    assert step > 10
+    assert aside == (act is kill)
 
 
 def test_a_real_disk_that_is_full(tiny_study, expected, tmp_path, capsys):

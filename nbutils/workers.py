@@ -7,6 +7,7 @@ that it started, when the one that waits for it is gone. Its temporary files end
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -104,8 +106,12 @@ class Workers(Executor):
                 _kill_with_children(process.pid)
         theirs.close()
         try:
-            if not ours.poll(self._time_limit):
-                raise Failure(f"stopped at the time limit of {self._time_limit:g} s")
+            end = time.monotonic() + (self._time_limit or math.inf)
+            while not ours.poll(max(0, min(1, end - time.monotonic()))):
+                if time.monotonic() >= end:
+                    raise Failure(f"stopped at the time limit of {self._time_limit:g} s")
+                if self._ended:  # a second Ctrl-C may have stopped `__exit__` in its work
+                    raise Failure("interrupted")
             result, failure = ours.recv()
         except EOFError:
             process.join()

@@ -85,6 +85,11 @@ def test_a_task_is_stopped_at_the_time_limit_with_what_it_started(tmp_path):
         assert_gone(*read(tmp_path / "told"))
 
 
+def test_a_time_limit_may_be_of_months(tmp_path):
+    with Workers(1, 1, tmp_path / "log.txt", time_limit=1e7) as workers:
+        assert workers.submit(double, 1).result() == 2
+
+
 def test_an_interrupted_block_ends_what_runs_and_drops_what_waits(tmp_path):
     workers = Workers(1, 1, tmp_path / "log.txt")
     workers.submit(sleep_with_a_child, tmp_path / "told")
@@ -92,6 +97,17 @@ def test_an_interrupted_block_ends_what_runs_and_drops_what_waits(tmp_path):
     path, pids = read(tmp_path / "told")
     workers.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert dropped.cancelled() or isinstance(dropped.exception(), Failure)
+    assert_gone(path, pids)
+
+
+def test_what_a_second_interrupt_left_running_ends_too(tmp_path):
+    workers = Workers(1, 1, tmp_path / "log.txt")
+    future = workers.submit(sleep_with_a_child, tmp_path / "told")
+    path, pids = read(tmp_path / "told")
+    workers._ended = True  # all that `__exit__` may have come to do
+    with pytest.raises(Failure, match="interrupted"):
+        future.result()
+    workers.shutdown()
     assert_gone(path, pids)
 
 

@@ -178,7 +178,7 @@ def _value(text: str) -> Any:
     """A YAML value; and 1e-3, which YAML takes for text."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # 2020-13-45 is no date
         return text
     if isinstance(value, str):
         with suppress(ValueError):

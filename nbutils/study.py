@@ -139,7 +139,7 @@ def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> S
     path = _study_path(name)
     try:
         content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"study {path}: cannot be read: {reason}") from error
     try:
@@ -202,11 +202,29 @@ def _parse_measuring(name: str, content: Any, overrides: Mapping[str, list[Any]]
     for parameter, values in overrides.items():
         if parameter not in parameters:
             raise InputError(f"no parameter {parameter!r}; {suggest(parameter, parameters)}")
-        several = isinstance(parameters[parameter], list)
+        given = parameters[parameter]
+        several = isinstance(given, list)
         if not several and len(values) > 1:
             raise InputError(f"{parameter} = {values}, but it must be one value")
+        for value in values:
+            _check_kind(parameter, value, given[0] if several and given else given)
         parameters[parameter] = values if several else values[0]
     return Study(name, str(content.get("title", name)), (), str(content["summary"]), parameters)
+
+
+def _check_kind(name: str, value: Any, like: Any) -> None:
+    """Refuse a value that is of another kind than the one whose place it takes."""
+    kinds: dict[type, tuple[str, tuple[type, ...]]] = {
+        bool: ("true or false", (bool,)),
+        int: ("a whole number", (int,)),
+        float: ("a number", (int, float)),
+        str: ("text", (str,)),
+    }
+    if type(like) not in kinds:
+        return
+    text, allowed = kinds[type(like)]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (allowed == (bool,)):
+        raise InputError(f"{name} = {value!r}, but it must be {text}")
 
 
 def _check_mapping(
@@ -361,12 +379,12 @@ def run_study(
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
-    if time_limit is not None and not time_limit > 0:
+    if time_limit is not None and not 0 < time_limit < math.inf:
         raise InputError(f"time_limit = {time_limit}, but it must be a number of seconds > 0")
     if time_limit is not None and executor:
         raise InputError("time_limit is for processes of our own, not for those of an executor")
     study = replace(study, runs=tuple(replace(run, on_oom=on_oom) for run in study.runs))
-    _merge_with_folder(study, out)
+    _check_one_dataset(_merge_with_folder(study, out), out)
     fingerprints = _check_runnable(study)
     if executor is None:
         _check_devices(study)
@@ -511,6 +529,16 @@ def _merge_with_folder(study: Study, out: Path) -> Study:
             )
     added = [run for run in study.runs if run not in held.runs]
     return replace(study, runs=(*held.runs, *added))
+
+
+def _check_one_dataset(plan: Study, out: Path) -> None:
+    """Refuse runs that no summary could put side by side."""
+    names = {run.config.dataset: None for run in plan.runs}
+    if len(names) > 1:
+        raise InputError(
+            f"dataset = {', '.join(map(repr, names))}, but the runs in {out} must share one; "
+            f"choose another --out for each"
+        )
 
 
 def _check_runnable(study: Study) -> dict[str, str]:

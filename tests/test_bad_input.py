@@ -35,6 +35,12 @@ COMMANDS = [
     ([*RUN, "--set", "batch_size=9999"], "has only 3600 images to train on"),
     ([*RUN, "--set", "learning_rate=-1e-3"], "learning_rate = -0.001, but it must be a number > 0"),
     ([*RUN, "--set", "learning_rate=.nan"], "learning_rate = nan, but it must be finite"),
+    ([*RUN, "--set", "dataset=2020-13-45"], "no dataset '2020-13-45'"),
+    ([*RUN, "--set", "dataset=mnist-5k,kmnist"], "dataset = 'mnist-5k', 'kmnist', but the runs in"),
+    (["run", "cost", "--set", "dataset=5"], "dataset = 5, but it must be text"),
+    (["run", "cost", "--set", "repeats=many"], "repeats = 'many', but it must be a whole number"),
+    (["run", "cost", "--set", "batch_sizes=16,1.5"], "batch_sizes = 1.5, but it must be a whole"),
+    (["run", "noise-scale", "--set", "epochs=true"], "epochs = True, but it must be a whole num"),
     ([*RUN, "--set", "momentum=0.9"], "momentum = 0.9, but it must be a setting of"),
     ([*RUN, "--set", "seed=0,0"], "are planned twice"),
     ([*RUN, "--set", "seed=-1"], "seed = -1, but it must be a whole number in [0, 2**63)"),
@@ -44,6 +50,7 @@ COMMANDS = [
     ([*RUN, "--set", "device=gpu"], 'device = \'gpu\', but it must be "auto", "cpu"'),
     ([*RUN, "--jobs", "0"], "jobs = 0, but it must be a whole number >= 1"),
     ([*RUN, "--time-limit", "0"], "time_limit = 0.0, but it must be a number of seconds > 0"),
+    ([*RUN, "--time-limit", "inf"], "time_limit = inf, but it must be a number of seconds > 0"),
     ([*RUN, "--time-limit", "nan"], "time_limit = nan, but it must be a number of seconds > 0"),
     ([*RUN, "--on-oom", "splt"], "no on_oom 'splt'; did you mean 'split'? allowed: stop, split"),
     ([*RUN, "--on-oom", "split", "--set", "norm=batch"], "on_oom = 'split', but with norm = 'bat"),
@@ -62,6 +69,7 @@ COMMANDS = [
 
 STUDIES = [
     ("!!python/object/apply:os.mkdir [executed]", "cannot be read"),
+    ("title: 2020-13-45\nruns: []\nsummary: 04_summary", "cannot be read"),
     ("runs: &a [*a]\nsummary: 04_summary", "a block of runs must be a mapping"),
     ("runs: [{notebook: ../../x, grid: {}}]\nsummary: 04_summary", "no notebook '../../x'"),
     ("runs: [{notebook: 02_train_batch_size}]\nsummary: /etc/x", "no notebook '/etc/x'"),

@@ -159,8 +159,8 @@ class Advice:
             if self.accumulation_steps > 1
             else "1 (do not accumulate)"
         )
-        low, high = self.learning_rate_range
-        rates = "" if low == high else f" ({low:g} to {high:g} are not told apart)"
+        equal = [f"{rate['learning_rate']:g}" for rate in self.rates if rate["within_noise"]]
+        rates = f" ({', '.join(equal)} are not told apart)" if len(equal) > 1 else ""
         fast, slow = map(format_seconds, self.seconds_per_epoch_range)
         times = "measured once" if fast == slow else f"{fast} to {slow}"
         sizes = "by speed alone"
@@ -456,9 +456,10 @@ def _reasons(
     )
     equal = _equal_rates(rates)
     if len(equal) > 1:
+        place = "the middle one" if len(equal) % 2 else "the lower of the middle two"
         reasons.append(
-            f"{_range(equal.min(), equal.max())} are not told apart by the validation images: "
-            f"{_middle(equal):g} is in their middle"
+            f"{', '.join(f'{rate:g}' for rate in equal)} are not told apart by the validation "
+            f"images: {_middle(equal):g} is {place}"
         )
     return reasons
 

@@ -228,8 +228,8 @@ def describe_agreement(table: pd.DataFrame) -> str:
             f"- **{row['optimizer']}**: {row['measurements']} measurements of the noise scale, "
             f"median {row['median']:.0f} images ({row['lowest']:.0f} to {row['highest']:.0f}); "
             f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to "
-            f"{row['high']:.0f}). They {'agree' if row['agree'] else 'do not agree'}: range and "
-            f"interval {'overlap' if row['agree'] else 'do not overlap'}; the median is "
+            f"{row['high']:.0f}). They {'are compatible' if row['agree'] else 'do not agree'}: "
+            f"range and interval {'overlap' if row['agree'] else 'do not overlap'}; the median is "
             f"{ratio:.1f} times {'as large' if row['ratio'] >= 1 else 'smaller'}."
         )
     return "\n".join(lines)

@@ -24,6 +24,35 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean - half, mean + half
 
 
+def crossed_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean over seeds and images, both samples: for other seeds *and* other images.
+
+    Seeds and images are crossed: every seed's networks answer every image. So the mean has two
+    errors: Student's interval of the seeds' means covers one, the normal interval of the images'
+    means the other. The two half widths are added in quadrature, which makes the interval rather
+    too wide, as what seeds and images do together is in both: Owen (2007), "The pigeonhole
+    bootstrap", says so of the sum of their variances. It is never narrower than either.
+
+    Args:
+        values: Shape (seeds, images); for a comparison, a difference in each place.
+        confidence: Of the interval.
+
+    Returns:
+        Its lower and upper end; both NaN where one seed says nothing of the spread.
+    """
+    from scipy import stats
+
+    low, high = mean_interval(values.mean(axis=1).tolist(), confidence)
+    of_images = stats.norm.ppf((1 + confidence) / 2) * _image_error(values)
+    half = math.hypot((high - low) / 2, of_images)
+    return values.mean() - half, values.mean() + half
+
+
+def _image_error(values: np.ndarray) -> float:
+    """Standard error of the mean of values, shape (seeds, images), as the images are a sample."""
+    return values.mean(axis=0).std(ddof=1) / math.sqrt(values.shape[1])
+
+
 def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of the chance behind `fraction`, a share of `n` independent images."""
     from scipy import stats
@@ -93,25 +122,29 @@ def chance_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> fl
 
 
 def detectable_difference(
-    differences: Sequence[float], power: float = 0.8, confidence: float = 0.95
+    differences: np.ndarray, power: float = 0.8, confidence: float = 0.95
 ) -> float:
-    """True mean that so many values, spread as these, reveal with chance `power`.
+    """True mean that so many seeds and images, spread as these, reveal with chance `power`.
 
     Args:
-        differences: One value a seed, two or more: of one setting less another.
+        differences: Of one setting less another, shape (seeds, images), two seeds or more.
         power: Chance that the interval of the mean leaves out zero, above 1/2.
-        confidence: Of that interval, Student's.
+        confidence: Of that interval, `crossed_interval`'s.
 
     Returns:
-        Its size, by the noncentral t distribution.
+        Its size: what the seeds' part of the interval alone would reveal, by the noncentral t
+        distribution, and what the images' part would, added in quadrature.
     """
     from scipy import optimize, stats
 
     n = len(differences)
-    threshold = stats.t.ppf((1 + confidence) / 2, n - 1)
+    quantile = (1 + confidence) / 2
+    threshold = stats.t.ppf(quantile, n - 1)
 
     # That a mean above zero is found below it has a chance too small to count.
     shift = optimize.brentq(
         lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold
     )
-    return float(shift * stats.sem(differences))
+    of_seeds = shift * stats.sem(differences.mean(axis=1))
+    of_images = (stats.norm.ppf(quantile) + stats.norm.ppf(power)) * _image_error(differences)
+    return math.hypot(of_seeds, of_images)

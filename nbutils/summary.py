@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ import pandas as pd
 
 from nbutils.config import RunConfig
 from nbutils.statistics import (
+    crossed_interval,
     detectable_gain,
     gain_interval,
     mean_interval,
@@ -114,6 +116,11 @@ def validation_interval(final: pd.DataFrame) -> tuple[float, float]:
     return max(0.0, min(low for low, _ in ends)), min(1.0, max(high for _, high in ends))
 
 
+TIE = 1.25
+"""Times of training whose ratio is below this count as the same: one setting's own differ by as
+much from run to run, on a machine that does other work."""
+
+
 @dataclass(frozen=True)
 class Pick:
     """The setting to take, and why.
@@ -132,10 +139,17 @@ class Pick:
     threshold: float
     costs: dict[str, float]
 
+    @property
+    def ties(self) -> list[str]:
+        """Other settings whose cost is not told apart from the pick's; see `TIE`."""
+        near = TIE * self.costs[self.setting]
+        return [name for name, cost in self.costs.items() if cost < near and name != self.setting]
+
     def __str__(self) -> str:
         costs = ", ".join(f"{name} ({seconds:.0f} s)" for name, seconds in self.costs.items())
+        ties = f"; times within {TIE - 1:.0%} of it, so as good: {', '.join(self.ties)}"
         return (
-            f"Pick: {self.setting}.\n"
+            f"Pick: {self.setting}{ties if self.ties else ''}.\n"
             f"The best final validation accuracy is that of {self.best}. Within its noise, that "
             f"is at {self.threshold:.2%} or above, ended: {', '.join(self.costs)}.\n"
             f"Of these, {self.setting} got there with the least training: {costs}."
@@ -160,7 +174,7 @@ def pick(runs: pd.DataFrame) -> Pick:
 
 
 def compare_predictions(
-    runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray], baseline: str
+    runs: pd.DataFrame, labels: np.ndarray, predictions: Mapping[str, np.ndarray], baseline: str
 ) -> pd.DataFrame:
     """How many test images each setting gains over a baseline setting.
 
@@ -175,7 +189,7 @@ def compare_predictions(
         the number of `seeds`;
         means over them of `disagreements` (images that only one gets right), of `gained` (net, in
         images) and of `detectable` (see `detectable_gain`); and the 95 % interval of `gained`,
-        `low` and `high`: Student's t from two seeds on, `gain_interval` for one.
+        `low` and `high`: `crossed_interval` from two seeds on, `gain_interval` for one.
     """
     columns = ["seeds", "disagreements", "gained", "low", "high", "detectable"]
     if len(labels) == 0:
@@ -192,8 +206,11 @@ def compare_predictions(
         lost = [int((theirs & ~ours).sum()) for theirs, ours in pairs]
         gains = [w - m for w, m in zip(won, lost, strict=True)]
         both = [w + m for w, m in zip(won, lost, strict=True)]
-        one = len(seeds) == 1
-        low, high = gain_interval(won[0], lost[0]) if one else mean_interval(gains)
+        if len(seeds) == 1:
+            low, high = gain_interval(won[0], lost[0])
+        else:
+            ahead = np.stack([ours.astype(int) - theirs for theirs, ours in pairs])
+            low, high = (len(labels) * end for end in crossed_interval(ahead))
         detectable = np.mean([detectable_gain(n) for n in both])
         rows[setting] = [len(seeds), np.mean(both), np.mean(gains), low, high, detectable]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("setting")

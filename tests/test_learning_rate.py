@@ -279,7 +279,7 @@ def test_the_estimate_is_compared_up_to_the_first_measurement_at_the_target():
     assert row[["measurements", "lowest", "median", "highest"]].tolist() == [4, 50, 150, 300]
     assert row["ratio"] == pytest.approx(2, rel=1e-3)
     assert row["agree"]
-    assert "They agree: range and interval overlap; the median is 2.0 times as large." in (
+    assert "They are compatible: range and interval overlap; the median is 2.0 times as large." in (
         describe_agreement(agreement(noise, 0.96, {"sgd": fit}))
     )
     assert not agreement(noise.assign(value=noise["value"] * 1000), 0.96, {"sgd": fit})[

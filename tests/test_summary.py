@@ -10,6 +10,7 @@ from scipy import stats
 from nbutils import RunConfig
 from nbutils.statistics import (
     chance_of_lead,
+    crossed_interval,
     detectable_difference,
     detectable_gain,
     gain_interval,
@@ -107,7 +108,8 @@ def test_the_pick_is_the_cheapest_within_the_noise_of_the_best():
     assert choice.threshold == pytest.approx(low)
     assert choice.costs == {"32": 300, "64": 90, "128": 100}
     assert choice.setting == "64"
-    assert "Pick: 64." in str(choice)
+    assert choice.ties == ["128"]
+    assert "Pick: 64; times within 25% of it, so as good: 128." in str(choice)
 
 
 def test_the_pick_judges_the_mean_over_seeds():
@@ -239,9 +241,51 @@ def test_the_chance_of_a_lead_against_drawing():
     assert chance_of_lead(won, lost, images, part, lead) == pytest.approx(share, abs=0.005)
 
 
-def test_the_detectable_difference_against_simulation():
-    spread = [-0.002, 0.001, 0.003, -0.001, -0.001]
+def crossed_draws(generator, truth, seeds, images, of_seeds, of_images, of_both, times):
+    """Values of shape (times, seeds, images) whose seeds, images and pairs of both vary."""
+    return (
+        truth
+        + generator.normal(0, of_seeds, (times, seeds, 1))
+        + generator.normal(0, of_images, (times, 1, images))
+        + generator.normal(0, of_both, (times, seeds, images))
+    )
+
+
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.0, 1.0), (0.1, 1.0)])
+def test_an_interval_over_seeds_and_images_covers_the_truth(of_seeds, of_images):
+    draws = crossed_draws(np.random.default_rng(0), 0.3, 3, 100, of_seeds, of_images, 0.5, 2000)
+    ends = np.array([crossed_interval(values) for values in draws])
+    covered = np.mean((ends[:, 0] < 0.3) & (ends[:, 1] > 0.3))
+    assert covered > 0.945
+    assert covered < 0.995
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9))
+def test_where_images_agree_only_seeds_widen_the_interval(means):
+    crossed = crossed_interval(np.tile(np.array(means)[:, None], 7))
+    assert crossed == pytest.approx(mean_interval(means), abs=1e-12)
+
+
+def test_it_is_never_narrower_than_that_of_the_seeds():
+    values = np.random.default_rng(0).normal(size=(3, 50))
+    low, high = crossed_interval(values)
+    seeds_low, seeds_high = mean_interval(values.mean(axis=1).tolist())
+    assert low < seeds_low
+    assert high > seeds_high
+
+
+def test_one_seed_has_no_interval_over_seeds():
+    assert all(map(math.isnan, crossed_interval(np.zeros((1, 5)))))
+
+
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.02, 1.0)])
+def test_the_detectable_difference_against_simulation(of_seeds, of_images):
+    generator = np.random.default_rng(0)
+    spread = crossed_draws(generator, 0, 5, 100, of_seeds, of_images, 0.0, 1)[0]
+    # What is drawn has the spread of that sample, not of what it was drawn from.
     truth = detectable_difference(spread)
-    draws = np.random.default_rng(0).normal(truth, np.std(spread, ddof=1), (20_000, 5))
-    found = stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05
-    assert found.mean() == pytest.approx(0.8, abs=0.01)
+    seeds = spread.mean(axis=1).std(ddof=1)
+    images = spread.mean(axis=0).std(ddof=1)
+    draws = crossed_draws(generator, truth, 5, 100, seeds, images, 0.0, 4000)
+    found = np.mean([crossed_interval(values)[0] > 0 for values in draws])
+    assert found == pytest.approx(0.8, abs=0.04)

@@ -11,35 +11,45 @@ import pytest
 from nbutils import InputError, RunConfig
 from nbutils.study import load_study
 from nbutils.verdicts import (
+    Answers,
     Effect,
     KaggleRuns,
     can_be_judged,
     effect,
     load_kaggle_runs,
+    mean_effect,
     seed_chance,
     size_verdicts,
     tuned_rates,
     verdicts,
 )
 
+IMAGES = 100_000
 SIZES = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
 NOISE = (-0.0002, 0.0001, 0.0003, -0.0001, -0.0001)  # of five seeds, mean 0
 
 
 def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
-    """Runs whose final accuracy is `accuracy(batch_size, steps)`, give or take the seed."""
-    rows = []
+    """Runs whose final accuracy is `accuracy(batch_size, steps)`, give or take the seed.
+
+    The last images are the ones they have wrong, so two runs differ in no more than they must.
+    """
+    rows, predictions = [], {}
+    labels = np.zeros(IMAGES, dtype=np.uint8)
     for batch_size, steps in SIZES:
         for seed in range(seeds):
             # The seeds' noise differs between settings: each is shifted along.
             noise = NOISE[(seed + batch_size.bit_length() + steps) % len(NOISE)]
             final = accuracy(batch_size, steps) + noise
             late = epochs_needed(batch_size) + seed % 2
+            run_id = f"{norm}-{batch_size}-{steps}-{seed}"
+            predictions[run_id] = labels.copy()
+            predictions[run_id][round(final * IMAGES) :] = 1
             for epoch in range(1, 9):
                 at = final if epoch == 8 else 0.991 if epoch >= late else 0.98
                 rows.append(
                     {
-                        "run_id": f"{norm}-{batch_size}-{steps}-{seed}",
+                        "run_id": run_id,
                         **RunConfig(
                             batch_size=batch_size, accumulation_steps=steps, seed=seed, norm=norm
                         ).to_dict(),
@@ -49,7 +59,12 @@ def study(accuracy, epochs_needed=lambda size: 1, seeds=5, norm="group"):
                         "test_accuracy": at,
                     }
                 )
-    return pd.DataFrame(rows)
+    return Answers(pd.DataFrame(rows), labels, predictions)
+
+
+def only(answers, query):
+    """Those of some runs."""
+    return replace(answers, runs=answers.runs.query(query))
 
 
 def costs(memory=lambda batch_size, steps: batch_size, repeats=3):
@@ -94,12 +109,13 @@ def kaggle_runs(gain, spread=2, seeds=5):
                         "learning_rate": rate,
                         "seed": seed,
                         "epoch": 1,
+                        "updates": 5920 // steps,
                         "validation_accuracy": 0.99 + (rate == 2e-3) * (steps == 8) * 0.001,
                         "test_accuracy": 1 - wrong / 28_000,
                     }
                 )
     runs = pd.DataFrame(rows)
-    return KaggleRuns(runs, runs, labels, predictions)
+    return KaggleRuns(runs, labels, predictions, runs)
 
 
 def verdict(number, runs, normalisation=None, kaggle=None):
@@ -125,8 +141,17 @@ def level(size, steps):
 
 
 def test_an_effect_has_an_interval_from_two_seeds_on():
-    assert effect(pd.Series([0.1, 0.3, None])).seeds == 2
-    assert str(effect(pd.Series([0.01]))) == "+1.000 points (n = 1: no interval)"
+    answers = study(lambda size, steps: 0.99 + 0.005 * (size == 64))
+    ids = pd.DataFrame({size: [f"group-{size}-1-{seed}" for seed in (0, 1)] for size in (32, 64)})
+    both = effect(answers, ids, {64: 1, 32: -1})
+    assert both.seeds == 2
+    assert both.low < both.mean < both.high
+    ids.loc[1, 32] = None
+    one = effect(answers, ids, {64: 1, 32: -1})
+    assert str(one).endswith(" points (n = 1: no interval)")
+    assert one.mean == pytest.approx(0.005, abs=0.0006)
+    with pytest.raises(InputError, match="no seed has runs of all of 64, 32"):
+        effect(answers, ids.iloc[1:], {64: 1, 32: -1})
     assert str(Effect(0.01, 0.005, 0.015, 4)) == "+1.000 points (+0.500 to +1.500, n = 4)"
 
 
@@ -150,11 +175,12 @@ def test_the_truth_is_found(number, accuracy, expected):
 
 
 def test_the_claims_need_their_settings():
-    assert can_be_judged(study(level))
-    assert not can_be_judged(study(level).query("batch_size != 512"))
-    unknown = study(level).assign(test_accuracy=math.nan)  # as Kaggle's images
+    runs = study(level).runs
+    assert can_be_judged(runs)
+    assert not can_be_judged(runs.query("batch_size != 512"))
+    unknown = runs.assign(test_accuracy=math.nan)  # as Kaggle's images
     assert not can_be_judged(unknown)
-    two_rates = [study(level).assign(learning_rate=rate) for rate in (1e-3, 1e-2)]
+    two_rates = [runs.assign(learning_rate=rate) for rate in (1e-3, 1e-2)]
     assert not can_be_judged(pd.concat(two_rates))
 
 
@@ -171,8 +197,7 @@ def test_convergence_is_counted_in_epochs_and_in_updates():
 
 def test_an_accuracy_reached_within_the_first_epoch_tells_no_updates():
     slower = study(level, epochs_needed=lambda size: 1 + size // 256)
-    first = slower["seed"] % 2 == 0
-    row = size_verdicts(slower[first]).loc[3]
+    row = size_verdicts(only(slower, "seed % 2 == 0")).loc[3]
     assert row["verdict"] == "holds, counted in epochs; counted in updates not decidable from this"
     assert "in updates, 32 needs 0 to 1,687, and 1024 at most 263" in row["these runs show"]
 
@@ -194,8 +219,13 @@ def test_only_a_norm_without_neighbours_makes_updates_equal():
 )
 def test_what_small_pieces_do_to_batch_norm(harm, expected):
     normalisation = study(lambda size, steps: 0.99 - harm * (steps == 8), norm="batch")
-    normalisation = pd.concat([normalisation, study(rising, norm="group")])
-    normalisation = normalisation.query("batch_size * accumulation_steps == 1024")
+    group = study(rising, norm="group")
+    normalisation = replace(
+        normalisation,
+        runs=pd.concat([normalisation.runs, group.runs]),
+        predictions=normalisation.predictions | group.predictions,
+    )
+    normalisation = only(normalisation, "batch_size * accumulation_steps == 1024")
     found = verdict(6, study(level), normalisation)
     assert expected in found
 
@@ -229,7 +259,7 @@ def test_there_is_a_row_a_claim():
 
 def test_a_certain_effect_too_small_to_matter_counts_as_none():
     tiny = study(lambda size, steps: 0.99 + 1e-9 * size)
-    certain = effect(pd.Series([0.0002, 0.0002001, 0.0002002]))
+    certain = mean_effect(np.tile([[0.0002], [0.0002001], [0.0002002]], 10))
     assert certain.decided
     assert certain.negligible
     assert size_verdict(1, tiny).startswith("fails: it does not change")
@@ -249,7 +279,7 @@ def test_the_claims_on_batch_size_are_the_same_for_any_dataset():
         (0, 2, "fails: there is no such gain"),
         (52, 2, "holds: there is a gain, of that size"),
         (80, 2, "holds: there is a gain, but not of that size"),
-        (-40, 2, "fails: accumulation lowers it"),
+        (-40, 2, "fails: in equal epochs 8 x 128 scores lower"),
         (20, 8, "fails: a gain of that size is ruled out; whether there is any is open"),
         (35, 30, "not decidable"),
     ],

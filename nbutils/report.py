@@ -12,10 +12,11 @@ from nbutils.bench import load, table
 from nbutils.config import InputError
 from nbutils.ensemble import score_vote
 from nbutils.peers import peers_table
-from nbutils.records import REFERENCE_FOLDER, load_predictions, load_runs, load_tables
+from nbutils.records import REFERENCE_FOLDER, load_tables
 from nbutils.statistics import detectable_difference, mean_interval, proportion_interval
 from nbutils.study import execute_notebook
 from nbutils.summary import (
+    Pick,
     compare_predictions,
     describe_study,
     format_table,
@@ -26,9 +27,12 @@ from nbutils.summary import (
 )
 from nbutils.verdicts import (
     POSTED_RATE,
+    Answers,
     KaggleRuns,
     by_size,
-    effect,
+    differences,
+    lead,
+    load_answers,
     load_kaggle_runs,
     size_verdicts,
     verdicts,
@@ -46,6 +50,9 @@ FIGURE_NOTEBOOKS = (
     "10_cost",
 )
 
+OTHER_DATASET = "fashion-mnist"
+"""The reference study that repeats `batch-size` on another dataset."""
+
 
 def make_figures() -> list[Path]:
     """Execute the notebooks that draw the figures, and renew the README's numbers.
@@ -55,11 +62,13 @@ def make_figures() -> list[Path]:
     """
     import tempfile
 
+    other = {"runs": str(REFERENCE_FOLDER / OTHER_DATASET), "figures": str(FIGURES / OTHER_DATASET)}
     with tempfile.TemporaryDirectory() as scratch:
         for notebook in FIGURE_NOTEBOOKS:
             execute_notebook(notebook, Path(scratch) / "out.ipynb", {"figures": str(FIGURES)})
+        execute_notebook("04_summary", Path(scratch) / "out.ipynb", other)
     README.write_text(renew_blocks(README.read_text()))
-    return [*sorted(FIGURES.iterdir()), README]
+    return [*sorted(path for path in FIGURES.rglob("*") if path.is_file()), README]
 
 
 def renew_blocks(text: str) -> str:
@@ -79,76 +88,89 @@ def renew_blocks(text: str) -> str:
 
 
 def _blocks() -> dict[str, str]:
-    runs = load_runs(REFERENCE_FOLDER / "batch-size")
-    labels, predictions = load_predictions(REFERENCE_FOLDER / "batch-size")
+    answers = load_answers(REFERENCE_FOLDER / "batch-size")
+    normalisation = load_answers(REFERENCE_FOLDER / "normalisation")
+    runs, kaggle = answers.runs, load_kaggle_runs()
     cost = load_tables(REFERENCE_FOLDER / "cost")["cost"]
     return {
-        "answer": _answer(runs),
-        "study": describe_study(runs),
+        "answer": _answer(answers),
+        "study": f"{describe_study(runs)} {_made_by(runs)}",
         "table": markdown_table(format_table(summary_table(runs))),
-        "claims": markdown_table(
-            verdicts(runs, load_runs(REFERENCE_FOLDER / "normalisation"), load_kaggle_runs(), cost)
-        ),
-        "vote": _vote(load_kaggle_runs()),
+        "claims": markdown_table(verdicts(answers, normalisation, kaggle, cost)),
+        "other": _other_dataset(answers),
+        "vote": _vote(kaggle),
         "pick": str(pick(runs)).replace("\n", " "),
-        "agreement": _agreement(runs, labels, predictions),
-        "trust": _trust(runs, labels, predictions),
+        "agreement": _agreement(answers),
+        "trust": _trust(answers),
         "peers": markdown_table(peers_table()),
-        "advice": _advice(),
+        "advice": _advice(pick(runs)),
         "bench": _bench(),
     }
 
 
-def _answer(runs: pd.DataFrame) -> str:
+def _answer(answers: Answers) -> str:
     """What the study says, in three lines."""
+    runs = answers.runs
     final = last_epochs(runs)
-    test = by_size(final, "test_accuracy")
-    means = test.mean()[:, 1]
-    gap = effect(test[128, 8] - test[1024, 1])
+    means = by_size(final, "test_accuracy").mean()[:, 1]
+    gap = lead(answers, by_size(final, "run_id"), (128, 8), (1024, 1))
     bench = {row.setting: row for row in load(REFERENCE_FOLDER / "bench" / "cpu-2-cores.json")}
     choice = pick(runs)
-    claim = size_verdicts(runs).loc[1]
+    alike = f"; as good, as times go: {' and '.join(choice.ties)}" if choice.ties else ""
+    among = [choice.costs[setting] for setting in (choice.setting, *choice.ties)]
+    times = " to ".join(dict.fromkeys(f"{cost:.0f}" for cost in (min(among), max(among))))
+    claim = size_verdicts(answers).loc[1]
     return (
         f"- **Batch size, all else equal:** from {means.index.min()} to {means.index.max()} images "
         f"the final test accuracy lies between {means.min():.2%} and {means.max():.2%}; "
         f'{claim.iloc[1]}. "Larger is more accurate": {claim["verdict"]}.\n'
         f"- **Accumulation:** 8 x 128 makes the update of one batch of 1024, to rounding. After "
-        f"{final['epoch'].max()} epochs the test accuracies differ by {gap}. An epoch takes "
-        f"{bench['128x8'].seconds:.1f} s, with 1024 in one pass {bench['1024'].seconds:.1f} s "
-        f"([how fast](#how-fast)).\n"
-        f"- **To pick here:** {choice.setting}. It came within the noise of the best validation "
-        f"accuracy, that is to {choice.threshold:.2%}, after "
-        f"{choice.costs[choice.setting]:.0f} s of training; the slowest setting that got there "
-        f"took {max(choice.costs.values()):.0f} s."
+        f"{final['epoch'].max()} epochs the test accuracy with 8 x 128 less that with 1024 is "
+        f"{gap}. An epoch takes {bench['128x8'].seconds:.1f} s, with 1024 in one pass "
+        f"{bench['1024'].seconds:.1f} s ([how fast](#how-fast)).\n"
+        f"- **To pick here:** {choice.setting}{alike}. The validation accuracy came within the "
+        f"noise of the best, that is to {choice.threshold:.2%}, after {times} s of training; the "
+        f"slowest setting that got there took {max(choice.costs.values()):.0f} s."
     )
 
 
-def _trust(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray]) -> str:
+def _other_dataset(answers: Answers) -> str:
+    """What the same study says of other images, beside the verdicts on those of `answers`."""
+    others = load_answers(REFERENCE_FOLDER / OTHER_DATASET)
+    claims = size_verdicts(others)
+    claims[f"on `{answers.runs['dataset'].iloc[0]}`"] = size_verdicts(answers)["verdict"]
+    choice = str(pick(others.runs)).replace("\n", " ")
+    parts = [describe_study(others.runs), markdown_table(claims), choice, _trust(others)]
+    return "\n\n".join(parts)
+
+
+def _trust(answers: Answers) -> str:
     """How small a difference these runs could have shown."""
-    table = by_size(last_epochs(runs), "test_accuracy")
-    others = [setting for setting in table if setting != (128, 1)]
-    differences = [(table[setting] - table[128, 1]).dropna().tolist() for setting in others]
-    gains = compare_predictions(runs, labels, predictions, baseline="128")
-    seeds = f"{len(table)} seed{'s' if len(table) > 1 else ''}"
+    ids = by_size(last_epochs(answers.runs), "run_id")
+    gains = compare_predictions(answers.runs, answers.labels, answers.predictions, baseline="128")
+    seeds = f"{len(ids)} seed{'s' if len(ids) > 1 else ''}"
     text = (
-        f"n = {seeds} a setting, {len(labels):,} test images. Two networks of different settings "
-        f"and the same seed disagree about {gains['disagreements'].mean():.0f} of them; a lead of "
+        f"n = {seeds} a setting, {len(answers.labels):,} test images. On average "
+        f"{gains['disagreements'].mean():.0f} of them are right with a network of batch size 128 "
+        f"and wrong with one of another setting and the same seed, or the reverse; a true lead of "
         f"fewer than {gains['detectable'].mean():.0f} images between one such pair would be found "
         f"less than four times in five."
     )
-    if len(table) > 1:
-        smallest = max(detectable_difference(each) for each in differences)
+    others = [setting for setting in ids if setting != (128, 1)]
+    gaps = [differences(answers, ids, {setting: 1, (128, 1): -1}) for setting in others]
+    if smallest := [detectable_difference(gap) for gap in gaps if len(gap) > 1]:
         text += (
-            f" Over the seeds together, a difference from batch size 128 of less than "
-            f"{100 * smallest:.2f} points of test accuracy would, for some setting, be found less "
-            f"than four times in five."
+            f" Over the seeds together, the smallest true difference from batch size 128 that "
+            f"would be found so often is {100 * min(smallest):.2f} to {100 * max(smallest):.2f} "
+            f"points of test accuracy, depending on the setting; with so few seeds these limits "
+            f"are rough themselves."
         )
     return text
 
 
-def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np.ndarray]) -> str:
+def _agreement(answers: Answers) -> str:
     """On how many test images the large batch and its accumulated twin predict otherwise."""
-
+    runs, predictions = answers.runs, answers.predictions
     ids = by_size(last_epochs(runs), "run_id")
 
     def differing(one: tuple[int, int], other: tuple[int, int]) -> str:
@@ -159,8 +181,8 @@ def _agreement(runs: pd.DataFrame, labels: np.ndarray, predictions: dict[str, np
     return (
         f"After {runs['epoch'].max()} epochs in float32, the network trained with one batch of "
         f"1024 and the one with 8 x 128 accumulated predict {differing((1024, 1), (128, 8))} of "
-        f"{len(labels):,} test images differently (n = {len(ids)} seeds): rounding, grown over the "
-        f"updates. For comparison, batches of 512 and 1024 differ on "
+        f"{len(answers.labels):,} test images differently (n = {len(ids)} seeds): rounding, grown "
+        f"over the updates. For comparison, batches of 512 and 1024 differ on "
         f"{differing((512, 1), (1024, 1))}."
     )
 
@@ -180,9 +202,30 @@ def _vote(kaggle: KaggleRuns) -> str:
     )
 
 
-def _advice() -> str:
-    advice = load_advice(REFERENCE_FOLDER / "advice" / "mnist-5k.json")
-    return f"```\n{advice.answer}\n```"
+def _made_by(runs: pd.DataFrame) -> str:
+    """The command that makes these runs, and how long they trained."""
+    seeds = ",".join(map(str, sorted(runs["seed"].unique())))
+    hours = last_epochs(runs)["seconds"].sum() / 3600
+    return (
+        f"`python -m nbutils run batch-size --dataset {runs['dataset'].iloc[0]} --set seed={seeds} "
+        f"--jobs 2` makes them; their training took {hours:.1f} hours, summed over the runs."
+    )
+
+
+def _advice(study: Pick) -> str:
+    """The recorded advice on few images, and how that on all of them compares with the study."""
+    few, all_images = (
+        load_advice(REFERENCE_FOLDER / "advice" / f"{name}.json") for name in ("mnist-5k", "mnist")
+    )
+    return (
+        f"```\n{few.answer}\n```\n\nOn `{all_images.dataset}` it advises "
+        f"{all_images.effective_batch_size} images per update at the rate "
+        f"{all_images.learning_rate:g}, while the study above picks "
+        f"{' or '.join([study.setting, *study.ties])}. The two ask different things: the advice, "
+        f"which size gets equally far in the least time, each at a rate of its own, by short "
+        f"measurements; the study, at one rate for all, by whole trainings. Between neighbouring "
+        f"sizes both are nearly flat, and two runs of `advise` may differ by a factor of two."
+    )
 
 
 def _bench() -> str:

@@ -103,11 +103,6 @@ class Effect:
         )
 
 
-def mean_effect(values: np.ndarray) -> Effect:
-    """The mean of values of shape (seeds, test images)."""
-    return Effect(values.mean(), *crossed_interval(values), len(values))
-
-
 def differences(answers: Answers, ids: pd.DataFrame, weights: Mapping[Any, float]) -> np.ndarray:
     """A weighted sum of what some settings have right, seed by seed and image by image.
 
@@ -133,8 +128,14 @@ def differences(answers: Answers, ids: pd.DataFrame, weights: Mapping[Any, float
 
 
 def effect(answers: Answers, ids: pd.DataFrame, weights: Mapping[Any, float]) -> Effect:
-    """The effect behind such `differences`, of the same arguments."""
-    return mean_effect(differences(answers, ids, weights))
+    """The mean of such `differences`, of the same arguments."""
+    values = differences(answers, ids, weights)
+    return Effect(values.mean(), *crossed_interval(values), len(values))
+
+
+def lead(answers: Answers, ids: pd.DataFrame, one: Any, other: Any) -> Effect:
+    """The test accuracy of one setting, a column of `ids`, less that of another."""
+    return effect(answers, ids, {one: 1, other: -1})
 
 
 @dataclass(frozen=True)
@@ -249,15 +250,10 @@ def _rises(answers: Answers, ids: pd.DataFrame) -> tuple[str, str]:
     return shown, UNDECIDED
 
 
-def _less(answers: Answers, ids: pd.DataFrame, one: Setting, other: Setting) -> Effect:
-    """The test accuracy of one setting less that of another."""
-    return effect(answers, ids, {one: 1, other: -1})
-
-
 def _best(answers: Answers, ids: pd.DataFrame) -> tuple[str, str]:
-    near = _less(answers, ids, (1024, 1), (512, 1))
+    near = lead(answers, ids, (1024, 1), (512, 1))
     others = [setting for setting in _settings(ids) if setting != (512, 1)]
-    ahead = [s for s in others if _less(answers, ids, s, (512, 1)).low > 0]
+    ahead = [s for s in others if lead(answers, ids, s, (512, 1)).low > 0]
     shown = f"1024 less 512: {near}"
     if not (near.decided or near.negligible):
         return shown, UNDECIDED
@@ -301,7 +297,7 @@ def _faster(runs: pd.DataFrame) -> tuple[str, str]:
 
 
 def _generalises(answers: Answers, ids: pd.DataFrame) -> tuple[str, str]:
-    gap = _less(answers, ids, (1024, 1), (32, 1))
+    gap = lead(answers, ids, (1024, 1), (32, 1))
     shown = f"test accuracy of 1024 less that of 32: {gap}"
     if gap.low > 0 or gap.negligible:
         return shown, "fails, up to 1024"
@@ -311,7 +307,7 @@ def _generalises(answers: Answers, ids: pd.DataFrame) -> tuple[str, str]:
 
 
 def _same(answers: Answers, ids: pd.DataFrame) -> tuple[str, str]:
-    gap = _less(answers, ids, (128, 8), (1024, 1))
+    gap = lead(answers, ids, (128, 8), (1024, 1))
     norm = answers.runs["norm"].iloc[0]
     shown = f"8 x 128 less 1024, after {answers.runs['epoch'].max()} epochs: {gap}"
     if gap.decided and not gap.negligible:
@@ -328,7 +324,7 @@ def _needs_group_norm(answers: Answers) -> tuple[str, str]:
     final = final[final["norm"] == "batch"]
     ids = by_size(final, "run_id")
     whole, *_, cut = _settings(ids)
-    gap = _less(answers, ids, cut, whole)
+    gap = lead(answers, ids, cut, whole)
     shown = (
         f"BatchNorm, {_name(*cut)} less {_name(*whole)}, after {final['epoch'].max()} epochs at "
         f"learning rate {final['learning_rate'].iloc[0]:g}: {gap}"
@@ -344,10 +340,9 @@ def _needs_group_norm(answers: Answers) -> tuple[str, str]:
 def _raises_the_score(kaggle: KaggleRuns) -> tuple[str, str]:
     as_posted = _gain(kaggle, {1: POSTED_RATE, 8: POSTED_RATE})
     images = len(kaggle.labels)
-    lead = round(POSTED_GAIN * SCORED)
-    lead_of_all = round(POSTED_GAIN * images)
-    chance = seed_chance(kaggle, SCORED, lead)
-    chance_of_all = seed_chance(kaggle, images, lead_of_all)
+    posted, posted_of_all = (round(POSTED_GAIN * part) for part in (SCORED, images))
+    chance = seed_chance(kaggle, SCORED, posted)
+    chance_of_all = seed_chance(kaggle, images, posted_of_all)
     final = last_epochs(kaggle.runs)
     updates = final.groupby("accumulation_steps")["updates"].max()
     at_tuned_rates = ""
@@ -361,10 +356,10 @@ def _raises_the_score(kaggle: KaggleRuns) -> tuple[str, str]:
         f"8 x 128 less 128, on {images:,} test images of MNIST dealt as Kaggle deals them, after "
         f"{final['epoch'].max()} epochs ({updates[8]:,} updates against {updates[1]:,}): "
         f"{as_posted}, that is {as_posted.mean * images:+.0f} images, at one learning "
-        f"rate{at_tuned_rates}. The post's gain is {lead} of {SCORED:,} images from one run each: "
-        f"of two runs of batch 128 that differ only in the seed, the second is ahead of the first "
-        f"by that much {_chance(chance)}, and by as large a share of all {images:,} "
-        f"({lead_of_all} images) {_chance(chance_of_all)}"
+        f"rate{at_tuned_rates}. The post's gain is {posted} of {SCORED:,} images from one run "
+        f"each: of two runs of batch 128 that differ only in the seed, the second is ahead of the "
+        f"first by that much {_chance(chance)}, and by as large a share of all {images:,} "
+        f"({posted_of_all} images) {_chance(chance_of_all)}"
     )
     return shown, verdict
 
@@ -416,7 +411,7 @@ def _gain(kaggle: KaggleRuns, rates: Mapping[int, float]) -> Effect:
                 f"kaggle-split has no runs of {_name(128, steps)} at the learning rate "
                 f"{rates[steps]:g}"
             )
-    return effect(kaggle, pd.DataFrame(ids), {8: 1, 1: -1})
+    return lead(kaggle, pd.DataFrame(ids), 8, 1)
 
 
 def seed_chance(kaggle: KaggleRuns, part: int, lead: int) -> float:

@@ -17,7 +17,6 @@ from nbutils.verdicts import (
     can_be_judged,
     effect,
     load_kaggle_runs,
-    mean_effect,
     seed_chance,
     size_verdicts,
     tuned_rates,
@@ -259,7 +258,7 @@ def test_there_is_a_row_a_claim():
 
 def test_a_certain_effect_too_small_to_matter_counts_as_none():
     tiny = study(lambda size, steps: 0.99 + 1e-9 * size)
-    certain = mean_effect(np.tile([[0.0002], [0.0002001], [0.0002002]], 10))
+    certain = Effect(0.0002, 0.0001, 0.0003, 3)
     assert certain.decided
     assert certain.negligible
     assert size_verdict(1, tiny).startswith("fails: it does not change")

@@ -219,11 +219,11 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
         grows = ""
         if not np.isnan(power["low"]):
             held = [r for r, power_of in RULES.items() if power["low"] <= power_of <= power["high"]]
+            where = ("neither is", f"{''.join(held)} is", "both are")[len(held)]
             grows = (
                 f"the rate of lowest training loss grows as the batch size to the "
                 f"power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
-                f"{power['high']:.2f}; linear is 1, square root 0.5, of which in it: "
-                f"{' and '.join(held) or 'neither'}). "
+                f"{power['high']:.2f}; linear is 1, square root 0.5: {where} in it). "
             )
         lines.append(
             f"- **{optimizer}**: {grows}Within noise of the best validation accuracy at *every* "

@@ -41,7 +41,7 @@ unit: install
 
 notebooks-test: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --dist loadscope --nbval \
-		--nbval-cell-timeout 120 --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
+		--nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
 
 papermill-test: install
 	@mkdir -p build

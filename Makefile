@@ -4,9 +4,12 @@ DATASET ?= mnist-5k
 STUDY ?= batch-size
 
 BIN := .venv/bin
+# Bytecode is made at the first import, of the few modules that are imported; pip would make all.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --editable
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Tests run on every processor, so each of their processes keeps to one thread.
 ONE_THREAD := OMP_NUM_THREADS=1
+EVERY_CORE := -n auto --dist loadscope --no-loadscope-reorder
 
 .PHONY: help install study lab test lint unit notebooks-test papermill-test test-browser test-faults notebooks figures bench clean
 
@@ -20,7 +23,7 @@ install: .venv/installed  ## make .venv and install the project and its tools in
 		|| { echo "Python 3.11 or newer is needed; say which with make PYTHON=..."; exit 1; }
 	@echo "Setting up .venv; torch is large, so this takes a few minutes."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PIP) '.[dev]'
 	@touch $@
 
 study: install  ## run the main study and show where its figure is (DATASET=mnist for all digits)
@@ -37,10 +40,10 @@ lint: install
 	$(BIN)/mypy
 
 unit: install
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --dist loadscope tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -q $(EVERY_CORE) tests
 
 notebooks-test: install
-	$(ONE_THREAD) $(BIN)/python -m pytest -q -n auto --dist loadscope --nbval \
+	$(ONE_THREAD) $(BIN)/python -m pytest -q $(EVERY_CORE) --nbval \
 		--nbval-cell-timeout 300 --nbval-sanitize-with tests/nbval_sanitize.cfg $(NOTEBOOKS)
 
 papermill-test: install
@@ -54,7 +57,7 @@ test-browser: .venv/browser  ## open every notebook in JupyterLab in a headless 
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
 
 .venv/browser: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[browser]'
+	$(PIP) '.[browser]'
 	@touch $@
 
 test-faults: install  ## kill a study at 50 random instants, which takes many minutes (KILLS=50)

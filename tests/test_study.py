@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import part
 
-from nbutils import InputError, RunConfig, load_dataset, load_runs, save_run, study, train
+from nbutils import InputError, RunConfig, data, load_runs, save_run, study, train
 from nbutils.study import load_study, make_run, run_status, run_study
 
 MAIN = yaml.safe_load((study.STUDIES / "batch-size.yaml").read_text())
@@ -122,7 +123,7 @@ class Inline(Executor):
 
 
 def train_without_notebook(run, out):
-    save_run(train(run.config, load_dataset(run.config.dataset), progress=False), out)
+    save_run(train(run.config, data.load_dataset(run.config.dataset), progress=False), out)
 
 
 @pytest.fixture
@@ -130,17 +131,19 @@ def two_runs(tmp_path):
     """Shrunken for speed: two runs of one epoch."""
     content = changed(
         fixed={"dataset": "mnist-5k", "epochs": 1, "device": "cpu"},
-        runs=[BLOCK | {"grid": {"batch_size": [600, 1200]}}],
+        runs=[BLOCK | {"grid": {"batch_size": [150, 300]}}],
     )
     return load_study(write(tmp_path, content))
 
 
 @pytest.fixture
-def no_summary(monkeypatch):
+def small(few_digits, monkeypatch):
+    """Shrunken for speed: few images, and no summary."""
+    monkeypatch.setattr(data, "load_dataset", lambda name: replace(few_digits, name=name))
     monkeypatch.setattr(study, "_sum_up", lambda *_: {})
 
 
-def test_a_study_is_run_once_and_then_only_summed_up(two_runs, tmp_path, no_summary):
+def test_a_study_is_run_once_and_then_only_summed_up(two_runs, tmp_path, small):
     out = tmp_path / "out"
     assert set(run_status_or_empty(out)) == set()
     first = Inline(train_without_notebook)
@@ -160,7 +163,7 @@ def run_status_or_empty(out):
         return {}
 
 
-def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(two_runs, tmp_path, no_summary):
+def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(two_runs, tmp_path, small):
     bad = two_runs.runs[0].config.run_id
 
     def task(run, out):
@@ -178,8 +181,8 @@ def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(two_runs, tmp_p
     assert again.made == [bad]
 
 
-def test_more_seeds_can_be_added_to_a_folder(tmp_path, no_summary):
-    overrides = {"epochs": [1], "batch_size": [1200], "accumulation_steps": [1]}
+def test_more_seeds_can_be_added_to_a_folder(tmp_path, small):
+    overrides = {"epochs": [1], "batch_size": [300], "accumulation_steps": [1]}
     block = BLOCK | {"notebook": "03_train_accumulation"}
     path = write(tmp_path, changed(runs=[block]))
     for seeds in ([0], [0, 1]):
@@ -189,7 +192,7 @@ def test_more_seeds_can_be_added_to_a_folder(tmp_path, no_summary):
     assert len(run_status(tmp_path / "out")) == 2
 
 
-def test_a_folder_that_holds_something_else_is_refused_and_kept(two_runs, tmp_path, no_summary):
+def test_a_folder_that_holds_something_else_is_refused_and_kept(two_runs, tmp_path, small):
     out = tmp_path / "out"
     run_study(two_runs, out, executor=Inline(train_without_notebook))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -211,7 +214,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_kept(two_runs, tmp_pa
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-def test_a_damaged_record_is_not_overwritten(two_runs, tmp_path, no_summary):
+def test_a_damaged_record_is_not_overwritten(two_runs, tmp_path, small):
     out = tmp_path / "out"
     run_study(two_runs, out, executor=Inline(train_without_notebook))
     run_id = two_runs.runs[1].config.run_id
@@ -241,19 +244,20 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path, overrid
     assert not (tmp_path / "out").exists()
 
 
-def test_a_device_that_is_not_here_is_refused_if_the_runs_are_made_here(tmp_path, no_summary):
-    mine = load_study(write(tmp_path, changed()), {"device": ["cuda:77"]})
+def test_a_device_that_is_not_here_is_refused_if_the_runs_are_made_here(tmp_path, small):
+    content = changed(runs=[BLOCK | {"grid": {"batch_size": [150, 300]}}])
+    mine = load_study(write(tmp_path, content), {"device": ["cuda:77"]})
     with pytest.raises(InputError, match="device = 'cuda:77', but this machine has"):
         run_study(mine, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     elsewhere = Inline(lambda *_: None)
     failures = run_study(mine, tmp_path / "out", executor=elsewhere)
-    assert len(elsewhere.made) == 9
+    assert len(elsewhere.made) == 2
     assert all("run.json is missing" in cause for cause in failures.values())  # it made nothing
 
 
 def test_a_record_of_another_study_or_other_images_is_refused(
-    two_runs, tmp_path, no_summary, monkeypatch
+    two_runs, tmp_path, small, monkeypatch
 ):
     out, nothing = tmp_path / "out", Inline()
     run_study(two_runs, out, executor=Inline(train_without_notebook))
@@ -263,14 +267,14 @@ def test_a_record_of_another_study_or_other_images_is_refused(
         with pytest.raises(InputError) as error:
             run_study(two_runs, out, executor=nothing)
     assert f"{run_id} was made on other images than 'mnist-5k' has now" in str(error.value)
-    stranger = RunConfig(seed=5, device="cpu", epochs=1, batch_size=1200)
+    stranger = RunConfig(seed=5, device="cpu", epochs=1, batch_size=300)
     train_without_notebook(study.PlannedRun("02", stranger), out)
     with pytest.raises(InputError, match=f"{stranger.run_id} is not a run of this study; move it"):
         run_study(two_runs, out, executor=nothing)
     assert nothing.made == []
 
 
-def test_a_record_that_is_damaged_before_it_is_moved_is_a_failure(two_runs, tmp_path, no_summary):
+def test_a_record_that_is_damaged_before_it_is_moved_is_a_failure(two_runs, tmp_path, small):
     def damaging(run, out):
         train_without_notebook(run, out)
         (Path(out) / run.config.run_id / "history.csv").write_text("epoch\n")
@@ -285,11 +289,11 @@ def test_a_record_that_is_damaged_before_it_is_moved_is_a_failure(two_runs, tmp_
 
 
 def test_a_record_that_a_worker_made_on_other_images_is_a_failure(
-    two_runs, few_digits, tmp_path, no_summary
+    two_runs, few_digits, tmp_path, small
 ):
     def elsewhere(run, out):
         config = replace(run.config, batch_size=100)
-        other = replace(few_digits, name="mnist-5k")
+        other = replace(few_digits, name="mnist-5k", train=part(few_digits.train, 200))
         result = replace(train(config, other, progress=False), config=run.config)
         save_run(result, out)
 
@@ -300,8 +304,8 @@ def test_a_record_that_a_worker_made_on_other_images_is_a_failure(
     assert run_study(two_runs, out, executor=Inline(train_without_notebook)) == {}
 
 
-def test_a_smaller_command_leaves_the_others_runs_where_they_are(tmp_path, no_summary):
-    overrides = {"epochs": [1], "batch_size": [1200], "accumulation_steps": [1], "device": ["cpu"]}
+def test_a_smaller_command_leaves_the_others_runs_where_they_are(tmp_path, small):
+    overrides = {"epochs": [1], "batch_size": [300], "accumulation_steps": [1], "device": ["cpu"]}
     path = write(tmp_path, changed(runs=[BLOCK | {"notebook": "03_train_accumulation"}]))
     both, one = (load_study(path, overrides | {"seed": seeds}) for seeds in ([0, 1], [0]))
 
@@ -365,7 +369,7 @@ def test_unknown_parameters_are_refused_before_papermill_starts(tmp_path):
     assert not (tmp_path / "o.ipynb").exists()
 
 
-def test_run_ids_in_study_json_are_those_of_the_configs(two_runs, tmp_path, no_summary):
+def test_run_ids_in_study_json_are_those_of_the_configs(two_runs, tmp_path, small):
     out = tmp_path / "out"
     run_study(two_runs, out, executor=Inline(train_without_notebook))
     content = json.loads((out / "study.json").read_text())

@@ -81,3 +81,25 @@ def score_vote(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> VoteSco
     alone = [float((each == labels).mean()) for each in predictions]
     together = float((majority_vote(predictions) == labels).mean())
     return VoteScore(alone, together, len(labels))
+
+
+def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
+    """Accuracy to expect of the majority of `size` networks, from those of more.
+
+    The mean over as many votes as there are networks: each with the `size - 1` that follow it,
+    the first after the last, so that all count alike.
+
+    Args:
+        size: Networks that vote, from 1 to the number of `predictions`.
+        labels: Of the images, uint8, shape (n,).
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Raises:
+        InputError: `size` is out of range.
+    """
+    if not 1 <= size <= len(predictions):
+        raise InputError(f"size must be in 1 to {len(predictions)}, got {size}")
+    around = [*predictions, *predictions]
+    starts = range(len(predictions))
+    scores = [score_vote(labels, around[start : start + size]).together for start in starts]
+    return float(np.mean(scores))

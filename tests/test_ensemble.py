@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nbutils import InputError, RunConfig, train
-from nbutils.ensemble import majority_vote, mean_probabilities, score_vote
+from nbutils.ensemble import majority_vote, mean_probabilities, score_vote, votes_of
 
 
 class Fixed(nn.Module):
@@ -71,3 +71,15 @@ def test_a_vote_is_scored_beside_the_networks_that_cast_it():
 def test_no_votes_are_refused():
     with pytest.raises(InputError, match="at least one network"):
         score_vote(np.zeros(3, np.uint8), [])
+
+
+def test_the_vote_of_fewer_networks_counts_each_alike():
+    labels = np.zeros(10, np.uint8)
+    predictions = [np.where(np.arange(10) < wrong, 1, 0).astype(np.uint8) for wrong in (0, 2, 4)]
+    # Of two networks that disagree the smaller class wins, here the right one.
+    assert votes_of(1, labels, predictions) == pytest.approx((1.0 + 0.8 + 0.6) / 3)
+    assert votes_of(2, labels, predictions) == pytest.approx((1.0 + 0.8 + 1.0) / 3)
+    assert votes_of(3, labels, predictions) == pytest.approx(0.8)
+    for size in (0, 4):
+        with pytest.raises(InputError, match=f"size must be in 1 to 3, got {size}"):
+            votes_of(size, labels, predictions)

@@ -103,3 +103,17 @@ def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -
     starts = range(len(predictions))
     scores = [score_vote(labels, around[start : start + size]).together for start in starts]
     return float(np.mean(scores))
+
+
+def networks_wrong(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of the networks are wrong on each image that their majority gets wrong.
+
+    Args:
+        labels: Of the images, uint8, shape (n,).
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Returns:
+        int64, a number for each of these images, in their order.
+    """
+    wrong = np.sum([each != labels for each in predictions], axis=0)
+    return wrong[majority_vote(predictions) != labels]

@@ -231,7 +231,7 @@ def _alone_and_together(score: VoteScore) -> str:
     )
 
 
-def _aim(reached: float, aim: float) -> str:
+def _aim(reached: float | np.floating, aim: float) -> str:
     missing = aim - reached
     return "reached" if missing <= 0 else f"missed by {100 * missing:.2f} points"
 

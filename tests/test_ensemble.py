@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from nbutils import InputError, RunConfig, train
-from nbutils.ensemble import majority_vote, mean_probabilities, score_vote, votes_of
+from nbutils.ensemble import (
+    majority_vote,
+    mean_probabilities,
+    networks_wrong,
+    score_vote,
+    votes_of,
+)
 
 
 class Fixed(nn.Module):
@@ -83,3 +89,11 @@ def test_the_vote_of_fewer_networks_counts_each_alike():
     for size in (0, 4):
         with pytest.raises(InputError, match=f"size must be in 1 to 3, got {size}"):
             votes_of(size, labels, predictions)
+
+
+def test_it_is_told_how_many_networks_miss_what_the_vote_misses():
+    labels = np.array([5, 5, 5, 5], np.uint8)
+    predictions = [np.array(p, np.uint8) for p in ([5, 5, 4, 7], [5, 3, 4, 8], [5, 5, 5, 5])]
+    # The last image gets a vote for each of 5, 7 and 8, of which the smallest is right.
+    assert networks_wrong(labels, predictions).tolist() == [2]
+    assert networks_wrong(np.array([0, 5, 4, 7], np.uint8), predictions).tolist() == [3, 2]

@@ -100,9 +100,8 @@ def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -
     if not 1 <= size <= len(predictions):
         raise InputError(f"size must be in 1 to {len(predictions)}, got {size}")
     around = [*predictions, *predictions]
-    starts = range(len(predictions))
-    scores = [score_vote(labels, around[start : start + size]).together for start in starts]
-    return float(np.mean(scores))
+    votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]
+    return float(np.mean([vote == labels for vote in votes]))
 
 
 def networks_wrong(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> np.ndarray:

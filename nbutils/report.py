@@ -26,7 +26,6 @@ from nbutils.summary import (
     summary_table,
 )
 from nbutils.verdicts import (
-    POSTED_RATE,
     Answers,
     KaggleRuns,
     by_size,
@@ -195,8 +194,7 @@ def _agreement(answers: Answers) -> str:
 
 def _vote(kaggle: KaggleRuns) -> str:
     """What several networks of batch 128 reach together, beside what accumulation changes."""
-    final = last_epochs(kaggle.runs)
-    plain = final[(final["accumulation_steps"] == 1) & (final["learning_rate"] == POSTED_RATE)]
+    plain = last_epochs(kaggle.plain)
     score = _scored(kaggle, plain)
     trained = load_answers(REFERENCE_FOLDER / ENSEMBLE)
     ends = last_epochs(trained.runs)
@@ -210,8 +208,7 @@ def _vote(kaggle: KaggleRuns) -> str:
         f"{_alone_and_together(better)}. The aims were {AIM_ALONE:.2%} alone "
         f"({_aim(np.mean(better.alone), AIM_ALONE)}) and {AIM_TOGETHER:.2%} together "
         f"({_aim(better.together, AIM_TOGETHER)}). `python -m nbutils run {ENSEMBLE} --jobs 2` "
-        f"makes these; their training took {ends['seconds'].sum() / 3600:.1f} hours, summed over "
-        f"the runs."
+        f"makes these; {_training_took(trained.runs)}"
     )
 
 
@@ -239,11 +236,15 @@ def _aim(reached: float | np.floating, aim: float) -> str:
 def _made_by(runs: pd.DataFrame) -> str:
     """The command that makes these runs, and how long they trained."""
     seeds = ",".join(map(str, sorted(runs["seed"].unique())))
-    hours = last_epochs(runs)["seconds"].sum() / 3600
     return (
         f"`python -m nbutils run batch-size --dataset {runs['dataset'].iloc[0]} --set seed={seeds} "
-        f"--jobs 2` makes them; their training took {hours:.1f} hours, summed over the runs."
+        f"--jobs 2` makes them; {_training_took(runs)}"
     )
+
+
+def _training_took(runs: pd.DataFrame) -> str:
+    hours = last_epochs(runs)["seconds"].sum() / 3600
+    return f"their training took {hours:.1f} hours, summed over the runs."
 
 
 def _advice(study: Pick) -> str:

@@ -148,6 +148,12 @@ class KaggleRuns(Answers):
 
     tuning: pd.DataFrame | None
 
+    @property
+    def plain(self) -> pd.DataFrame:
+        """Its runs of batch size 128 without accumulation at the post's learning rate."""
+        steps, rate = self.runs["accumulation_steps"], self.runs["learning_rate"]
+        return self.runs[(steps == 1) & (rate == POSTED_RATE)]
+
 
 def load_kaggle_runs(folder: Path = REFERENCE_FOLDER) -> KaggleRuns:
     """Those of the reference."""
@@ -417,12 +423,10 @@ def _gain(kaggle: KaggleRuns, rates: Mapping[int, float]) -> Effect:
 def seed_chance(kaggle: KaggleRuns, part: int, lead: int) -> float:
     """Chance that a run leads another of its own setting by `lead` of `part` random test images.
 
-    The setting is batch size 128 without accumulation at the post's learning rate; the mean over
-    all ordered pairs of its seeds; NaN where there is but one.
+    The setting is that of `KaggleRuns.plain`; the mean over all ordered pairs of its seeds; NaN
+    where there is but one.
     """
-    runs = kaggle.runs
-    chosen = runs[(runs["accumulation_steps"] == 1) & (runs["learning_rate"] == POSTED_RATE)]
-    right = [kaggle.right(run_id) for run_id in chosen["run_id"].unique()]
+    right = [kaggle.right(run_id) for run_id in kaggle.plain["run_id"].unique()]
     chances = [
         chance_of_lead(int((a & ~b).sum()), int((b & ~a).sum()), len(kaggle.labels), part, lead)
         for a, b in permutations(right, 2)

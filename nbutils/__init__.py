@@ -8,40 +8,39 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nbutils.check import check_accumulation
-    from nbutils.config import InputError, RunConfig
-    from nbutils.data import Dataset, load_dataset
-    from nbutils.model import DigitCNN
-    from nbutils.records import load_runs, save_run
-    from nbutils.training import RunResult, train, train_many
-
-__all__ = [
-    "Dataset",
-    "DigitCNN",
-    "InputError",
-    "RunConfig",
-    "RunResult",
-    "check_accumulation",
-    "load_dataset",
-    "load_runs",
-    "save_run",
-    "train",
-    "train_many",
-]
+    from nbutils.accumulation.check import check_accumulation
+    from nbutils.accumulation.window import accumulate_gradient, windows, windows_of_batches
+    from nbutils.advise.advice import advise
+    from nbutils.data.dataset import Dataset, load_dataset
+    from nbutils.errors import InputError
+    from nbutils.measure.cost import largest_batch_size
+    from nbutils.measure.noise_scale import noise_scale
+    from nbutils.studies.record import load_runs, save_run
+    from nbutils.training.config import RunConfig
+    from nbutils.training.model import DigitCNN
+    from nbutils.training.train import RunResult, train, train_many
 
 _HOME = {
-    "Dataset": "data",
-    "DigitCNN": "model",
-    "InputError": "config",
-    "RunConfig": "config",
-    "RunResult": "training",
-    "check_accumulation": "check",
-    "load_dataset": "data",
-    "load_runs": "records",
-    "save_run": "records",
-    "train": "training",
-    "train_many": "training",
+    "Dataset": "data.dataset",
+    "DigitCNN": "training.model",
+    "InputError": "errors",
+    "RunConfig": "training.config",
+    "RunResult": "training.train",
+    "accumulate_gradient": "accumulation.window",
+    "advise": "advise.advice",
+    "check_accumulation": "accumulation.check",
+    "largest_batch_size": "measure.cost",
+    "load_dataset": "data.dataset",
+    "load_runs": "studies.record",
+    "noise_scale": "measure.noise_scale",
+    "save_run": "studies.record",
+    "train": "training.train",
+    "train_many": "training.train",
+    "windows": "accumulation.window",
+    "windows_of_batches": "accumulation.window",
 }
+
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

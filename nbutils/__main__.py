@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from nbutils.config import InputError
+from nbutils.errors import InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nbutils.study import load_study, run_study
+    from nbutils.studies.study import load_study, run_study
 
     overrides = dict(_override(text) for text in options.set)
     if options.dataset is not None:
@@ -147,14 +147,14 @@ def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
     """What makes the runs: a Dask cluster, or None for processes on this machine."""
     if scheduler is None:
         return nullcontext()
-    from nbutils.cluster import ClusterExecutor
+    from nbutils.studies.cluster import ClusterExecutor
 
     return ClusterExecutor(scheduler)
 
 
 def _print_table(out: Path) -> None:
-    from nbutils.records import load_runs
-    from nbutils.summary import format_table, pick, summary_table
+    from nbutils.analysis.summary import format_table, pick, summary_table
+    from nbutils.studies.record import load_runs
 
     runs = load_runs(out)
     print(f"\n{format_table(summary_table(runs)).to_string()}\n\n{pick(runs)}\n")
@@ -187,7 +187,7 @@ def _value(text: str) -> Any:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from nbutils.study import run_status
+    from nbutils.studies.study import run_status
 
     statuses = run_status(options.folder)
     width = max(map(len, statuses), default=0)
@@ -197,7 +197,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from nbutils.records import export_runs, export_tables, holds_tables
+    from nbutils.studies.record import export_runs, export_tables, holds_tables
 
     export = export_tables if holds_tables(options.runs) else export_runs
     export(options.runs, options.reference)
@@ -206,7 +206,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _advise(options: argparse.Namespace) -> int:
-    from nbutils.advice import advise, write_report
+    from nbutils.advise.advice import advise, write_report
 
     advice = advise(
         options.model,
@@ -225,7 +225,7 @@ def _advise(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    from nbutils.report import make_figures
+    from nbutils.report.readme import make_figures
 
     for path in make_figures():
         print(path)
@@ -233,8 +233,8 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from nbutils.bench import run_bench, save, table
-    from nbutils.data import load_dataset
+    from nbutils.data.dataset import load_dataset
+    from nbutils.report.bench import run_bench, save, table
 
     if options.out and options.out.suffix != ".json":
         raise InputError(f"--out {options.out}: it must end in .json")
@@ -248,7 +248,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _peers(_: argparse.Namespace) -> int:
-    from nbutils.peers import observe_all
+    from nbutils.report.libraries import observe_all
 
     try:
         path = observe_all()

@@ -6,8 +6,9 @@ import os
 import platform
 import resource
 import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -48,3 +49,22 @@ def peak_resident_memory() -> int:
     """Bytes: the most that this process has had resident so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
+"""Packages whose versions a record keeps."""
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions and hardware, for a record; `device` names what did the computing."""
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor_name(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }

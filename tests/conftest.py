@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nbutils.data import Dataset, Split, data_folder, load_dataset
+from nbutils.data.dataset import Dataset, Split, load_dataset
+from nbutils.paths import data_folder
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)

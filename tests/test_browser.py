@@ -14,8 +14,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from nbutils.report import ROOT
-from nbutils.study import NOTEBOOKS
+from nbutils.paths import NOTEBOOKS
+from nbutils.report.readme import ROOT
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -9,8 +9,8 @@ import papermill
 import pytest
 
 from nbutils import RunConfig
-from nbutils.report import README, ROOT, renew_blocks
-from nbutils.study import NOTEBOOKS
+from nbutils.paths import NOTEBOOKS
+from nbutils.report.readme import README, ROOT, renew_blocks
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

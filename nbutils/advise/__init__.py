@@ -1,0 +1,1 @@
+"""Advice on batch size for a reader's own classifier."""

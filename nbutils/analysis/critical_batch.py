@@ -1,0 +1,267 @@
+"""Updates and images to reach a target at each batch size, and the critical batch size.
+
+With S updates and E = S B images to reach a target at B images per update, McCandlish et al.
+(2018), "An Empirical Model of Large-Batch Training", section 2.3, expect
+
+    (S / S_min - 1) (E / E_min - 1) = 1,  that is  E = E_min (1 + B / B_crit)
+
+with B_crit = E_min / S_min, the critical batch size: it takes twice the fewest images and twice
+the fewest updates. Their theory expects it to be near the noise scale.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from nbutils.errors import InputError
+
+REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
+"""From small batches to large ones; see `regime`."""
+
+SAVED = (0.8, 0.2)
+"""Shares of the ideal saving that separate the regimes; see `regime`."""
+
+
+def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
+    """When each run first reached a validation accuracy.
+
+    It is known after whole epochs only, of which a small batch needs few. In between, the
+    logarithm of the error is taken to fall evenly. What is reached in the first epoch counts as
+    reached at its end: an upper bound.
+
+    Args:
+        runs: From `load_runs`.
+        target: Validation accuracy, in (0, 1).
+
+    Returns:
+        A row a run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and `epochs`,
+        `updates` and `images` until the target, missing where it was never reached.
+
+    Raises:
+        InputError: The target is not in (0, 1).
+    """
+    if not 0 < target < 1:
+        raise InputError(f"target = {target}, but it must be in (0, 1)")
+    keys = ["optimizer", "effective_batch_size", "learning_rate", "seed"]
+    rows = []
+    for _, run in runs.sort_values("epoch").groupby("run_id"):
+        first = run.iloc[0]
+        epochs = _first_crossing(1 - run["validation_accuracy"].to_numpy(), 1 - target)
+        rows.append(
+            {name: first[name] for name in keys}
+            | {
+                "epochs": epochs,
+                "updates": epochs * first["updates"],
+                "images": epochs * first["images_per_epoch"],
+            }
+        )
+    return pd.DataFrame(rows).sort_values(keys, ignore_index=True)
+
+
+def _first_crossing(errors: np.ndarray, target: float) -> float:
+    """Epochs until an error no larger than `target`; NaN if there is none."""
+    reached = np.flatnonzero(errors <= target)
+    if len(reached) == 0:
+        return math.nan
+    last = reached[0]
+    if last == 0:
+        return 1.0
+    above = math.log(errors[last - 1] / target)
+    below = math.log(target / max(errors[last], target / 100))  # an error of 0 has no logarithm
+    return float(last + above / (above + below))
+
+
+def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """For each size the rate that reached the target in the fewest updates.
+
+    Args:
+        table: From `updates_to_target`.
+
+    Returns:
+        The rows of `table` of one rate for each `optimizer` and `effective_batch_size`: that of
+        the smallest mean of `updates` over seeds, of the rates at which all seeds reached the
+        target. A size without such a rate has no rows.
+    """
+    size = ["optimizer", "effective_batch_size"]
+    means = table.groupby([*size, "learning_rate"])["updates"].agg(
+        lambda updates: updates.mean(skipna=False)
+    )
+    best = means.dropna().reset_index().sort_values("updates").drop_duplicates(size)
+    return table.merge(best[[*size, "learning_rate"]], on=[*size, "learning_rate"])
+
+
+@dataclass(frozen=True)
+class CriticalBatch:
+    """The fitted trade of updates against images.
+
+    Attributes:
+        value: The critical batch size, images per update.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        fewest_images: `E_min`, what a very small batch would need.
+        fewest_updates: `S_min`, what a very large batch would need.
+    """
+
+    value: float
+    low: float
+    high: float
+    fewest_images: float
+    fewest_updates: float
+
+
+def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
+    """Fit `E = E_min (1 + B / B_crit)` to the runs of one optimizer.
+
+    Runs that reached the target in their first epoch are left out, since how soon is not known.
+    Least squares on log E, as runs differ by factors. The interval is Student's on log B_crit,
+    from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It knows
+    nothing of the choice of the rates, nor of errors that all sizes share.
+
+    Args:
+        fastest: From `fastest_rates`, the rows of one optimizer.
+
+    Raises:
+        InputError: There are fewer than three sizes, which a curve of two parameters needs.
+    """
+    from scipy import optimize, stats
+
+    known = fastest[fastest["epochs"] > 1]
+    sizes = known["effective_batch_size"].to_numpy(float)
+    if len(np.unique(sizes)) < 3:
+        raise InputError(
+            f"the target was reached after the first epoch at {len(np.unique(sizes))} batch sizes, "
+            f"but the fit needs 3; choose another target"
+        )
+
+    def log_images(batch_size: np.ndarray, log_fewest: float, log_critical: float) -> np.ndarray:
+        return log_fewest + np.log1p(batch_size / np.exp(log_critical))
+
+    images = known["images"].to_numpy(float)
+    start = math.log(images.min()), float(np.log(sizes).mean())
+    # Outside these bounds the curve is a straight line, whatever the critical size.
+    bounds = [-np.inf, math.log(sizes.min() / 100)], [np.inf, math.log(sizes.max() * 100)]
+    (log_fewest, log_critical), covariance = optimize.curve_fit(
+        log_images, sizes, np.log(images), start, bounds=bounds
+    )
+    half = stats.t.ppf(0.975, len(sizes) - 2) * math.sqrt(covariance[1, 1])
+    return CriticalBatch(
+        value=math.exp(log_critical),
+        low=math.exp(log_critical - half),
+        high=math.exp(min(log_critical + half, 700.0)),  # the largest power that a float holds
+        fewest_images=math.exp(log_fewest),
+        fewest_updates=math.exp(log_fewest - log_critical),
+    )
+
+
+def regime(batch_size: float, critical: float) -> str:
+    """Which of the three regimes of Shallue et al. a batch size is in.
+
+    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`: the share of the
+    ideal, in which twice the batch size halves the updates. More than `SAVED[0]` of it count as
+    perfect scaling, less than `SAVED[1]` as maximal data parallelism; the borders are ours.
+
+    Source: Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network
+    Training", section 4.1.
+    """
+    return REGIMES[sum(batch_size > border for border in regime_borders(critical))]
+
+
+def regime_borders(critical: float) -> tuple[float, float]:
+    """Batch sizes at which one regime gives way to the next."""
+    return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
+
+
+def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
+    """The noise scale on the way to the target, beside the fitted critical batch size.
+
+    Args:
+        noise: From `nbutils.measure.noise_scale.noise_along_training`.
+        target: Validation accuracy of the fits. A measurement is on the way up to and with the
+            first that shows it.
+        fits: By optimizer.
+
+    Returns:
+        A row an `optimizer` of both: `measurements`; `lowest`, `median` and `highest` noise scale
+        among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
+        `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+    """
+    rows = []
+    for optimizer, fit in fits.items():
+        runs = noise[noise["optimizer"] == optimizer].sort_values("update")
+        reached = runs["validation_accuracy"] >= target
+        reached_before = reached.groupby(runs["seed"]).cumsum() > reached
+        values = runs.loc[~reached_before, "value"]
+        if values.empty:
+            continue
+        rows.append(
+            {
+                "optimizer": optimizer,
+                "measurements": len(values),
+                "lowest": values.min(),
+                "median": values.median(),
+                "highest": values.max(),
+                "fitted": fit.value,
+                "low": fit.low,
+                "high": fit.high,
+                "ratio": values.median() / fit.value,
+                "agree": values.min() <= fit.high and fit.low <= values.max(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def describe_agreement(table: pd.DataFrame) -> str:
+    """One Markdown line an optimizer.
+
+    Args:
+        table: From `agreement`.
+    """
+    lines = []
+    for _, row in table.iterrows():
+        ratio = row["ratio"] if row["ratio"] >= 1 else 1 / row["ratio"]
+        lines.append(
+            f"- **{row['optimizer']}**: {row['measurements']} measurements of the noise scale, "
+            f"median {row['median']:.0f} images ({row['lowest']:.0f} to {row['highest']:.0f}); "
+            f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to "
+            f"{row['high']:.0f}). They {'are compatible' if row['agree'] else 'do not agree'}: "
+            f"range and interval {'overlap' if row['agree'] else 'do not overlap'}; the median is "
+            f"{ratio:.1f} times {'as large' if row['ratio'] >= 1 else 'smaller'}."
+        )
+    return "\n".join(lines)
+
+
+def target_table(
+    fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
+) -> pd.DataFrame:
+    """What each size took to reach the target, as people read it.
+
+    Args:
+        fastest: From `fastest_rates`, the rows of each optimizer.
+        fits: From `fit_critical_batch`, by optimizer.
+        sizes: All sizes that were tried.
+
+    Returns:
+        A row an `optimizer` and size: the chosen rate, means over seeds of updates and images
+        ("at most" where a run arrived in its first epoch), those of the fit, and the regime.
+    """
+    rows = []
+    for optimizer, fit in fits.items():
+        by_size = dict(iter(fastest[optimizer].groupby("effective_batch_size")))
+        for size in sizes:
+            fitted = fit.fewest_images * (1 + size / fit.value)
+            row = {"optimizer": optimizer, "images per update": size, "learning rate": "none"}
+            row |= {"updates": "not reached", "images": "not reached"}
+            if size in by_size:
+                runs = by_size[size]
+                bound = "at most " if (runs["epochs"] <= 1).any() else ""
+                row["learning rate"] = f"{runs['learning_rate'].iloc[0]:g}"
+                row["updates"] = f"{bound}{runs['updates'].mean():,.0f}"
+                row["images"] = f"{bound}{runs['images'].mean():,.0f}"
+            row |= {"updates, fit": f"{fitted / size:,.0f}", "images, fit": f"{fitted:,.0f}"}
+            rows.append(row | {"regime": regime(size, fit.value)})
+    return pd.DataFrame(rows).set_index(["optimizer", "images per update"])

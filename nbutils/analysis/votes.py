@@ -1,0 +1,118 @@
+"""Several networks asked together: the mean of their probabilities, or their majority."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nbutils.errors import InputError
+from nbutils.training.train import EVALUATION_BATCH
+
+
+def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
+    """What several networks together hold of each image: the mean of their probabilities.
+
+    Args:
+        models: Trained networks, in evaluation mode, on the device of `images`.
+        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
+
+    Returns:
+        float64, shape (n, classes), on the CPU. Each row sums to 1.
+
+    Raises:
+        InputError: There is no network, or one is in training mode, where dropout makes noise.
+    """
+    if not models or any(model.training for model in models):
+        raise InputError("models must be at least one network, each in evaluation mode")
+    with torch.inference_mode():
+        return torch.cat(
+            [
+                torch.stack([model(batch).cpu().double().softmax(1) for model in models]).mean(0)
+                for batch in images.split(EVALUATION_BATCH)
+            ]
+        )
+
+
+def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """The class that most networks give each image; of equally many, the smallest.
+
+    Args:
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Returns:
+        uint8, shape (n,).
+    """
+    from scipy import stats
+
+    return stats.mode(np.stack(predictions)).mode
+
+
+@dataclass(frozen=True)
+class VoteScore:
+    """Accuracies of several networks on the same images.
+
+    Attributes:
+        alone: Of each network.
+        together: Of their majority vote.
+        images: How many there are.
+    """
+
+    alone: list[float]
+    together: float
+    images: int
+
+
+def score_vote(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> VoteScore:
+    """How much better the majority is than each network alone.
+
+    Args:
+        labels: Of the images, uint8, shape (n,).
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Raises:
+        InputError: There is no network.
+    """
+    if not predictions:
+        raise InputError("predictions must be of at least one network")
+    alone = [float((each == labels).mean()) for each in predictions]
+    together = float((majority_vote(predictions) == labels).mean())
+    return VoteScore(alone, together, len(labels))
+
+
+def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
+    """Accuracy to expect of the majority of `size` networks, from those of more.
+
+    The mean over as many votes as there are networks: each with the `size - 1` that follow it,
+    the first after the last, so that all count alike.
+
+    Args:
+        size: Networks that vote, from 1 to the number of `predictions`.
+        labels: Of the images, uint8, shape (n,).
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Raises:
+        InputError: `size` is out of range.
+    """
+    if not 1 <= size <= len(predictions):
+        raise InputError(f"size must be in 1 to {len(predictions)}, got {size}")
+    around = [*predictions, *predictions]
+    votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]
+    return float(np.mean([vote == labels for vote in votes]))
+
+
+def networks_wrong(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> np.ndarray:
+    """How many of the networks are wrong on each image that their majority gets wrong.
+
+    Args:
+        labels: Of the images, uint8, shape (n,).
+        predictions: Classes by each network, uint8, shape (n,) each.
+
+    Returns:
+        int64, a number for each of these images, in their order.
+    """
+    wrong = np.sum([each != labels for each in predictions], axis=0)
+    return wrong[majority_vote(predictions) != labels]

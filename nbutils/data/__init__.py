@@ -1,0 +1,1 @@
+"""Images as tensors: datasets, Kaggle's files, augmentation."""

@@ -1,0 +1,1 @@
+"""What an update costs and what it is worth, for any model."""

@@ -1,0 +1,60 @@
+"""What BatchNorm's running averages are worth after micro-batches of a given size."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from nbutils.data.dataset import Dataset
+from nbutils.training.model import DigitCNN
+
+SETTLE, MEASURE = 30, 20
+"""Micro-batches before and while the averages are looked at; 0.9**30 is 4 %."""
+
+
+def running_statistics_error(
+    data: Dataset, batch_sizes: list[int], seed: int = 0
+) -> dict[int, float]:
+    """Error of the running variances of `DigitCNN(norm="batch")` at fixed, initial weights.
+
+    The averages start at the statistics of all training images, and then see micro-batches.
+
+    Args:
+        data: Its training images are drawn at random for the micro-batches.
+        batch_sizes: Images in a micro-batch.
+        seed: Of the weights and of the draws.
+
+    Returns:
+        For each batch size the mean relative difference, over all channels and `MEASURE`
+        micro-batches, between the running variance and the variance over all training images.
+    """
+    images = data.normalised(data.train.images, torch.device("cpu"), torch.float32)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        settled = DigitCNN("batch").train()
+        _set_momentum(settled, 1.0)
+        settled.features(images)
+        truth = _running_variances(settled)
+        errors = {}
+        for size in batch_sizes:
+            model = copy.deepcopy(settled)
+            _set_momentum(model, 0.1)  # what BatchNorm has by default
+            seen = []
+            for _ in range(SETTLE + MEASURE):
+                model.features(images[torch.randperm(len(images))[:size]])
+                seen.append(((_running_variances(model) - truth) / truth).abs().mean())
+            errors[size] = torch.stack(seen[SETTLE:]).mean().item()
+    return errors
+
+
+def _set_momentum(model: nn.Module, momentum: float) -> None:
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = momentum
+
+
+def _running_variances(model: nn.Module) -> Tensor:
+    named = model.named_buffers()
+    return torch.cat([value.clone() for name, value in named if name.endswith("running_var")])

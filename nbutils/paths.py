@@ -1,0 +1,37 @@
+"""Where the project keeps its files, and how a file is written so that it is always whole."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The repository: notebooks are read from it, so nbutils is installed in place (`pip install -e`)."""
+
+NOTEBOOKS = ROOT / "notebooks"
+STUDIES = NOTEBOOKS / "studies"
+REFERENCE = NOTEBOOKS / "reference"
+FIGURES = ROOT / "figures"
+
+
+def data_folder() -> Path:
+    """Folder of the downloaded datasets: `$NBUTILS_DATA`, else `data/` in the repository."""
+    return Path(os.environ.get("NBUTILS_DATA") or ROOT / "data").expanduser().absolute()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write aside, wait for the disk, rename: at every instant `path` is the old file or the new.
+
+    A process that is killed meanwhile leaves a hidden file beside it, `.NAME.*`.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,3 @@
+"""Figures from tidy tables."""
+
+from nbutils.plots.plots import *  # noqa: F403

@@ -1,0 +1,1 @@
+"""What this repository says of itself: README, speed, other libraries."""

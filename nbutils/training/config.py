@@ -1,0 +1,155 @@
+"""The settings of one run: `RunConfig`, a frozen dataclass that checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal, get_args, get_type_hints
+
+from nbutils.errors import InputError, suggest
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings of one training run.
+
+    Attributes:
+        dataset: A name that `load_dataset` knows.
+        batch_size: Images in one forward/backward pass, >= 1. When gradients are accumulated
+            this is the micro-batch.
+        accumulation_steps: Forward/backward passes per update, >= 1.
+        epochs: Passes over the training images, >= 1.
+        optimizer: "adam" or "sgd".
+        learning_rate: Step size, > 0; the peak of it with the "one-cycle" schedule.
+        momentum: Momentum of "sgd", in [0, 1); must be 0 with "adam", whose betas are fixed.
+        weight_decay: L2 penalty that the optimizer adds to the gradient once an update, >= 0.
+        schedule: "constant", or "one-cycle": up for 30 % of the updates, then down to zero.
+        norm: What normalises the channels: "batch", "ghost" (batch norm over at most
+            `nbutils.training.model.GHOST_SIZE` images), "group", or "none".
+        dropout: Chance that an input of the classifier is dropped in training, in [0, 1).
+        augment: Whether each training image is rotated, shifted and zoomed at random.
+        last_window: What the short last window of an epoch does: "step" makes an update of the
+            images it has, weighted by their true count; "drop" leaves them out.
+        seed: Decides initial weights, order of the images, dropout and augmentation;
+            in [0, 2**63).
+        device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps".
+        precision: "float32", "float64", or "bfloat16" (autocast; the weights stay float32).
+
+    Raises:
+        InputError: A field has the wrong type or a value that is not allowed.
+    """
+
+    dataset: str = "mnist-5k"
+    batch_size: int = 128
+    accumulation_steps: int = 1
+    epochs: int = 20
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 1e-3
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "one-cycle"] = "constant"
+    norm: Literal["batch", "ghost", "group", "none"] = "group"
+    dropout: float = 0.4
+    augment: bool = False
+    last_window: Literal["step", "drop"] = "step"
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(RunConfig).items():
+            value = _as_kind(name, getattr(self, name), kind)
+            object.__setattr__(self, name, value)
+        for name in ("batch_size", "accumulation_steps", "epochs"):
+            self._check(name, getattr(self, name) >= 1, "a whole number >= 1")
+        self._check("learning_rate", self.learning_rate > 0, "a number > 0")
+        self._check("weight_decay", self.weight_decay >= 0, "a number >= 0")
+        self._check("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
+        self._check("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        self._check("seed", 0 <= self.seed < 2**63, "a whole number in [0, 2**63)")
+        self._check(
+            "momentum",
+            self.optimizer == "sgd" or self.momentum == 0,
+            'a setting of "sgd"; leave it 0 with "adam"',
+        )
+        self._check(
+            "device",
+            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
+            '"auto", "cpu", "cuda", "cuda:N" or "mps"',
+        )
+        self._check("dataset", self.dataset.strip() != "", "the name of a dataset")
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise InputError(f"{name} = {getattr(self, name)!r}, but it must be {allowed}")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
+        """A config from field names and values; fields left out take their defaults.
+
+        Raises:
+            InputError: A name is no field, or a value is not allowed.
+        """
+        for name in settings:
+            if name not in cls.field_names():
+                raise InputError(f"no setting {name!r}; {suggest(name, cls.field_names())}")
+        return cls(**settings)
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names of all settings, in their order."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Field names and plain Python values, in order."""
+        return dataclasses.asdict(self)
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Images per update: `batch_size * accumulation_steps`."""
+        return self.batch_size * self.accumulation_steps
+
+    @property
+    def run_id(self) -> str:
+        """A folder name: readable, and unique to the settings.
+
+        The hash covers the settings that differ from their defaults, so that ids stay the same
+        when a later version adds a setting.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
+        dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")[-40:]
+        sizes = f"{self.batch_size}x{self.accumulation_steps}"
+        return f"{dataset}_{sizes}_{self.norm}_seed{self.seed}_{digest}"
+
+
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
+    """`value`, checked to be of the annotated `kind`; converted where nothing is lost."""
+    choices = get_args(kind)
+    if choices:
+        if isinstance(value, str) and value in choices:
+            return value
+        raise InputError(f"{name} = {value!r}, but it must be one of: {', '.join(choices)}")
+    number = not isinstance(value, bool)
+    if kind is int and number and isinstance(value, Integral):
+        value = int(value)
+    if kind is float and number and isinstance(value, Real):
+        value = float(value)
+    if type(value) is not kind:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+        hint = ""
+        if isinstance(value, str) and kind in (int, float):
+            hint = "; it is text: leave out the quotes, and in YAML write 1.0e-3, not 1e-3"
+        if isinstance(value, str) and kind is bool:
+            hint = "; it is text: leave out the quotes, and with papermill write True or False"
+        raise InputError(f"{name} = {value!r}, but it must be {words[kind]}{hint}")
+    if kind is float and not math.isfinite(value):
+        raise InputError(f"{name} = {value!r}, but it must be finite")
+    return value

@@ -41,7 +41,7 @@ from nbutils.analysis.summary import last_epochs
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
 from nbutils.measure.cost import Factory, format_memory, free_memory, parse_memory
-from nbutils.training.train import resolve_device
+from nbutils.training.setup import resolve_device
 
 NEAR = 1.1
 """Times up to so many times the least count as equal: measured times differ by about as much."""

@@ -45,7 +45,7 @@ from tqdm.auto import tqdm
 from nbutils.accumulation.window import accumulate_gradient
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress, peak_resident_memory
-from nbutils.training.train import resolve_device
+from nbutils.training.setup import resolve_device
 
 Factory = Callable[[], nn.Module]
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]

@@ -557,7 +557,7 @@ def _check_runnable(study: Study) -> dict[str, str]:
 
 
 def _check_devices(study: Study) -> None:
-    from nbutils.training.train import resolve_device
+    from nbutils.training.setup import resolve_device
 
     for device in {run.config.device for run in study.runs}:
         resolve_device(device)

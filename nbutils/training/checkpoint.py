@@ -1,8 +1,8 @@
-"""Where a run stands after an epoch, on disk: `save_checkpoint`, `load_checkpoint`.
+"""The state of a run after an epoch, on disk: `save` and `resume`.
 
-A checkpoint is one file: a line with the SHA-256 of the rest, then what `torch.save` makes of the
-run's state and of the conditions under which it was made. It is read with `weights_only=True`:
-that builds tensors and plain values, and runs nothing that the file says.
+A checkpoint is one file: a line with the SHA-256 of the rest (`torch.load` does not notice a
+flipped bit), then what `torch.save` makes of the state and of the conditions under which it was
+made. It is read with `weights_only=True`, which runs nothing that the file says.
 """
 
 from __future__ import annotations
@@ -12,38 +12,88 @@ import io
 import pickle
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from nbutils.paths import write_atomically
+from nbutils.training.result import KEPT_EPOCHS, history_of
 
 PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"
-"""Files of an unfinished run: its history so far, and where it can resume."""
+"""Files of an unfinished run: its history so far, and its state."""
+
+UNREADABLE = (OSError, ValueError, pickle.UnpicklingError)
+"""What reading a checkpoint raises when it is damaged."""
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any], conditions: Mapping[str, Any]) -> None:
-    """Write a checkpoint in place of an earlier one.
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        updates: Updates made.
+        seconds: Seconds of training so far, without evaluation.
+        rows: The history, one row per epoch.
+        predictions: Predicted classes of the test images after the last epochs, uint8.
+    """
+
+    updates: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    predictions: list[Tensor] = field(default_factory=list)
+
+    def add(self, row: dict[str, float], predictions: Tensor) -> None:
+        """Add an epoch."""
+        self.rows.append(row)
+        self.predictions = [*self.predictions, predictions][-KEPT_EPOCHS:]
+
+
+@dataclass
+class Parts:
+    """The objects of a run whose state changes while it trains."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None
+    generators: dict[str, torch.Generator]
+
+
+def save(folder: Path, parts: Parts, progress: Progress, conditions: Mapping[str, Any]) -> None:
+    """Write `progress.csv` and the checkpoint in `folder`, in place of earlier ones.
 
     Args:
-        path: The file.
-        state: Tensors and plain values.
-        conditions: Plain values: all that must be the same where the run goes on.
+        folder: The run's own folder.
+        parts: Their states are saved.
+        progress: How far the run is.
+        conditions: Plain values: all that decides the run to the last bit.
     """
+    history = history_of(progress.rows)
+    write_atomically(folder / PROGRESS, history.to_csv(index=False).encode())
+    state = {
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "scheduler": parts.scheduler.state_dict() if parts.scheduler else None,
+        "generators": {name: each.get_state() for name, each in parts.generators.items()},
+        "progress": vars(progress),
+    }
     buffer = io.BytesIO()
-    torch.save({"state": dict(state), "conditions": dict(conditions)}, buffer)
+    torch.save({"state": state, "conditions": dict(conditions)}, buffer)
     content = buffer.getvalue()
-    write_atomically(path, _digest(content) + b"\n" + content)
+    write_atomically(folder / CHECKPOINT, _digest(content) + b"\n" + content)
 
 
-def load_checkpoint(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The state in a checkpoint, on the CPU; None where there is none that can be used.
+def resume(folder: Path, parts: Parts, conditions: Mapping[str, Any]) -> Progress:
+    """Put `parts` into the state of the checkpoint in `folder`, and return its progress.
 
-    One that is damaged, or was made under other conditions, is not used; a warning says why.
+    Without a checkpoint the progress is zero. The same holds for one that is damaged or was made
+    under other conditions: the run starts again, and a warning gives the reason.
     """
+    path = folder / CHECKPOINT
     if not path.exists():
-        return None
+        return Progress()
     try:
         held = _read(path)
         differences = [
@@ -53,19 +103,44 @@ def load_checkpoint(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]
         ]
         if differences:
             raise ValueError("; ".join(differences))
-        return held["state"]
-    except (OSError, ValueError, pickle.UnpicklingError) as error:
+    except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
-        warnings.warn(f"{path} is not used, the run begins anew: {reason}", stacklevel=2)
-        return None
+        warnings.warn(f"{path} is not used, the run starts again: {reason}", stacklevel=2)
+        return Progress()
+    state = held["state"]
+    parts.model.load_state_dict(state["model"])
+    _load_in_place(parts.optimizer, state["optimizer"])
+    if parts.scheduler:
+        parts.scheduler.load_state_dict(state["scheduler"])
+    for name, generator in parts.generators.items():
+        generator.set_state(state["generators"][name])
+    return Progress(**state["progress"])
 
 
-def held_condition(path: Path, name: str) -> Any:
-    """A condition under which the checkpoint was made; None where there is no whole one."""
+def micro_batch(folder: Path) -> int | None:
+    """The micro-batch size of the checkpoint in `folder`; None where there is no readable one."""
     try:
-        return _read(path)["conditions"].get(name)
-    except (OSError, ValueError, pickle.UnpicklingError):
+        return _read(folder / CHECKPOINT)["conditions"].get("micro_batch")
+    except UNREADABLE:
         return None
+
+
+def _load_in_place(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a `state_dict` into the tensors that the optimizer holds: graphs use their addresses."""
+    held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for parameter, tensors in held.items():
+        for name, tensor in tensors.items():
+            tensor.copy_(optimizer.state[parameter][name])
+            optimizer.state[parameter][name] = tensor
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        rate = group["lr"]  # the only setting that changes
+        group.update(before)
+        if isinstance(before["lr"], Tensor):
+            before["lr"].copy_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _read(path: Path) -> dict[str, Any]:

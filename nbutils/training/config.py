@@ -32,11 +32,11 @@ class RunConfig:
         schedule: "constant", or "one-cycle": up for 30 % of the updates, then down to zero.
         norm: What normalises the channels: "batch", "ghost" (batch norm over at most
             `nbutils.training.model.GHOST_SIZE` images), "group", or "none".
-        dropout: Chance that an input of the classifier is dropped in training, in [0, 1).
+        dropout: Probability that an input of the classifier is dropped in training, in [0, 1).
         augment: Whether each training image is rotated, shifted and zoomed at random.
-        last_window: What the short last window of an epoch does: "step" makes an update of the
-            images it has, weighted by their true count; "drop" leaves them out.
-        seed: Decides initial weights, order of the images, dropout and augmentation;
+        last_window: What happens to the short last window of an epoch: "step" makes an update from
+            the images it has, divided by their true number; "drop" leaves them out.
+        seed: Determines initial weights, order of the images, dropout and augmentation;
             in [0, 2**63).
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         precision: "float32", "float64", or "bfloat16" (autocast; the weights stay float32).

@@ -1,12 +1,12 @@
 """An epoch's updates as replays of CUDA graphs.
 
 A small network on a GPU spends its time launching kernels, not computing. So one whole update is
-recorded as a CUDA graph: reading its images' numbers from the epoch's order, gathering the images,
-the passes forward and backward of all micro-batches, the optimizer's step, and adding to the
-epoch's sums. Replaying it costs one launch, and nothing waits for the device within an epoch.
+recorded as a CUDA graph: reading the indices of its images from the epoch's order, gathering the
+images, the forward and backward passes of all micro-batches, the optimizer's step, and adding to
+the epoch's sums. Replaying it costs one launch, and nothing waits for the device within an epoch.
 
-A graph repeats the same kernels on the same addresses. So where an update stands in the epoch is
-itself a number on the device; a short last window has a graph of its own; a scheduled learning
+A graph repeats the same kernels on the same addresses. So the position of an update in the epoch
+is itself a number on the device; a short last window has a graph of its own; a scheduled learning
 rate is a tensor, filled between replays; and random numbers come from generators that the graph
 knows, which advance as they would without it.
 """
@@ -14,8 +14,9 @@ knows, which advance as they would without it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,81 +27,85 @@ WARM_UPS = 3
 """Updates made before recording, in which libraries choose kernels and allocate what they keep."""
 
 
-class GraphedEpoch:
-    """Runs `update` on every window of an epoch by replaying it.
+def graphed_updates(
+    update: Callable[[Window], None],
+    cut: Callable[[Tensor], Iterator[Window]],
+    images: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator],
+) -> Callable[[Tensor], Iterator[None]]:
+    """Record `update` for every size of window; the result replays an epoch over an order.
 
-    Building it leaves weights, buffers, generators and the optimizer as they were, the latter
-    with its state allocated and zero.
+    Weights, buffers, generators and the optimizer are left as they were; the optimizer's state
+    is allocated, and zero.
 
     Args:
-        update: One update with a window of image numbers; all that it does must be on the device,
-            with no wait for it.
+        update: Makes one update from a window of image indices, all of it on the device, without
+            waiting for it.
         cut: Cuts an order of images into windows, as `accumulation.windows` does.
         images: Length of an epoch's order.
         model: What `update` trains.
         optimizer: Not yet stepped, and able to be captured.
-        generators: All generators that `update` draws from, on the device.
+        generators: All generators of the run; those on the device take part.
+
+    Returns:
+        A function of an epoch's order, shape (images,), that makes one update at each step.
+
+    Raises:
+        ValueError: The optimizer has made steps.
     """
+    if optimizer.state:
+        raise ValueError("the optimizer has made steps; graphs are recorded before training")
+    device = next(model.parameters()).device
+    drawn_from = [
+        generator for generator in generators.values() if generator.device.type == device.type
+    ]
+    held_order = torch.arange(images, device=device)
+    start = torch.zeros((), dtype=torch.int64, device=device)
+    sizes = [sum(map(len, window)) for window in cut(held_order)]
+    distinct = sorted(set(sizes), reverse=True)
 
-    def __init__(
-        self,
-        update: Callable[[Window], None],
-        cut: Callable[[Tensor], Iterator[Window]],
-        images: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        generators: Sequence[torch.Generator],
-    ) -> None:
-        if optimizer.state:
-            raise ValueError("the optimizer has made steps; graphs are recorded before training")
-        self.update = update
-        self.cut = cut
-        device = next(model.parameters()).device
-        self.order = torch.arange(images, device=device)
-        self.start = torch.zeros((), dtype=torch.int64, device=device)
-        self.sizes = [sum(map(len, window)) for window in cut(self.order)]
-        distinct = sorted(set(self.sizes), reverse=True)
-        with _put_back(model, optimizer, generators):
-            for size in distinct:
-                for _ in range(WARM_UPS):
-                    self.start.zero_()
-                    self._next_update(size)
-        optimizer.zero_grad()
-        self.replays = {
-            size: record(lambda size=size: self._next_update(size), generators)  # type: ignore[misc]
-            for size in distinct
-        }
+    def next_update(size: int) -> None:
+        places = torch.arange(size, device=device) + start
+        (window,) = cut(held_order.index_select(0, places))
+        update(window)
+        start.add_(size)
 
-    def epoch(self, order: Tensor) -> Iterator[None]:
-        """Make the updates of one epoch over `order`; yields after each has been launched."""
-        self.order.copy_(order)
-        self.start.zero_()
-        for size in self.sizes:
-            self.replays[size]()
+    with _restored(model, optimizer, drawn_from):
+        for size in distinct:
+            for _ in range(WARM_UPS):
+                start.zero_()
+                next_update(size)
+    optimizer.zero_grad()
+    replays = {size: record(partial(next_update, size), drawn_from) for size in distinct}
+
+    def epoch(order: Tensor) -> Iterator[None]:
+        held_order.copy_(order)
+        start.zero_()
+        for size in sizes:
+            replays[size]()
             yield
 
-    def _next_update(self, size: int) -> None:
-        places = torch.arange(size, device=self.order.device) + self.start
-        (window,) = self.cut(self.order.index_select(0, places))
-        self.update(window)
-        self.start += size
+    return epoch
 
 
 def record(body: Callable[[], None], generators: Sequence[torch.Generator]) -> Callable[[], None]:
     """Record what `body` launches on the current stream; a call of the result repeats it."""
     graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
+    if hasattr(graph, "register_generator_state"):  # newer versions of torch do it by themselves
+        for generator in generators:
+            graph.register_generator_state(generator)
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         body()
     return graph.replay
 
 
 @contextmanager
-def _put_back(
+def _restored(
     model: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
 ) -> Iterator[None]:
-    """Undo in place, at the end, what updates change: graphs are to find the same addresses."""
+    """Undo in place, at the end, what updates change: graphs must find the same addresses."""
     tensors = list(model.state_dict().values())
     before = [tensor.clone() for tensor in tensors]
     states = [generator.get_state() for generator in generators]

@@ -1,27 +1,34 @@
-"""The classifier, `DigitCNN`, and the layers that may normalise its channels."""
+"""The classifier, `DigitCNN`, the layers that may normalise its channels, and what it predicts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from nbutils.errors import InputError
+
 GHOST_SIZE = 128
-"""Images that ghost batch norm takes statistics over, however large the batch."""
+"""Images over which ghost batch norm takes its statistics, however large the batch."""
 
 GROUPS = 8
-"""Groups of channels that group norm takes statistics over."""
+"""Groups into which group norm divides the channels."""
+
+EVALUATION_BATCH = 500
+"""Images in one pass of an evaluation. It affects memory and speed only."""
 
 Norm = Literal["batch", "ghost", "group", "none"]
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that sees at most `GHOST_SIZE` images at a time while training.
+    """Batch norm over at most `GHOST_SIZE` images at a time while training.
 
     A batch is cut into consecutive ghost batches, each normalised by its own statistics, which
-    update the running statistics in turn: what batch norm does with micro-batches of that size.
+    update the running statistics in turn. Batch norm does the same with micro-batches of that
+    size.
 
     Source: Hoffer, Hubara, Soudry (2017), "Train longer, generalize better", algorithm 1.
     """
@@ -36,25 +43,19 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers come from `generator`, image by image.
+    """Dropout whose random numbers come from `generator`.
 
-    Several runs on one device, or several pieces of one batch, then draw the same numbers as one
-    run or one batch alone. `generator` is None (torch's own) or on the device of the features;
-    `draw`, if it is not None, is used for the next batch instead of new numbers.
+    Several runs on one device then draw the same numbers as one run alone. `generator` is None
+    (torch's own) or on the device of the features.
     """
 
     generator: torch.Generator | None = None
-    draw: Tensor | None = None
-
-    def drawn(self, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-        """Numbers in [0, 1), float32; features where they are below `1 - p` are kept."""
-        return torch.rand(shape, generator=self.generator, device=device)
 
     def forward(self, features: Tensor) -> Tensor:
         """Drop some of `features`, shape (n, width), and scale up the rest, in training."""
         if not self.training or self.p == 0:
             return features
-        draw = self.drawn(features.shape, features.device) if self.draw is None else self.draw
+        draw = torch.rand(features.shape, generator=self.generator, device=features.device)
         kept = (draw < 1 - self.p).to(features.dtype)
         return features * kept.div_(1 - self.p)
 
@@ -75,13 +76,13 @@ def norm_layer(norm: Norm, channels: int) -> nn.Module:
 class DigitCNN(nn.Module):
     """A small convolutional network of the LeNet family for 28 x 28 grey images.
 
-    Three times convolution, 2 x 2 max pooling, normalisation, ReLU, with 16, 32 and 64
-    channels; then dropout and one linear layer. Pooling comes first so that the rest handles a
-    quarter of the values.
+    Three blocks of convolution, 2 x 2 max pooling, normalisation and ReLU, with 16, 32 and 64
+    channels; then dropout and one linear layer. Pooling comes before normalisation and ReLU, so
+    that these handle a quarter of the values.
 
     Args:
         norm: What normalises the channels: "batch", "ghost", "group" or "none".
-        dropout: Chance that an input of the linear layer is dropped in training, in [0, 1).
+        dropout: Probability that an input of the linear layer is dropped in training, in [0, 1).
         classes: Number of classes.
     """
 
@@ -104,3 +105,32 @@ class DigitCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits, shape (n, classes), of `images`, shape (n, 1, 28, 28)."""
         return self.classifier(self.dropout(self.features(images).flatten(1)))
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits of all `images`, shape (n, classes), on the CPU.
+
+    Args:
+        model: In evaluation mode, on the device of `images`.
+        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
+    """
+    with torch.inference_mode():
+        return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)]).cpu()
+
+
+def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
+    """The mean of the probabilities that several networks give each class.
+
+    Args:
+        models: Trained networks, in evaluation mode, on the device of `images`.
+        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
+
+    Returns:
+        float64, shape (n, classes), on the CPU. Each row sums to 1.
+
+    Raises:
+        InputError: There is no network, or one is in training mode, where dropout adds noise.
+    """
+    if not models or any(model.training for model in models):
+        raise InputError("models must be at least one network, each in evaluation mode")
+    return torch.stack([logits_of(model, images).double().softmax(1) for model in models]).mean(0)

@@ -1,0 +1,73 @@
+"""What a run returns: `RunResult`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from nbutils.data.dataset import Dataset
+from nbutils.training.config import RunConfig
+
+KEPT_EPOCHS = 5
+"""The predictions of this many last epochs are kept: single late epochs jitter."""
+
+HISTORY_COLUMNS = {
+    "epoch": "int64",
+    "train_loss": "float64",
+    "train_accuracy": "float64",
+    "validation_accuracy": "float64",
+    "test_loss": "float64",
+    "test_accuracy": "float64",
+    "updates": "int64",
+    "seconds": "float64",
+}
+"""Columns of a history, which has one row per epoch.
+
+`train_loss` (mean cross-entropy, nats) and `train_accuracy` are seen during the epoch, with
+dropout and while the weights change. Validation and test are evaluated after it; `test_loss` and
+`test_accuracy` are NaN where the classes of the test images are unknown. Accuracies are fractions
+in [0, 1]. `updates` and `seconds` count from the start of the run, seconds without evaluation.
+"""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run returns.
+
+    Attributes:
+        config: Its settings.
+        history: One row per epoch, with the columns `HISTORY_COLUMNS`.
+        model: The trained network, in evaluation mode, on `device`.
+        late_predictions: uint8, shape (k, test images): the predicted classes after each of the
+            last k = min(`KEPT_EPOCHS`, epochs) epochs.
+        data: The dataset that it was trained on.
+        images_per_epoch: Training images that take part in the updates of an epoch.
+        device: Where it ran.
+        micro_batch: Images in one pass: `config.batch_size`, or less with `on_oom="split"`.
+        cuda_graph: Whether its updates were replays of CUDA graphs.
+        peak_memory: Bytes, see `nbutils.training.setup.peak_memory`.
+    """
+
+    config: RunConfig
+    history: pd.DataFrame = field(repr=False)
+    model: nn.Module = field(repr=False)
+    late_predictions: Tensor = field(repr=False)
+    data: Dataset = field(repr=False)
+    images_per_epoch: int
+    device: torch.device
+    micro_batch: int
+    cuda_graph: bool
+    peak_memory: int
+
+    @property
+    def predictions(self) -> Tensor:
+        """The predicted class of every test image at the end: uint8, shape (test images,)."""
+        return self.late_predictions[-1]
+
+
+def history_of(rows: list[dict[str, float]]) -> pd.DataFrame:
+    """The history with these rows."""
+    return pd.DataFrame(rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)

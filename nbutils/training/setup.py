@@ -1,0 +1,186 @@
+"""What a run is set up with: the device, deterministic kernels, generators, the optimizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nbutils.data.dataset import Dataset
+from nbutils.errors import InputError
+from nbutils.machine import device_name, peak_resident_memory, processor_name
+from nbutils.training.config import RunConfig
+from nbutils.training.model import DigitCNN
+from nbutils.training.out_of_memory import check_on_oom
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `RunConfig.device` names on this machine.
+
+    Raises:
+        InputError: This machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    cuda_devices = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
+        found = f"{cuda_devices} CUDA devices" if cuda_devices else "no CUDA device"
+        raise InputError(f"device = {name!r}, but this machine has {found}; use 'auto' or 'cpu'")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device = {name!r}, but this machine has none; use 'auto' or 'cpu'")
+    return device
+
+
+def check(configs: Sequence[RunConfig], data: Dataset, on_oom: str) -> torch.device:
+    """Check everything that can be checked before training; the device that the configs share.
+
+    Raises:
+        InputError: A device does not exist, the configs name several, an update needs more images
+            than there are, or `on_oom` is not possible.
+    """
+    for config in configs:
+        check_on_oom(on_oom, config)
+        check_fits(config, data)
+    devices = {resolve_device(config.device) for config in configs}
+    if len(devices) != 1:
+        raise InputError(
+            f"device = {sorted(map(str, devices))}, but runs that train together must share one"
+        )
+    return devices.pop()
+
+
+def uses_cuda_graph(device: torch.device, wanted: bool) -> bool:
+    """Whether updates on `device` are to be replays of CUDA graphs."""
+    return wanted and device.type == "cuda"
+
+
+def conditions(
+    config: RunConfig, data: Dataset, device: torch.device, micro_batch: int, cuda_graph: bool
+) -> dict[str, Any]:
+    """All that decides a run's history to the last bit, as plain values."""
+    on_cuda = device.type == "cuda"
+    return {
+        **config.to_dict(),
+        "images": data.fingerprint,
+        "micro_batch": micro_batch,
+        "cuda_graph": cuda_graph,
+        "hardware": device_name(device) if on_cuda else processor_name(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def check_fits(config: RunConfig, data: Dataset) -> None:
+    """Refuse a config whose update needs more images than `data` has for training.
+
+    Raises:
+        InputError: It needs more.
+    """
+    images = len(data.train.labels)
+    for name, wanted in (
+        ("batch_size", config.batch_size),
+        ("effective_batch_size (batch_size * accumulation_steps)", config.effective_batch_size),
+    ):
+        if wanted > images:
+            raise InputError(
+                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
+            )
+
+
+def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
+    """A generator on `device` whose numbers are independent of those for other purposes."""
+    words = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(words[0]) >> 1)
+
+
+def make_generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
+    """The generators of a run: for the order of the images (on the CPU), augmentation, dropout."""
+    return {
+        "order": torch.Generator().manual_seed(seed),
+        "augment": generator_for(device, seed, "augment"),
+        "dropout": generator_for(device, seed, "dropout"),
+    }
+
+
+def make_model(config: RunConfig, data: Dataset, device: torch.device) -> DigitCNN:
+    """The network of `config`, its weights drawn on the CPU: one start per seed on any device."""
+    torch.manual_seed(config.seed)
+    model = DigitCNN(config.norm, config.dropout, classes=len(data.class_names))
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return model.to(device, dtype).to(memory_format=torch.channels_last)
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in the precision of `config`."""
+    enabled = config.precision == "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch.optim.Optimizer:
+    """The optimizer of `config`; `in_graph` says whether a CUDA graph will hold its step."""
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    rate: float | Tensor = config.learning_rate
+    if device.type == "cuda" or in_graph:
+        # A graph reads the rate from the device, in float32. The plain loop does the same on
+        # CUDA, so that both make the same updates.
+        rate = torch.tensor(rate, dtype=torch.float32, device=device)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(
+            parameters, rate, weight_decay=config.weight_decay, fused=True, capturable=in_graph
+        )
+    return torch.optim.SGD(
+        parameters, rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def make_scheduler(
+    config: RunConfig, optimizer: torch.optim.Optimizer, total_updates: int
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The schedule of `config` over all updates of the run; None where the rate is constant."""
+    if config.schedule == "constant":
+        return None
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.learning_rate, total_updates, cycle_momentum=False
+    )
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Use deterministic kernels, and float32 in full; afterwards restore torch's settings.
+
+    Inside, torch's own generators may be seeded: their states are restored too. On CUDA the
+    count of peak memory begins here, and convolutions do not round float32 to TF32.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    devices = []
+    with ExitStack() as stack:
+        if device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.cuda.init()  # the next line fails where CUDA has not been used yet
+            torch.cuda.reset_peak_memory_stats(device)
+            devices = [torch.cuda.current_device() if device.index is None else device.index]
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+        stack.enter_context(torch.random.fork_rng(devices))
+        torch.use_deterministic_algorithms(True)
+        settings.fill_uninitialized_memory = False  # else every torch.empty is filled
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            settings.fill_uninitialized_memory = fill
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: CUDA's peak of allocated memory, elsewhere the peak resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident_memory()

@@ -1,0 +1,151 @@
+"""Notebooks as functions of their parameters: run one with papermill, check what it is given."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nbutils.errors import InputError, suggest
+from nbutils.paths import NOTEBOOKS
+from nbutils.training.config import RunConfig
+
+LONGEST_PIPE_FOLDER = 70
+"""Characters; the system limits the name of a pipe to about 104, and 26 are added to its folder."""
+
+
+def notebook_path(name: str) -> Path:
+    """The file of the notebook called `name` in `notebooks/`.
+
+    Raises:
+        InputError: There is none.
+    """
+    known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+    if name not in known:
+        raise InputError(f"no notebook {name!r}; {suggest(name, known)}")
+    return NOTEBOOKS / f"{name}.ipynb"
+
+
+def declared_parameters(notebook: str) -> list[str]:
+    """Names of the parameters that a notebook of the project declares."""
+    for cell in json.loads(notebook_path(notebook).read_text(encoding="utf-8"))["cells"]:
+        if "parameters" in cell["metadata"].get("tags", []):
+            return _assigned_names("".join(cell["source"]))
+    return []
+
+
+def check_parameters(notebook: str, names: Iterable[str]) -> None:
+    """Refuse parameters that the notebook does not declare; papermill would only log them.
+
+    Raises:
+        InputError: There is such a parameter.
+    """
+    _check_declared(f"the notebook {notebook}", names, declared_parameters(notebook))
+
+
+def check_injected_parameters() -> None:
+    """In a notebook: refuse parameters that papermill added but the notebook does not declare.
+
+    Raises:
+        InputError: There is such a parameter.
+    """
+    from IPython.core.getipython import get_ipython
+
+    shell = get_ipython()
+    executed = shell.user_ns["In"] if shell else []
+    for declared, injected in itertools.pairwise(executed):
+        if injected.startswith("# Parameters\n"):  # the cell that papermill adds
+            _check_declared("this notebook", _assigned_names(injected), _assigned_names(declared))
+
+
+def config_from_parameters(variables: Mapping[str, Any]) -> RunConfig:
+    """In a notebook: the settings of a run, from the notebook's parameters of the same names.
+
+    Args:
+        variables: `globals()`. A setting that is not among them has its default.
+
+    Raises:
+        InputError: A value is not allowed, or papermill added an unknown parameter.
+    """
+    check_injected_parameters()
+    names = RunConfig.field_names()
+    return RunConfig(**{name: variables[name] for name in names if name in variables})
+
+
+def _check_declared(where: str, names: Iterable[str], declared: list[str]) -> None:
+    for name in names:
+        if name not in declared:
+            raise InputError(f"{where} has no parameter {name!r}; {suggest(name, declared)}")
+
+
+def _assigned_names(source: str) -> list[str]:
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+
+
+def execute_notebook(
+    notebook: str,
+    output: Path,
+    parameters: Mapping[str, Any],
+    *,
+    threads: int | None = None,
+    time_limit: float | None = None,
+) -> None:
+    """Run a notebook of the project with papermill, in a kernel of its own.
+
+    May be called from several threads at a time. The kernel ends when this process ends.
+
+    Args:
+        notebook: Its name in `notebooks/`.
+        output: Where the executed notebook goes.
+        parameters: Plain Python values for parameters that it declares.
+        threads: CPU threads of the kernel; None for the default.
+        time_limit: Seconds that a cell may take, rounded up; None for no limit.
+
+    Raises:
+        InputError: It does not declare a parameter.
+        Exception: What papermill raises when a cell fails or the kernel dies.
+    """
+    import papermill
+    from traitlets.config import Config
+
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    path = notebook_path(notebook)
+    check_parameters(notebook, parameters)
+    environment = {"TQDM_DISABLE": "1"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_PIPE_FOLDER
+    with tempfile.TemporaryDirectory(prefix="nbutils-", dir="/tmp" if long else None) as folder:
+        # Pipes instead of TCP ports: kernels that start at the same time may claim the same port.
+        pipes = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
+        papermill.execute_notebook(
+            str(path),
+            str(output.absolute()),
+            parameters=dict(parameters),
+            progress_bar=False,
+            execution_timeout=None if time_limit is None else math.ceil(time_limit),
+            config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+            kernel_manager_class=_kernel_class(environment),
+        )
+
+
+def _kernel_class(environment: Mapping[str, str]) -> type:
+    """A class of kernels that run this interpreter, whatever "python3" names on this machine."""
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return KernelSpec(**get_kernel_dict() | {"env": dict(environment)})
+
+    return Kernel

@@ -197,7 +197,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from nbutils.studies.record import export_runs, export_tables, holds_tables
+    from nbutils.studies.reference import export_runs, export_tables, holds_tables
 
     export = export_tables if holds_tables(options.runs) else export_runs
     export(options.runs, options.reference)

@@ -35,7 +35,7 @@ from nbutils.errors import InputError
 from nbutils.paths import REFERENCE
 from nbutils.report.bench import load, table
 from nbutils.report.libraries import peers_table
-from nbutils.studies.record import load_tables
+from nbutils.studies.reference import load_tables
 from nbutils.studies.study import execute_notebook
 
 ROOT = REFERENCE.parents[1]

@@ -49,8 +49,9 @@ from nbutils.errors import InputError, suggest
 from nbutils.machine import processors
 from nbutils.paths import NOTEBOOKS, STUDIES, write_atomically
 from nbutils.studies.files import locked
+from nbutils.studies.files import replace_folder as publish
 from nbutils.studies.kernels import kernel_manager
-from nbutils.studies.record import publish, read_record
+from nbutils.studies.record import read_record
 from nbutils.studies.workers import Workers, cause
 from nbutils.training.checkpoint import CHECKPOINT, PROGRESS
 from nbutils.training.config import RunConfig

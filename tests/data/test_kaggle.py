@@ -23,7 +23,8 @@ from nbutils.data.kaggle import (
     write_dataset,
     write_submission,
 )
-from nbutils.studies.record import export_runs, load_predictions, read_record
+from nbutils.studies.record import load_predictions, read_record
+from nbutils.studies.reference import export_runs
 from nbutils.studies.study import PlannedRun, Study, run_status
 
 TINY = RunConfig(batch_size=64, epochs=1, device="cpu", norm="none")  # shrunken for speed

@@ -26,7 +26,7 @@ from nbutils.measure.cost import (
     settings_up_to,
 )
 from nbutils.paths import REFERENCE
-from nbutils.studies.record import load_tables
+from nbutils.studies.reference import load_tables
 from nbutils.studies.study import load_study
 
 MEGABYTE = 10**6

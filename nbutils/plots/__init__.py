@@ -1,3 +1,41 @@
-"""Figures from tidy tables."""
+"""Figures from tidy tables: each function draws on the axes that it is given.
 
-from nbutils.plots.plots import *  # noqa: F403
+Imported by `from nbutils import plots`. seaborn is imported only by the functions that need it.
+"""
+
+from nbutils.plots.accumulation import plot_damage, plot_drift, plot_ladder
+from nbutils.plots.cost import COSTS, plot_cost, plot_cost_map, plot_search
+from nbutils.plots.curves import METRIC_NAMES, plot_accuracy, plot_history
+from nbutils.plots.final import plot_final, plot_normalisations
+from nbutils.plots.images import plot_class_balance, plot_digits
+from nbutils.plots.noise import plot_noise_scale, plot_updates_to_target
+from nbutils.plots.rates import plot_fixed_rates, plot_rate_map, plot_scaling_rules
+from nbutils.plots.style import batch_size_colours, save_figure, use_style
+from nbutils.plots.trials import plot_trial_costs, plot_trial_rates
+
+__all__ = [
+    "COSTS",
+    "METRIC_NAMES",
+    "batch_size_colours",
+    "plot_accuracy",
+    "plot_class_balance",
+    "plot_cost",
+    "plot_cost_map",
+    "plot_damage",
+    "plot_digits",
+    "plot_drift",
+    "plot_final",
+    "plot_fixed_rates",
+    "plot_history",
+    "plot_ladder",
+    "plot_noise_scale",
+    "plot_normalisations",
+    "plot_rate_map",
+    "plot_scaling_rules",
+    "plot_search",
+    "plot_trial_costs",
+    "plot_trial_rates",
+    "plot_updates_to_target",
+    "save_figure",
+    "use_style",
+]

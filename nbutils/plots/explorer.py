@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from nbutils.analysis.summary import name_settings
-from nbutils.plots.plots import METRIC_NAMES, Progress, Scale, plot_accuracy
+from nbutils.plots.curves import METRIC_NAMES, Progress, Scale, plot_accuracy
 
 
 class Explorer(widgets.VBox):

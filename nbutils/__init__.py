@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from nbutils.accumulation.check import check_accumulation
     from nbutils.accumulation.window import accumulate_gradient, windows, windows_of_batches
     from nbutils.advise.advice import advise
-    from nbutils.data.dataset import Dataset, load_dataset
+    from nbutils.data.dataset import Dataset
+    from nbutils.data.sources import load_dataset
     from nbutils.errors import InputError
     from nbutils.measure.cost import largest_batch_size
     from nbutils.measure.noise_scale import noise_scale
@@ -30,7 +31,7 @@ _HOME = {
     "advise": "advise.advice",
     "check_accumulation": "accumulation.check",
     "largest_batch_size": "measure.cost",
-    "load_dataset": "data.dataset",
+    "load_dataset": "data.sources",
     "load_runs": "studies.record",
     "noise_scale": "measure.noise_scale",
     "save_run": "studies.record",

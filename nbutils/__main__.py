@@ -233,7 +233,7 @@ def _figures(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from nbutils.data.dataset import load_dataset
+    from nbutils.data.sources import load_dataset
     from nbutils.report.bench import run_bench, save, table
 
     if options.out and options.out.suffix != ".json":

@@ -2,7 +2,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nbutils.data.dataset import Dataset, Split, load_dataset
+from nbutils.data.dataset import Dataset, Split
+from nbutils.data.sources import load_dataset
 from nbutils.paths import data_folder
 
 torch.set_num_threads(1)
@@ -24,6 +25,8 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     if item.get_closest_marker("mnist") and not (data_folder() / "MNIST" / "raw").is_dir():
         pytest.skip(f"the full MNIST files are not in {data_folder()}")
 

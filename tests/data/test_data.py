@@ -7,7 +7,9 @@ import torch
 from torchvision import datasets
 
 from nbutils import InputError, load_dataset
-from nbutils.data.dataset import DATASETS, VALIDATION_EVERY, augment
+from nbutils.data.augment import augment
+from nbutils.data.dataset import VALIDATION_EVERY
+from nbutils.data.sources import DATASETS
 from nbutils.paths import data_folder
 
 MNIST_FILES = 4

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
     from nbutils.studies.record import load_runs, save_run
     from nbutils.training.config import RunConfig
     from nbutils.training.model import DigitCNN
-    from nbutils.training.train import RunResult, train, train_many
+    from nbutils.training.result import RunResult
+    from nbutils.training.train import train, train_many
 
 _HOME = {
     "Dataset": "data.dataset",
     "DigitCNN": "training.model",
     "InputError": "errors",
     "RunConfig": "training.config",
-    "RunResult": "training.train",
+    "RunResult": "training.result",
     "accumulate_gradient": "accumulation.window",
     "advise": "advise.advice",
     "check_accumulation": "accumulation.check",

@@ -102,16 +102,17 @@ def script(
         steps = config.effective_batch_size // micro_batch_size
         return windows(order, micro_batch_size, steps, config.last_window)
 
-    def epoch_updates(order: Tensor) -> Iterator[None]:
+    def plain_updates(order: Tensor) -> Iterator[None]:
         return map(update, cut(order))
 
+    epoch_updates: Callable[[Tensor], Iterator[None]] = plain_updates
     if in_graph:  # the same updates, replayed
         epoch_updates = graphed_updates(update, cut, images, model, optimizer, generators)
 
     parts = checkpoint.Parts(model, optimizer, scheduler, generators)
     conditions = setup.conditions(config, data, device, micro_batch_size, in_graph)
     done = checkpoint.resume(folder, parts, conditions) if folder else checkpoint.Progress()
-    bar.total += updates * config.epochs
+    bar.total = (bar.total or 0) + updates * config.epochs
     bar.update(done.updates)
     if done.rows and not bar.disable:
         bar.write(f"resuming after epoch {len(done.rows)} of {config.epochs}")

@@ -116,14 +116,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from nbutils.studies.study import load_study, run_study
+    from nbutils.studies.runner import run_study
+    from nbutils.studies.study import load_study
 
-    overrides = dict(_override(text) for text in options.set)
+    overrides = _overrides(options.set)
     if options.dataset is not None:
         overrides["dataset"] = [options.dataset]
     study = load_study(options.study, overrides)
     out = options.out or study.default_folder
-    with _executor(options.scheduler) as executor:
+    with _executor(options.scheduler, out) as executor:
         failures = run_study(
             study,
             out,
@@ -143,13 +144,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _executor(scheduler: str | None) -> AbstractContextManager[Executor | None]:
-    """What makes the runs: a Dask cluster, or None for processes on this machine."""
+def _executor(scheduler: str | None, out: Path) -> AbstractContextManager[Executor | None]:
+    """What makes the runs: a Dask cluster, or None for this machine."""
     if scheduler is None:
         return nullcontext()
-    from nbutils.studies.cluster import ClusterExecutor
+    from nbutils.studies.cluster import cluster
 
-    return ClusterExecutor(scheduler)
+    return cluster(scheduler, out)
 
 
 def _print_table(out: Path) -> None:
@@ -166,12 +167,15 @@ def _print_files(out: Path) -> None:
             print(f"{kind}: {path}")
 
 
-def _override(text: str) -> tuple[str, list[Any]]:
-    """The field and the values of one `--set`."""
-    field, equals, values = text.partition("=")
-    if not equals or not values:
-        raise InputError(f"--set {text}: it must read FIELD=VALUE or FIELD=VALUE,VALUE")
-    return field, [_value(value) for value in values.split(",")]
+def _overrides(settings: Sequence[str]) -> dict[str, list[Any]]:
+    """The values of each field; `--set seed=0 --set seed=1` means both."""
+    overrides: dict[str, list[Any]] = {}
+    for text in settings:
+        field, equals, values = text.partition("=")
+        if not equals or not values:
+            raise InputError(f"--set {text}: it must read FIELD=VALUE or FIELD=VALUE,VALUE")
+        overrides.setdefault(field, []).extend(_value(value) for value in values.split(","))
+    return overrides
 
 
 def _value(text: str) -> Any:
@@ -187,7 +191,7 @@ def _value(text: str) -> Any:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from nbutils.studies.study import run_status
+    from nbutils.studies.status import run_status
 
     statuses = run_status(options.folder)
     width = max(map(len, statuses), default=0)

@@ -14,6 +14,9 @@ STUDIES = NOTEBOOKS / "studies"
 REFERENCE = NOTEBOOKS / "reference"
 FIGURES = ROOT / "figures"
 
+PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"
+"""Files in the folder of an unfinished run: its history so far, and its state."""
+
 
 def data_folder() -> Path:
     """Folder of the downloaded datasets: `$NBUTILS_DATA`, else `data/` in the repository."""

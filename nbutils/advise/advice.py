@@ -529,7 +529,7 @@ def write_report(advice: Advice, out: str | Path) -> list[Path]:
     """
     from nbconvert import HTMLExporter
 
-    from nbutils.studies.study import execute_notebook
+    from nbutils.studies.notebook import execute_notebook
 
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from nbutils.paths import REFERENCE
 from nbutils.report.bench import load, table
 from nbutils.report.libraries import peers_table
 from nbutils.studies.reference import load_tables
-from nbutils.studies.study import execute_notebook
+from nbutils.studies.notebook import execute_notebook
 
 ROOT = REFERENCE.parents[1]
 README = ROOT / "README.md"

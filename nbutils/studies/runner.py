@@ -1,0 +1,337 @@
+"""Make the runs of a study, each a notebook that papermill executes, then sum them up.
+
+The runs go through any `concurrent.futures.Executor`. On this machine that is a pool of threads:
+the kernel of each notebook is a process of its own, so that a fault stays with its run.
+
+The folder of a study holds `study.json` (what is planned), the record of each finished run,
+`failures.json` (the cause of each failure, until the run is made), `summary.ipynb` and its
+figures. An unfinished run is in `.work/<run_id>/<N>/`, where N counts the attempts. An attempt
+goes on where the one before stopped, under a new name: a kernel that outlives its attempt knows
+only the old name, and what it still writes cannot reach the work that goes on.
+
+One command at a time works in the folder, and it alone puts records there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm.auto import tqdm
+
+from nbutils.errors import InputError
+from nbutils.machine import processors
+from nbutils.paths import CHECKPOINT, PROGRESS
+from nbutils.studies.files import locked, write_json
+from nbutils.studies.notebook import (
+    check_parameters,
+    declared_parameters,
+    execute_notebook,
+    notebook_path,
+)
+from nbutils.studies.record import read_record
+from nbutils.studies.status import (
+    SPARE,
+    SPARE_BYTES,
+    attempts,
+    cause,
+    epochs_done,
+    note,
+    read_failures,
+    take_over,
+)
+from nbutils.studies.study import PlannedRun, Study, merge_with_folder
+
+SIGHT = 90
+"""Seconds after which a network disk shows what another machine wrote: for up to a minute it
+remembers that a name was not there."""
+
+
+def run_study(
+    study: Study,
+    out: str | Path,
+    jobs: int | None = None,
+    executor: Executor | None = None,
+    *,
+    time_limit: float | None = None,
+    on_oom: str = "stop",
+) -> dict[str, str]:
+    """Make the runs of `study` that `out` does not hold yet, then execute its summary.
+
+    Interrupted at any instant and called again, it goes on: what is done is kept, and a run that
+    was under way goes on after its last whole epoch. The other runs go on when one fails; the
+    summary is executed only when none did, and when it is older than a record.
+
+    Args:
+        study: From `load_study`.
+        out: Folder of the study's runs; made where there is none.
+        jobs: Runs side by side; by default one per processor, or one where there is a GPU.
+        executor: What makes the runs, instead of threads here. It must see the folder.
+        time_limit: Seconds that a cell of a run's notebook may take.
+        on_oom: As in `train`.
+
+    Returns:
+        The cause of each failure, by run id, or by the name of the summary notebook: empty when
+        all is done.
+
+    Raises:
+        InputError: `out` holds another study or a damaged record, or another command is at work
+            there, or a dataset is not there, or an update needs more images than there are, or,
+            without `executor`, this machine lacks a device. Nothing was run or changed.
+    """
+    out = Path(out).absolute()
+    if jobs is not None and jobs < 1:
+        raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise InputError(f"time_limit = {time_limit}, but it must be a number of seconds > 0")
+    merge_with_folder(study, out)
+    waiting = [run for run in study.runs if not (out / run.config.run_id).exists()]
+    fingerprints = _check_runnable(study, waiting, on_oom, here=executor is None)
+    with locked(out):
+        plan = merge_with_folder(study, out)  # now that no other command changes it
+        _check_records(plan, out, fingerprints)
+        read_failures(out)  # refused now rather than later
+        for aside in out.glob(".*.json.*"):  # what a killed command was writing
+            aside.unlink(missing_ok=True)
+        write_json(out / "study.json", asdict(plan))
+        (out / ".work").mkdir(exist_ok=True)
+        (out / ".work" / SPARE).write_bytes(bytes(SPARE_BYTES))
+        waiting = [run for run in waiting if not (out / run.config.run_id).exists()]
+        done = [run.config.run_id for run in plan.runs if (out / run.config.run_id).exists()]
+        note(out, dict.fromkeys(done))
+        failures: dict[str, str] = {}
+        if waiting:
+            # From the whole study, so that a run has as many threads when the rest goes on.
+            jobs = min(jobs or _default_jobs(), len(study.runs))
+            options = (on_oom, None if executor else max(1, processors() // jobs), time_limit)
+            pool = executor or ThreadPoolExecutor(jobs)
+            tasks = {run: (make_run, run, str(out), *options) for run in waiting}
+            failures = _make_runs(study, tasks, out, pool, fingerprints)
+        if not failures and (waiting or not _is_summed_up(study, plan, out)):
+            failures = _sum_up(study, out)
+        if not failures and all((out / run.config.run_id).exists() for run in plan.runs):
+            shutil.rmtree(out / ".work", ignore_errors=True)
+    return failures
+
+
+def make_run(
+    run: PlannedRun, out: str, on_oom: str, threads: int | None, time_limit: float | None
+) -> str:
+    """Execute the notebook of a run; an executor's task.
+
+    Args:
+        run: What to run.
+        out: The study's folder.
+        on_oom: As in `train`.
+        threads: CPU threads of the kernel; None for the default.
+        time_limit: Seconds that a cell may take.
+
+    Returns:
+        The folder of the whole record, in `.work/`.
+    """
+    if not Path(out, "study.json").exists():
+        raise InputError(f"{platform.node()} does not see the folder {out}")
+    run_id = run.config.run_id
+    folder = take_over(Path(out), run)
+    for path in folder.iterdir():  # what an earlier attempt left half done
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in (PROGRESS, CHECKPOINT):
+            path.unlink()
+    settings = run.config.to_dict() | {"on_oom": on_oom, "out": str(folder)}
+    known = declared_parameters(run.notebook)
+    parameters = {name: value for name, value in settings.items() if name in known}
+    notebook, record = folder / "notebook.ipynb", folder / run_id
+    execute_notebook(run.notebook, notebook, parameters, threads=threads, time_limit=time_limit)
+    if not record.is_dir():
+        raise InputError(f"the notebook {run.notebook} ran but saved no record of {run_id}")
+    os.rename(notebook, record / "notebook.ipynb")
+    return str(record)
+
+
+def _make_runs(
+    study: Study,
+    tasks: Mapping[PlannedRun, tuple[Any, ...]],
+    out: Path,
+    executor: Executor,
+    fingerprints: Mapping[str, str],
+) -> dict[str, str]:
+    """Have the tasks done, showing how far they are; the cause of each failure by run id."""
+    failures: dict[str, str] = {}
+    futures: dict[Future[str], PlannedRun] = {}
+    total = sum(run.config.epochs for run in tasks)
+    done = len(study.runs) - len(tasks)
+    print(f"{study.title}: {len(tasks)} runs to make, {done} done before, in {out}", flush=True)
+    with _stopping(futures, out), tqdm(total=total, unit="epoch", smoothing=0.05) as bar:
+        for run, task in tasks.items():
+            futures[executor.submit(task[0], *task[1:])] = run
+        pending = set(futures)
+        while pending:
+            finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+            for future in finished:
+                run_id = futures[future].config.run_id
+                error = _publish(future, futures[future], out, fingerprints)
+                note(out, {run_id: error})
+                if error:
+                    failures[run_id] = cause(error)
+                    bar.write(f"{run_id} failed: {failures[run_id]}")
+                else:
+                    done += 1
+            epochs = {run: epochs_done(out, run) for run in tasks}
+            if finished or sum(epochs.values()) > bar.n:
+                active = [run for run in tasks if 0 < epochs[run] < run.config.epochs]
+                bar.n = sum(epochs.values())
+                bar.set_description(f"{done}/{len(study.runs)} runs done", refresh=False)
+                bar.set_postfix_str("; ".join(_progress(run, epochs[run]) for run in active))
+    return failures
+
+
+def _publish(
+    future: Future[str], run: PlannedRun, out: Path, fingerprints: Mapping[str, str]
+) -> BaseException | None:
+    """Move the record of a finished run to where it belongs; what went wrong, if anything did."""
+    try:
+        record = Path(future.result())
+        end = time.monotonic() + SIGHT
+        while not record.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        _check_record(record, run.config.dataset, fingerprints)
+        os.rename(record, out / run.config.run_id)
+    except Exception as error:
+        return error
+    shutil.rmtree(out / ".work" / run.config.run_id, ignore_errors=True)
+    return None
+
+
+@contextmanager
+def _stopping(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> Iterator[None]:
+    """When the block is interrupted, drop the tasks that wait and end those that run."""
+    try:
+        yield
+    except BaseException:
+        _stop(futures, out)
+        raise
+
+
+def _stop(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> None:
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # a second Ctrl-C
+    for future, run in futures.items():
+        future.cancel()
+        if run and attempts(out, run):
+            take_over(out, run)  # on another machine it ends when it finds its folder gone
+    end = time.monotonic() + 10
+    while not all(future.done() for future in futures) and time.monotonic() < end:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "ipykernel_launcher" in process.cmdline():
+                    process.kill()
+        time.sleep(0.1)  # a kernel may just be starting
+    if main:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _progress(run: PlannedRun, epochs: int) -> str:
+    config = run.config
+    size = f"{config.accumulation_steps} x {config.batch_size}"
+    return f"{size} seed {config.seed}: epoch {epochs}/{config.epochs}"
+
+
+def _is_summed_up(study: Study, plan: Study, out: Path) -> bool:
+    """Whether `summary.ipynb` is there and newer than all that it sums up."""
+    summary = out / "summary.ipynb"
+    if not study.runs or not summary.exists():
+        return False
+    sources = [notebook_path(study.summary)]
+    sources += [out / run.config.run_id / "run.json" for run in plan.runs]
+    newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
+    content = json.loads(summary.read_text(encoding="utf-8"))
+    given = content["metadata"].get("papermill", {}).get("parameters")
+    return newest <= summary.stat().st_mtime_ns and given == _summary_parameters(study, out)
+
+
+def _summary_parameters(study: Study, out: Path) -> dict[str, Any]:
+    return study.parameters | {"runs" if study.runs else "out": str(out), "figures": str(out)}
+
+
+def _sum_up(study: Study, out: Path) -> dict[str, str]:
+    """Execute the summary; the cause of its failure by its name."""
+    print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
+    partial = out / ".work" / "summary.ipynb"
+    futures: dict[Future[None], None] = {}
+    with _stopping(futures, out):
+        task = (execute_notebook, study.summary, partial, _summary_parameters(study, out))
+        future = ThreadPoolExecutor(1).submit(*task)
+        futures[future] = None
+        error = future.exception()
+    note(out, {study.summary: error})
+    if error:
+        return {study.summary: cause(error)}
+    os.replace(partial, out / "summary.ipynb")
+    return {}
+
+
+def _check_runnable(
+    study: Study, waiting: list[PlannedRun], on_oom: str, here: bool
+) -> dict[str, str]:
+    """Refuse what cannot run; the fingerprint of each dataset by its name."""
+    if study.runs and not waiting:
+        return {}  # and torch is not imported
+    from nbutils.data.sources import load_dataset
+    from nbutils.training.out_of_memory import check_on_oom
+    from nbutils.training.setup import check_fits, resolve_device
+
+    datasets = {name: load_dataset(name) for name in study.datasets}
+    for run in waiting:
+        check_on_oom(on_oom, run.config)
+        check_fits(run.config, datasets[run.config.dataset])
+        if here:
+            resolve_device(run.config.device)
+    for notebook in {run.notebook for run in waiting if on_oom != "stop"}:
+        check_parameters(notebook, ["on_oom"])
+    return {name: data.fingerprint for name, data in datasets.items()}
+
+
+def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a folder with a record that is damaged or does not belong, so that none is lost."""
+    planned = {run.config.run_id: run.config for run in plan.runs}
+    for folder in sorted(out.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            if folder.name not in planned:
+                raise InputError(f"{folder} is not a run of this study; move it elsewhere")
+            _check_record(folder, planned[folder.name].dataset, fingerprints)
+
+
+def _check_record(folder: Path, dataset: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a record that is damaged or was made on other images than `dataset` has here."""
+    made_on = read_record(folder).dataset["fingerprint"]
+    if fingerprints.get(dataset, made_on) != made_on:
+        raise InputError(
+            f"the record {folder} was made on other images than {dataset!r} has now; move it "
+            f"elsewhere, or choose another --out"
+        )
+
+
+def _default_jobs() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else processors()

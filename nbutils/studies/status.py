@@ -1,0 +1,128 @@
+"""What the folder of a study tells: how far its runs are, and why some failed."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from pathlib import Path
+
+from nbutils.errors import InputError
+from nbutils.paths import PROGRESS
+from nbutils.studies.files import write_json
+from nbutils.studies.record import read_record
+from nbutils.studies.study import PlannedRun, read_plan
+
+SPARE, SPARE_BYTES = "spare", 2**16
+"""A file in `.work/` that is given up to note a failure when the disk is full."""
+
+
+def run_status(out: str | Path) -> dict[str, str]:
+    """How far each planned run of a study's folder is, by run id; and a summary that failed.
+
+    Raises:
+        InputError: `out` holds no study.
+    """
+    out = Path(out).absolute()
+    plan, failures = read_plan(out), read_failures(out)
+    statuses = {run.config.run_id: _status(out, run, failures) for run in plan.runs}
+    if plan.summary in failures:
+        statuses[plan.summary] = f"failed: {failures[plan.summary]}"
+    return statuses
+
+
+def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
+    run_id = run.config.run_id
+    if (out / run_id).exists():
+        try:
+            accuracy = read_record(out / run_id).final["test_accuracy"]
+        except InputError as error:
+            return f"damaged: {error}"
+        return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
+    if run_id in failures:
+        return f"failed: {failures[run_id]}"
+    epochs = epochs_done(out, run)
+    return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
+
+
+def cause(error: BaseException) -> str:
+    """One line that says why a task failed."""
+    if isinstance(error, CancelledError):
+        return "cancelled: the scheduler was lost"
+    name, value = getattr(error, "ename", type(error).__name__), getattr(error, "evalue", error)
+    hint = "; the system kills it when memory runs out" if name == "DeadKernelError" else ""
+    text = str(value).partition("\n")[0] if name == "CellTimeoutError" else str(value)
+    return " ".join(f"{name}: {text}".split()) + hint
+
+
+def read_failures(out: Path) -> dict[str, str]:
+    """The cause of each failure noted in `out`, by the name of what failed.
+
+    Raises:
+        InputError: `failures.json` is damaged.
+    """
+    path = out / "failures.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): str(reason) for name, reason in content.items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged, remove it: {error}") from error
+
+
+def note(out: Path, outcomes: Mapping[str, BaseException | None]) -> None:
+    """Keep the causes of failures in `failures.json`, or remove them after a success."""
+    noted, path = read_failures(out), out / "failures.json"
+    failures = {name: reason for name, reason in noted.items() if name not in outcomes}
+    failures |= {name: cause(error) for name, error in outcomes.items() if error}
+    if failures == noted:
+        return
+    if not failures:
+        path.unlink()
+        return
+    try:
+        write_json(path, failures)
+    except OSError:  # the disk may be full
+        try:
+            (out / ".work" / SPARE).unlink(missing_ok=True)
+            write_json(path, failures)
+        except OSError as error:
+            print(f"no room to note that {', '.join(outcomes)} failed: {error}", file=sys.stderr)
+
+
+def attempts(out: Path, run: PlannedRun) -> list[Path]:
+    """The folders of an unfinished run's attempts, the last one last."""
+    folders = Path(out, ".work", run.config.run_id).glob("*")
+    return sorted((f for f in folders if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def take_over(out: Path, run: PlannedRun) -> Path:
+    """A folder for a new attempt: empty, or that of the attempt before under the next number.
+
+    A kernel that outlives its attempt knows only the old name. What it still writes cannot reach
+    the work that goes on.
+    """
+    earlier = attempts(out, run)
+    if not earlier:
+        first = Path(out, ".work", run.config.run_id, "1")
+        first.mkdir(parents=True)
+        return first
+    *stale, last = earlier
+    for folder in stale:  # made anew by such a kernel
+        shutil.rmtree(folder, ignore_errors=True)
+    return last.rename(last.with_name(str(int(last.name) + 1)))
+
+
+def epochs_done(out: Path, run: PlannedRun) -> int:
+    """Epochs that a run has made so far."""
+    if (out / run.config.run_id).exists():
+        return run.config.epochs
+    for folder in reversed(attempts(out, run)):
+        with suppress(OSError):
+            return max(0, (folder / PROGRESS).read_bytes().count(b"\n") - 1)
+    return 0

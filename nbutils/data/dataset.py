@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -65,6 +65,12 @@ class Dataset:
         mean = (count @ value / count.sum()).item()
         variance = (count @ (value - mean) ** 2 / count.sum()).item()
         return mean, math.sqrt(variance) or 1.0
+
+    def subset(self, images: int) -> Dataset:
+        """The same with at most this many training images, spread evenly over the file."""
+        count = min(images, len(self.train.labels))
+        chosen = torch.linspace(0, len(self.train.labels) - 1, count).long()
+        return replace(self, train=Split(self.train.images[chosen], self.train.labels[chosen]))
 
     def normalised(self, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`images` on `device`, scaled so that the training pixels have mean 0 and deviation 1.

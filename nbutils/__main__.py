@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -13,6 +14,9 @@ from typing import Any
 import yaml
 
 from nbutils.errors import InputError
+
+INTERRUPTED = 130
+"""The exit status of a command that Ctrl-C ended: 128 and the number of the signal."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -263,4 +267,8 @@ def _peers(_: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(status)  # threads may still wait for a kernel, which ends with this process
+    sys.exit(status)

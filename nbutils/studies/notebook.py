@@ -124,15 +124,17 @@ def execute_notebook(
         environment["OMP_NUM_THREADS"] = str(threads)
     long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_PIPE_FOLDER
     with tempfile.TemporaryDirectory(prefix="nbutils-", dir="/tmp" if long else None) as folder:
-        # Pipes instead of TCP ports: kernels that start at the same time may claim the same port.
-        pipes = {"transport": "ipc", "ip": str(Path(folder) / "kernel")}
+        connection = {"connection_file": str(Path(folder, "kernel.json"))}
+        if os.name == "posix":
+            # Pipes, not TCP ports: kernels that start at the same time may claim the same port.
+            connection |= {"transport": "ipc", "ip": str(Path(folder, "kernel"))}
         papermill.execute_notebook(
             str(path),
             str(output.absolute()),
             parameters=dict(parameters),
             progress_bar=False,
             execution_timeout=None if time_limit is None else math.ceil(time_limit),
-            config=Config({"KernelManager": pipes} if os.name == "posix" else {}),
+            config=Config({"KernelManager": connection}),
             kernel_manager_class=_kernel_class(environment),
         )
 

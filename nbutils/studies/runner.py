@@ -22,7 +22,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -32,6 +32,7 @@ from concurrent.futures import (
 )
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,15 @@ from nbutils.studies.notebook import (
     execute_notebook,
     notebook_path,
 )
-from nbutils.studies.record import read_record
 from nbutils.studies.status import (
     SPARE,
     SPARE_BYTES,
     attempts,
     cause,
+    check_record,
+    check_records,
     epochs_done,
     note,
-    read_failures,
     take_over,
 )
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
@@ -108,24 +109,17 @@ def run_study(
     fingerprints = _check_runnable(study, waiting, on_oom, here=executor is None)
     with locked(out):
         plan = merge_with_folder(study, out)  # now that no other command changes it
-        _check_records(plan, out, fingerprints)
-        read_failures(out)  # refused now rather than later
-        for aside in out.glob(".*.json.*"):  # what a killed command was writing
-            aside.unlink(missing_ok=True)
-        write_json(out / "study.json", asdict(plan))
-        (out / ".work").mkdir(exist_ok=True)
-        (out / ".work" / SPARE).write_bytes(bytes(SPARE_BYTES))
-        waiting = [run for run in waiting if not (out / run.config.run_id).exists()]
-        done = [run.config.run_id for run in plan.runs if (out / run.config.run_id).exists()]
-        note(out, dict.fromkeys(done))
-        failures: dict[str, str] = {}
-        if waiting:
+        check_records(plan, out, fingerprints)
+        _prepare(plan, out)
+        failures = {}
+        if waiting := [run for run in waiting if not (out / run.config.run_id).exists()]:
+            print(f"{study.title}: {len(waiting)} runs to make in {out}", flush=True)
             # From the whole study, so that a run has as many threads when the rest goes on.
             jobs = min(jobs or _default_jobs(), len(study.runs))
-            options = (on_oom, None if executor else max(1, processors() // jobs), time_limit)
+            threads = None if executor else max(1, processors() // jobs)
+            task = partial(make_run, out=str(out), on_oom=on_oom, threads=threads, limit=time_limit)
             pool = executor or ThreadPoolExecutor(jobs)
-            tasks = {run: (make_run, run, str(out), *options) for run in waiting}
-            failures = _make_runs(study, tasks, out, pool, fingerprints)
+            failures = _make_runs(task, waiting, out, pool, fingerprints)
         if not failures and (waiting or not _is_summed_up(study, plan, out)):
             failures = _sum_up(study, out)
         if not failures and all((out / run.config.run_id).exists() for run in plan.runs):
@@ -133,8 +127,19 @@ def run_study(
     return failures
 
 
+def _prepare(plan: Study, out: Path) -> None:
+    """Write the plan, and bring the folder in order after a command that was killed."""
+    done = [run.config.run_id for run in plan.runs if (out / run.config.run_id).exists()]
+    note(out, dict.fromkeys(done))
+    for aside in out.glob(".*.json.*"):  # what it was writing
+        aside.unlink(missing_ok=True)
+    write_json(out / "study.json", asdict(plan))
+    (out / ".work").mkdir(exist_ok=True)
+    (out / ".work" / SPARE).write_bytes(bytes(SPARE_BYTES))
+
+
 def make_run(
-    run: PlannedRun, out: str, on_oom: str, threads: int | None, time_limit: float | None
+    run: PlannedRun, out: str, on_oom: str, threads: int | None, limit: float | None
 ) -> str:
     """Execute the notebook of a run; an executor's task.
 
@@ -143,7 +148,7 @@ def make_run(
         out: The study's folder.
         on_oom: As in `train`.
         threads: CPU threads of the kernel; None for the default.
-        time_limit: Seconds that a cell may take.
+        limit: Seconds that a cell may take.
 
     Returns:
         The folder of the whole record, in `.work/`.
@@ -161,7 +166,7 @@ def make_run(
     known = declared_parameters(run.notebook)
     parameters = {name: value for name, value in settings.items() if name in known}
     notebook, record = folder / "notebook.ipynb", folder / run_id
-    execute_notebook(run.notebook, notebook, parameters, threads=threads, time_limit=time_limit)
+    execute_notebook(run.notebook, notebook, parameters, threads=threads, time_limit=limit)
     if not record.is_dir():
         raise InputError(f"the notebook {run.notebook} ran but saved no record of {run_id}")
     os.rename(notebook, record / "notebook.ipynb")
@@ -169,21 +174,19 @@ def make_run(
 
 
 def _make_runs(
-    study: Study,
-    tasks: Mapping[PlannedRun, tuple[Any, ...]],
+    task: Callable[[PlannedRun], str],
+    runs: list[PlannedRun],
     out: Path,
     executor: Executor,
     fingerprints: Mapping[str, str],
 ) -> dict[str, str]:
-    """Have the tasks done, showing how far they are; the cause of each failure by run id."""
+    """Have the runs made, showing how far they are; the cause of each failure by run id."""
     failures: dict[str, str] = {}
     futures: dict[Future[str], PlannedRun] = {}
-    total = sum(run.config.epochs for run in tasks)
-    done = len(study.runs) - len(tasks)
-    print(f"{study.title}: {len(tasks)} runs to make, {done} done before, in {out}", flush=True)
+    done, total = 0, sum(run.config.epochs for run in runs)
     with _stopping(futures, out), tqdm(total=total, unit="epoch", smoothing=0.05) as bar:
-        for run, task in tasks.items():
-            futures[executor.submit(task[0], *task[1:])] = run
+        for run in runs:
+            futures[executor.submit(task, run)] = run
         pending = set(futures)
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -196,11 +199,11 @@ def _make_runs(
                     bar.write(f"{run_id} failed: {failures[run_id]}")
                 else:
                     done += 1
-            epochs = {run: epochs_done(out, run) for run in tasks}
+            epochs = {run: epochs_done(out, run) for run in runs}
             if finished or sum(epochs.values()) > bar.n:
-                active = [run for run in tasks if 0 < epochs[run] < run.config.epochs]
+                active = [run for run in runs if 0 < epochs[run] < run.config.epochs]
                 bar.n = sum(epochs.values())
-                bar.set_description(f"{done}/{len(study.runs)} runs done", refresh=False)
+                bar.set_description(f"{done}/{len(runs)} runs done", refresh=False)
                 bar.set_postfix_str("; ".join(_progress(run, epochs[run]) for run in active))
     return failures
 
@@ -214,7 +217,7 @@ def _publish(
         end = time.monotonic() + SIGHT
         while not record.exists() and time.monotonic() < end:
             time.sleep(0.5)
-        _check_record(record, run.config.dataset, fingerprints)
+        check_record(record, run.config.dataset, fingerprints)
         os.rename(record, out / run.config.run_id)
     except Exception as error:
         return error
@@ -227,12 +230,9 @@ def _stopping(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> It
     """When the block is interrupted, drop the tasks that wait and end those that run."""
     try:
         yield
-    except BaseException:
-        _stop(futures, out)
-        raise
-
-
-def _stop(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> None:
+        return
+    except BaseException as error:
+        interruption = error
     main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # a second Ctrl-C
     for future, run in futures.items():
@@ -248,6 +248,7 @@ def _stop(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> None:
         time.sleep(0.1)  # a kernel may just be starting
     if main:
         signal.signal(signal.SIGINT, handler)
+    raise interruption
 
 
 def _progress(run: PlannedRun, epochs: int) -> str:
@@ -276,17 +277,15 @@ def _summary_parameters(study: Study, out: Path) -> dict[str, Any]:
 def _sum_up(study: Study, out: Path) -> dict[str, str]:
     """Execute the summary; the cause of its failure by its name."""
     print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-    partial = out / ".work" / "summary.ipynb"
-    futures: dict[Future[None], None] = {}
-    with _stopping(futures, out):
-        task = (execute_notebook, study.summary, partial, _summary_parameters(study, out))
-        future = ThreadPoolExecutor(1).submit(*task)
-        futures[future] = None
+    aside, parameters = out / ".work" / "summary.ipynb", _summary_parameters(study, out)
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(execute_notebook, study.summary, aside, parameters)
+    with _stopping({future: None}, out):
         error = future.exception()
     note(out, {study.summary: error})
     if error:
         return {study.summary: cause(error)}
-    os.replace(partial, out / "summary.ipynb")
+    os.replace(aside, out / "summary.ipynb")
     return {}
 
 
@@ -309,26 +308,6 @@ def _check_runnable(
     for notebook in {run.notebook for run in waiting if on_oom != "stop"}:
         check_parameters(notebook, ["on_oom"])
     return {name: data.fingerprint for name, data in datasets.items()}
-
-
-def _check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a folder with a record that is damaged or does not belong, so that none is lost."""
-    planned = {run.config.run_id: run.config for run in plan.runs}
-    for folder in sorted(out.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            if folder.name not in planned:
-                raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-            _check_record(folder, planned[folder.name].dataset, fingerprints)
-
-
-def _check_record(folder: Path, dataset: str, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a record that is damaged or was made on other images than `dataset` has here."""
-    made_on = read_record(folder).dataset["fingerprint"]
-    if fingerprints.get(dataset, made_on) != made_on:
-        raise InputError(
-            f"the record {folder} was made on other images than {dataset!r} has now; move it "
-            f"elsewhere, or choose another --out"
-        )
 
 
 def _default_jobs() -> int:

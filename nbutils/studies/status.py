@@ -15,7 +15,7 @@ from nbutils.errors import InputError
 from nbutils.paths import PROGRESS
 from nbutils.studies.files import write_json
 from nbutils.studies.record import read_record
-from nbutils.studies.study import PlannedRun, read_plan
+from nbutils.studies.study import PlannedRun, Study, read_plan
 
 SPARE, SPARE_BYTES = "spare", 2**16
 """A file in `.work/` that is given up to note a failure when the disk is full."""
@@ -47,6 +47,26 @@ def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
         return f"failed: {failures[run_id]}"
     epochs = epochs_done(out, run)
     return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
+
+
+def check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a folder with a record that is damaged or does not belong, so that none is lost."""
+    planned = {run.config.run_id: run.config for run in plan.runs}
+    for folder in sorted(out.iterdir()):
+        if folder.is_dir() and not folder.name.startswith("."):
+            if folder.name not in planned:
+                raise InputError(f"{folder} is not a run of this study; move it elsewhere")
+            check_record(folder, planned[folder.name].dataset, fingerprints)
+
+
+def check_record(folder: Path, dataset: str, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a record that is damaged or was made on other images than `dataset` has here."""
+    made_on = read_record(folder).dataset["fingerprint"]
+    if fingerprints.get(dataset, made_on) != made_on:
+        raise InputError(
+            f"the record {folder} was made on other images than {dataset!r} has now; move it "
+            f"elsewhere, or choose another --out"
+        )
 
 
 def cause(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,8 @@ from nbutils.data.kaggle import (
 )
 from nbutils.studies.record import load_predictions, read_record
 from nbutils.studies.reference import export_runs
-from nbutils.studies.study import PlannedRun, Study, run_status
+from nbutils.studies.status import run_status
+from nbutils.studies.study import PlannedRun, Study
 
 TINY = RunConfig(batch_size=64, epochs=1, device="cpu", norm="none")  # shrunken for speed
 
@@ -308,7 +309,7 @@ def test_its_record_is_saved_loaded_and_exported(result, tmp_path):
     export_runs(tmp_path / "runs", tmp_path / "reference")
     pd.testing.assert_frame_equal(load_runs(tmp_path / "reference"), runs, check_exact=True)
     plan = Study("any", "any", (PlannedRun("02_train_batch_size", result.config),), "04_summary")
-    (tmp_path / "runs" / "study.json").write_text(json.dumps(plan.to_dict()))
+    (tmp_path / "runs" / "study.json").write_text(json.dumps(asdict(plan)))
     assert list(run_status(tmp_path / "runs").values()) == ["done: test accuracy unknown"]
 
 

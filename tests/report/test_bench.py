@@ -6,9 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from nbutils import InputError, RunConfig, bench
+from nbutils import InputError, RunConfig
 from nbutils.data.dataset import Dataset, Split
+from nbutils.report import bench
 from nbutils.report.bench import UsualLoop, run_bench, save, table, verify
+from nbutils.report.floors import work_per_image
 
 CPU = torch.device("cpu")
 
@@ -38,7 +40,7 @@ def test_loops_that_train_differently_are_not_timed(few_digits, monkeypatch):
 
 def test_what_a_bench_leaves(few_digits, tmp_path):
     rows = run_bench(few_digits, images=200, repeats=2, device="cpu", settings=[(50, 1), (30, 4)])
-    assert [row.setting for row in rows] == ["50", "30x4"]
+    assert [row.setting for row in rows] == ["50", "4 x 30"]
     for row in rows:
         assert row.device.startswith("cpu (")
         assert row.images == 200
@@ -51,11 +53,12 @@ def test_what_a_bench_leaves(few_digits, tmp_path):
     assert written == json.loads(json.dumps([asdict(row) for row in rows]))
     expected = {"setting", "device", "baseline_seconds", "seconds", "ratio", "floor_ratio"}
     assert expected <= set(written[0])
-    assert list(table(rows).index) == ["50", "30x4"]
+    assert list(table(rows).index) == ["50", "4 x 30"]
 
 
 def test_seconds_are_scaled_to_all_images(few_digits, monkeypatch):
-    monkeypatch.setattr(bench, "_seconds", lambda work, device: (work(), 1.0)[1])
+    monkeypatch.setattr(bench, "seconds_of", lambda work, device: (work(), 1.0)[1])
+    monkeypatch.setattr(bench, "_second_epoch", lambda config, data: 1.0)
     (row,) = run_bench(few_digits, images=100, repeats=1, device="cpu", settings=[(50, 1)])
     assert row.seconds == row.baseline_seconds == 3.0  # 300 images
 
@@ -66,7 +69,7 @@ def test_the_floor_counts_what_the_network_computes():
         *[Split(torch.zeros(8, 1, 28, 28, dtype=torch.uint8), torch.zeros(8).long())] * 3,
         class_names=tuple("0123456789"),
     )
-    counts = bench._counts(RunConfig(batch_size=8), data, CPU)
+    counts = work_per_image(RunConfig(batch_size=8), data, CPU)
     first, second, third = 784 * 9 * 16, 196 * 9 * 16 * 32, 49 * 9 * 32 * 64
     last = 576 * 10
     # Twice a multiplication and an addition for the gradients, but none for the input's.

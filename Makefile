@@ -11,7 +11,8 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 ONE_THREAD := OMP_NUM_THREADS=1
 EVERY_CORE := -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help install study lab test lint unit notebooks-test papermill-test test-browser test-faults notebooks figures bench clean
+.PHONY: help install study lab test test-all lint unit notebooks-test papermill-test test-slow \
+	test-browser notebooks figures bench gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,11 +33,14 @@ study: install  ## run the main study and show where its figure is (DATASET=mnis
 lab: install  ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-test: lint unit notebooks-test papermill-test  ## lint, types, unit tests, notebooks
+test: lint unit notebooks-test papermill-test  ## lint, types, unit tests, notebooks: 5 minutes
+
+test-all: test test-slow test-browser  ## the same, and what takes long: kills, cluster, browser
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 unit: install
@@ -53,15 +57,15 @@ papermill-test: install
 	$(ONE_THREAD) $(BIN)/papermill --no-progress-bar notebooks/03_train_accumulation.ipynb \
 		build/03.ipynb -p batch_size 64 -p accumulation_steps 8 -p epochs 1
 
+test-slow: install  ## the long tests alone
+	$(ONE_THREAD) $(BIN)/python -m pytest -q $(EVERY_CORE) -m slow tests
+
 test-browser: .venv/browser  ## open every notebook in JupyterLab in a headless Chromium
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -rs -m browser tests/test_browser.py
 
 .venv/browser: .venv/installed
 	$(PIP) '.[browser]'
 	@touch $@
-
-test-faults: install  ## kill a study at 50 random instants, which takes many minutes (KILLS=50)
-	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_interrupted.py --kills $(or $(KILLS),50)
 
 notebooks: install  ## run the notebooks and store their outputs, after a change
 	$(ONE_THREAD) TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level WARN --to notebook --execute --inplace \
@@ -74,6 +78,9 @@ figures: install  ## make figures/ and the README's numbers from notebooks/refer
 
 bench: install  ## time the training against the usual DataLoader loop (DATASET=mnist for all digits)
 	$(BIN)/python -m nbutils bench --dataset $(DATASET) --out build/bench.json
+
+gpu-check: install  ## on a machine with a GPU: check and measure everything there
+	$(BIN)/python -m nbutils gpu-check --out build/gpu
 
 clean:  ## remove the environment and caches; runs/ and data/ stay
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,18 +1,22 @@
-"""Intervals around what was measured, and what could be told apart. scipy does the mathematics."""
+"""Intervals around measured values, and how large a difference they could have shown.
+
+scipy does the mathematics; it is imported only where it is used, since it takes a second.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """Student's t interval of the mean of independent, roughly normal values, such as seeds'.
+    """Student's t interval of the mean of independent, roughly normal values, one per seed.
 
     Returns:
-        Its lower and upper end; both NaN where one value or none says nothing of the spread.
+        Its lower and upper end; both NaN for fewer than two values, which show no spread.
     """
     from scipy import stats
 
@@ -24,90 +28,106 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     return mean - half, mean + half
 
 
-def crossed_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of a mean over seeds and images, both samples: for other seeds *and* other images.
+def crossed_interval(
+    values: np.ndarray, outcomes: np.ndarray | None = None, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Interval of a mean over seeds and images: for other seeds *and* other images.
 
-    Seeds and images are crossed: every seed's networks answer every image. So the mean has two
-    errors: Student's interval of the seeds' means covers one, the normal interval of the images'
-    means the other. The two half widths are added in quadrature, which makes the interval rather
-    too wide, as what seeds and images do together is in both: Owen (2007), "The pigeonhole
-    bootstrap", says so of the sum of their variances. It is never narrower than either.
+    Seeds and images are crossed: the network of each seed answers every image. In the analysis of
+    variance of two crossed random effects, the mean has variance `MS_seed / (S I)` from the S
+    seeds, which already contains the residual, plus `(MS_image - MS_residual) / (S I)` from the I
+    images. Student's half-width of the first part (S - 1 degrees of freedom) and the normal one of
+    the second are added in quadrature, so the residual counts once.
+
+    Source: Searle, Casella, McCulloch (1992), "Variance Components", chapter 4.
 
     Args:
         values: Shape (seeds, images); for a comparison, a difference in each place.
+        outcomes: Shape (seeds,): the outcome of each seed, where it is known more precisely than
+            as a mean of its `values`. The mean and the part of the seeds then come from these,
+            the part of the images from `values`.
         confidence: Of the interval.
 
     Returns:
-        Its lower and upper end; both NaN where one seed says nothing of the spread.
+        Its lower and upper end; both NaN for fewer than two seeds.
     """
     from scipy import stats
 
-    low, high = mean_interval(values.mean(axis=1).tolist(), confidence)
+    means = values.mean(axis=1) if outcomes is None else outcomes
+    low, high = mean_interval(means.tolist(), confidence)
     of_images = stats.norm.ppf((1 + confidence) / 2) * _image_error(values)
     half = math.hypot((high - low) / 2, of_images)
-    return values.mean() - half, values.mean() + half
+    return float(means.mean() - half), float(means.mean() + half)
+
+
+def minimum_detectable_effect(
+    values: np.ndarray,
+    outcomes: np.ndarray | None = None,
+    power: float = 0.8,
+    confidence: float = 0.95,
+) -> float:
+    """The true mean that as many seeds and images, with the same spread, reveal with `power`.
+
+    Args:
+        values: As in `crossed_interval`.
+        outcomes: As in `crossed_interval`.
+        power: Probability that `crossed_interval` leaves out zero, above 1/2.
+        confidence: Of that interval.
+
+    Returns:
+        Its size: what the part of the seeds alone would reveal, by the noncentral t distribution,
+        and what that of the images would, added in quadrature. NaN for fewer than two seeds.
+    """
+    from scipy import stats
+
+    means = values.mean(axis=1) if outcomes is None else outcomes
+    if len(means) < 2:
+        return math.nan
+    of_seeds = _detectable_shift(len(means), power, confidence) * stats.sem(means)
+    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    return math.hypot(of_seeds, quantiles * _image_error(values))
+
+
+@lru_cache
+def _detectable_shift(n: int, power: float, confidence: float) -> float:
+    """The mean of n values, in standard errors, that Student's test finds with `power`."""
+    from scipy import optimize, stats
+
+    threshold = stats.t.ppf((1 + confidence) / 2, n - 1)
+    # The probability to find a mean above zero below it is too small to count.
+    return optimize.brentq(
+        lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold
+    )
 
 
 def _image_error(values: np.ndarray) -> float:
-    """Standard error of the mean of values, shape (seeds, images), as the images are a sample."""
-    return values.mean(axis=0).std(ddof=1) / math.sqrt(values.shape[1])
+    """Standard error of the mean of `values`, shape (seeds, images), from the images alone."""
+    seeds, images = values.shape
+    if seeds < 2:
+        return math.nan
+    of_seeds, of_images = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
+    residuals = values - of_seeds - of_images + values.mean()
+    image_square = seeds * float(of_images.var(ddof=1))
+    residual_square = float((residuals**2).sum()) / ((seeds - 1) * (images - 1))
+    return math.sqrt(max(image_square - residual_square, 0.0) / (seeds * images))
 
 
 def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of the chance behind `fraction`, a share of `n` independent images."""
+    """Wilson's interval of the probability behind `fraction`, a share of `n` independent images."""
     from scipy import stats
 
     interval = stats.binomtest(round(fraction * n), n).proportion_ci(confidence, method="wilson")
     return interval.low, interval.high
 
 
-def gain_interval(gained: int, lost: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of `gained - lost`, from two networks' answers to the same images.
-
-    Only images that one of the two gets right count. If the networks are equally good, each such
-    image falls to either with chance 1/2: McNemar's test. The interval is the exact (Clopper and
-    Pearson) one of that chance, times the number of such images; it leaves out 0 just where the
-    exact test rejects.
-
-    Args:
-        gained: Images that only the second network gets right.
-        lost: Images that only the first does.
-        confidence: Of the interval.
-    """
-    from scipy import stats
-
-    disagreements = gained + lost
-    if disagreements == 0:
-        return 0.0, 0.0
-    interval = stats.binomtest(gained, disagreements).proportion_ci(confidence, method="exact")
-    return (2 * interval.low - 1) * disagreements, (2 * interval.high - 1) * disagreements
-
-
-def detectable_gain(disagreements: int, power: float = 0.8, confidence: float = 0.95) -> float:
-    """Images that one of two networks must be ahead by to be told apart with chance `power`.
-
-    Args:
-        disagreements: Images that only one of the two gets right.
-        power: Chance to find a true lead of that size.
-        confidence: Of the two-sided test.
-
-    Returns:
-        The lead in images, by the normal approximation of McNemar's test.
-    """
-    from scipy import stats
-
-    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
-    return float(quantiles * math.sqrt(disagreements))
-
-
-def chance_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:
-    """Chance that one network leads another by `lead` images or more on a random part.
+def probability_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:
+    """Probability that one network leads another by `lead` images or more on a random part.
 
     Args:
         won: Images of all that only this network gets right.
         lost: Images of all that only the other does.
-        images: All images.
-        part: How many of them are drawn, without putting back.
+        images: Number of all images.
+        part: How many of them are drawn, without replacement.
         lead: In images.
     """
     from scipy import stats
@@ -119,32 +139,3 @@ def chance_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> fl
     # Of k drawn disagreements w are won: the lead is 2 w - k.
     fewest = np.ceil((lead + disagreements) / 2)
     return float(drawn @ stats.hypergeom.sf(fewest - 1, won + lost, won, disagreements))
-
-
-def detectable_difference(
-    differences: np.ndarray, power: float = 0.8, confidence: float = 0.95
-) -> float:
-    """True mean that so many seeds and images, spread as these, reveal with chance `power`.
-
-    Args:
-        differences: Of one setting less another, shape (seeds, images), two seeds or more.
-        power: Chance that the interval of the mean leaves out zero, above 1/2.
-        confidence: Of that interval, `crossed_interval`'s.
-
-    Returns:
-        Its size: what the seeds' part of the interval alone would reveal, by the noncentral t
-        distribution, and what the images' part would, added in quadrature.
-    """
-    from scipy import optimize, stats
-
-    n = len(differences)
-    quantile = (1 + confidence) / 2
-    threshold = stats.t.ppf(quantile, n - 1)
-
-    # That a mean above zero is found below it has a chance too small to count.
-    shift = optimize.brentq(
-        lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold
-    )
-    of_seeds = shift * stats.sem(differences.mean(axis=1))
-    of_images = (stats.norm.ppf(quantile) + stats.norm.ppf(power)) * _image_error(differences)
-    return math.hypot(of_seeds, of_images)

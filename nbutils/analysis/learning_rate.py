@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from nbutils.analysis.intervals import proportion_interval
-from nbutils.analysis.summary import last_epochs
+from nbutils.analysis.outcomes import last_epochs
 from nbutils.errors import InputError
 
 NOTHING_LEARNT = 0.2

@@ -1,4 +1,4 @@
-"""Several networks asked together: the mean of their probabilities, or their majority."""
+"""The majority vote of several networks, and what it still gets wrong."""
 
 from __future__ import annotations
 
@@ -6,39 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from nbutils.errors import InputError
-from nbutils.training.train import EVALUATION_BATCH
-
-
-def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
-    """What several networks together hold of each image: the mean of their probabilities.
-
-    Args:
-        models: Trained networks, in evaluation mode, on the device of `images`.
-        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
-
-    Returns:
-        float64, shape (n, classes), on the CPU. Each row sums to 1.
-
-    Raises:
-        InputError: There is no network, or one is in training mode, where dropout makes noise.
-    """
-    if not models or any(model.training for model in models):
-        raise InputError("models must be at least one network, each in evaluation mode")
-    with torch.inference_mode():
-        return torch.cat(
-            [
-                torch.stack([model(batch).cpu().double().softmax(1) for model in models]).mean(0)
-                for batch in images.split(EVALUATION_BATCH)
-            ]
-        )
 
 
 def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
-    """The class that most networks give each image; of equally many, the smallest.
+    """The class that most networks give each image; the smallest of those with equal votes.
 
     Args:
         predictions: Classes by each network, uint8, shape (n,) each.
@@ -67,7 +40,7 @@ class VoteScore:
 
 
 def score_vote(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> VoteScore:
-    """How much better the majority is than each network alone.
+    """The accuracy of the majority beside that of each network alone.
 
     Args:
         labels: Of the images, uint8, shape (n,).
@@ -84,10 +57,10 @@ def score_vote(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> VoteSco
 
 
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
-    """Accuracy to expect of the majority of `size` networks, from those of more.
+    """The accuracy to expect of the majority of `size` networks, from a larger set of them.
 
-    The mean over as many votes as there are networks: each with the `size - 1` that follow it,
-    the first after the last, so that all count alike.
+    The mean over the votes of each network with the `size - 1` that follow it, the first after
+    the last: so all networks count alike.
 
     Args:
         size: Networks that vote, from 1 to the number of `predictions`.
@@ -112,7 +85,7 @@ def networks_wrong(labels: np.ndarray, predictions: Sequence[np.ndarray]) -> np.
         predictions: Classes by each network, uint8, shape (n,) each.
 
     Returns:
-        int64, a number for each of these images, in their order.
+        int64, one number for each of these images, in their order.
     """
     wrong = np.sum([each != labels for each in predictions], axis=0)
     return wrong[majority_vote(predictions) != labels]

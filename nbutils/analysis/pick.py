@@ -1,0 +1,256 @@
+"""Which settings to take: those that are cheap enough, and how stable that answer is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nbutils.analysis.effects import MARGIN, points
+from nbutils.analysis.intervals import proportion_interval
+from nbutils.analysis.outcomes import first_crossing, name_settings, outcomes, setting_name
+
+TIE = 1.25
+"""Times within 25 % of the least count as equal: so much do those of one setting differ."""
+
+STABLE = 0.8
+"""The share of resamples in which a setting must be among the cheapest to be named."""
+
+RESAMPLES = 1000
+FEWEST_SEEDS = 3
+"""Seeds from which on a share of resamples means something."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The settings to take, and why.
+
+    Attributes:
+        table: One row per setting that has a time: mean `validation_accuracy`; its `difference`
+            from the best, paired by seed, with the interval `low` and `high`; `qualifies`;
+            `seconds` of training until the mean accuracy first reached `threshold`, NaN if it did
+            not; and `share`, the resamples in which the setting is among the cheapest.
+        best: The setting of the highest mean validation accuracy.
+        threshold: Accuracy that no longer differs from the best within the sampling error of the
+            validation images: the lower end of Wilson's 95 % interval.
+        seeds: Seeds that all settings share.
+        untimed: Settings left out, as their time is not known.
+    """
+
+    table: pd.DataFrame
+    best: str
+    threshold: float
+    seeds: int
+    untimed: list[str]
+
+    @property
+    def stable(self) -> bool:
+        """Whether there are enough seeds to say how stable the answer is."""
+        return self.seeds >= FEWEST_SEEDS
+
+    @property
+    def settings(self) -> list[str]:
+        """The settings to take, in their order. None, where none is stably among the cheapest."""
+        share = self.table["share"]
+        return list(share.index[share >= (STABLE if self.stable else 1)])
+
+    @property
+    def answer(self) -> str:
+        """One or two sentences: what to take, and how sure that is."""
+        shares = {
+            setting: f"{setting} {share:.0%}" for setting, share in self.table["share"].items()
+        }
+        if not self.stable:
+            seeds = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
+            return (
+                f"A guess from {seeds}: {_listed(self.settings, 'or')}. Whether other seeds agree "
+                f"is not known; run {FEWEST_SEEDS} or more, such as `--set seed=0,1,2,3,4`."
+            )
+        if not self.settings:
+            order = self.table["share"].sort_values(ascending=False, kind="stable")
+            return (
+                f"No setting is reliably among the cheapest. In resamples of the {self.seeds} "
+                f"seeds the most frequent are {', '.join(shares[s] for s in order.index[:3])}."
+            )
+        return (
+            f"Take {_listed(self.settings, 'or')}. Of {RESAMPLES:,} resamples of the {self.seeds} "
+            f"seeds, these shares have it among the cheapest: "
+            f"{', '.join(shares[s] for s in self.settings)}; every other setting has less than "
+            f"{STABLE:.0%}."
+        )
+
+    def __str__(self) -> str:
+        reached = f"{self.threshold:.2%} validation accuracy"
+        qualify = (
+            f"end at {reached} or above"
+            if self.seeds < 2
+            else f"are not shown to end more than {100 * MARGIN:.1f} points below the best"
+        )
+        left_out = f" Not timed: {', '.join(self.untimed)}." if self.untimed else ""
+        return (
+            f"{self.answer}\nThe cheapest are within {TIE - 1:.0%} of the least training time to "
+            f"{reached}, the lower end of the interval of the best setting, {self.best}. Only "
+            f"settings count that {qualify}.{left_out}"
+        )
+
+
+def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick:
+    """The settings that reach a good validation accuracy in the least training time.
+
+    A setting qualifies unless its seeds show that it ends more than `MARGIN` below the best: the
+    upper end of the 95 % interval of the paired difference of outcomes is below `-MARGIN`. Of
+    those that qualify, the ones within `TIE` of the least time to the threshold are the cheapest.
+    All of this is done again for resamples of the seeds (bootstrap); a setting that is among the
+    cheapest in `STABLE` of them is named. With fewer than `FEWEST_SEEDS` seeds there are no
+    resamples, and the answer is called a guess. Test accuracy plays no part.
+
+    Args:
+        runs: From `load_runs`.
+        seconds: Seconds per epoch of each setting, measured on a quiet machine. Otherwise they are
+            those of the fastest seed of the runs.
+    """
+    final = name_settings(outcomes(runs))
+    if seconds is None:
+        own = (final["seconds"] / final["epoch"]).groupby(final["setting"]).min()
+        seconds = {str(setting): value for setting, value in own.items()}
+    every = [str(setting) for setting in final["setting"].unique()]
+    settings = [setting for setting in every if setting in seconds]
+    ends = final.pivot_table(index="seed", columns="setting", values="validation_accuracy")
+    ends = ends[settings].dropna()
+    if ends.empty:  # no seed has all settings: compare their means, as one seed
+        ends = final.groupby("setting")["validation_accuracy"].mean()[settings].to_frame().T
+        curves = name_settings(runs).assign(seed=ends.index[0])
+    else:
+        curves = name_settings(runs)
+    by_epoch = curves[curves["seed"].isin(ends.index)].pivot_table(
+        index="seed", columns=["setting", "epoch"], values="validation_accuracy"
+    )
+    errors = [1 - by_epoch[setting].loc[ends.index].to_numpy() for setting in settings]
+    images = int(final["validation_images"].iloc[0])
+    cost = np.array([seconds[setting] for setting in settings])
+    whole = _judge(ends.to_numpy(), errors, cost, images)
+    share = whole.cheapest.astype(float)
+    if len(ends) >= FEWEST_SEEDS:
+        random = np.random.default_rng(0)
+        drawn = random.integers(0, len(ends), (RESAMPLES, len(ends)))
+        values = ends.to_numpy()
+        share = np.mean(
+            [_judge(values[d], [e[d] for e in errors], cost, images).cheapest for d in drawn], 0
+        )
+    table = pd.DataFrame(
+        {
+            "validation_accuracy": ends.mean(),
+            "difference": whole.difference,
+            "low": whole.difference - whole.half,
+            "high": whole.difference + whole.half,
+            "qualifies": whole.qualifies,
+            "seconds": whole.seconds,
+            "share": share,
+        },
+        index=pd.Index(settings, name="setting"),
+    )
+    untimed = [setting for setting in every if setting not in seconds]
+    return Pick(table, settings[whole.best], whole.threshold, len(ends), untimed)
+
+
+@dataclass(frozen=True)
+class _Judged:
+    best: int
+    threshold: float
+    difference: np.ndarray
+    half: np.ndarray
+    qualifies: np.ndarray
+    seconds: np.ndarray
+    cheapest: np.ndarray
+
+
+def _judge(ends: np.ndarray, errors: list[np.ndarray], cost: np.ndarray, images: int) -> _Judged:
+    """Judge the settings by these seeds.
+
+    Args:
+        ends: Outcomes, shape (seeds, settings).
+        errors: Of each setting, shape (seeds, epochs).
+        cost: Seconds per epoch of each setting.
+        images: Number of validation images.
+    """
+    best = int(ends.mean(axis=0).argmax())
+    gaps = ends - ends[:, [best]]
+    difference, half = gaps.mean(axis=0), np.full(gaps.shape[1], math.nan)
+    if len(ends) > 1:
+        half = _student(len(ends)) * gaps.std(axis=0, ddof=1) / math.sqrt(len(ends))
+    threshold = _reachable(float(ends[:, best].mean()), images)
+    one_seed = ends[0] >= threshold
+    qualifies = difference + half >= -MARGIN if len(ends) > 1 else one_seed
+    epochs = np.array([first_crossing(each.mean(axis=0), 1 - threshold) for each in errors])
+    seconds = np.where(qualifies, epochs * cost, math.nan)
+    return _Judged(
+        best, threshold, difference, half, qualifies, seconds, seconds <= TIE * np.nanmin(seconds)
+    )
+
+
+@lru_cache
+def _student(seeds: int) -> float:
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, seeds - 1))
+
+
+def _reachable(accuracy: float, images: int) -> float:
+    return _wilson_low(round(accuracy * images), images)
+
+
+@lru_cache
+def _wilson_low(correct: int, images: int) -> float:
+    return proportion_interval(correct / images, images)[0]
+
+
+def format_pick(choice: Pick) -> pd.DataFrame:
+    """The table of a `Pick` for reading."""
+    table = choice.table
+
+    def gap(row: pd.Series) -> str:
+        if row.name == choice.best:
+            return "best"
+        if pd.isna(row["low"]):
+            return points(row["difference"])
+        return f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})"
+
+    shown = {
+        "validation accuracy": table["validation_accuracy"].map("{:.2%}".format),
+        f"less {choice.best}, points (95 %)": table.apply(gap, axis=1),
+        f"s to {choice.threshold:.2%}": [
+            f"{seconds:.0f}" if ok and seconds == seconds else "never" if ok else "ends too low"
+            for ok, seconds in zip(table["qualifies"], table["seconds"], strict=True)
+        ],
+    }
+    if choice.stable:
+        shown["among the cheapest"] = table["share"].map("{:.0%}".format)
+    return pd.DataFrame(shown)
+
+
+def quiet_seconds(path: Path) -> dict[str, float]:
+    """Seconds per epoch of each setting, as `python -m nbutils bench` measured them.
+
+    Args:
+        path: The JSON file of its rows. Settings in it read "8 x 128"; in older files "128x8".
+    """
+    seconds = {}
+    for row in json.loads(path.read_text()):
+        name = row["setting"]
+        if older := re.fullmatch(r"(\d+)x(\d+)", name):
+            name = setting_name(int(older[1]), int(older[2]))
+        seconds[name] = float(row["seconds"])
+    return seconds
+
+
+def _listed(names: Iterable[str], last: str = "and") -> str:
+    """Names in a sentence: "a, b or c"."""
+    *first, final = names
+    return f"{', '.join(first)} {last} {final}" if first else final

@@ -1,0 +1,114 @@
+"""What tests of studies share: a real finished study, and studies without notebooks."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nbutils import RunConfig, load_runs, save_run, train
+from nbutils.data import sources
+from nbutils.studies import runner
+from nbutils.studies.record import load_late_predictions
+from nbutils.studies.study import PlannedRun, Study
+
+CLOCK = ["seconds", "images_per_second", "peak_memory"]
+"""Columns of runs that are not the same twice."""
+
+# Shrunken for speed: two runs of two epochs, with three updates or one in each.
+STUDY = """
+runs: [{notebook: 03_train_accumulation, grid: {accumulation_steps: [1, 3]}}]
+fixed: {epochs: 2, batch_size: 1200, device: cpu}
+summary: 04_summary
+"""
+
+
+@pytest.fixture(scope="session")
+def content_of():
+    """A function: what the records of a finished study say, except for times and memory."""
+
+    def content_of(out):
+        runs = load_runs(out)
+        labels, predictions = load_late_predictions(out)
+        for run_id in predictions:
+            files = sorted(path.name for path in (out / run_id).iterdir())
+            assert files == ["history.csv", "notebook.ipynb", "predictions.npz", "run.json"]
+        assert [path.name for path in out.glob(".*")] == [".lock"]
+        arrays = {run_id: late.tolist() for run_id, late in predictions.items()}
+        return runs.drop(columns=CLOCK).to_csv(), labels.tolist(), arrays
+
+    return content_of
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, content_of):
+    """A study that a real command has made, in a locale without UTF-8; to be left as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "two.yaml").write_text(STUDY)
+    command = ["run", folder / "two.yaml", "--out", folder / "out", "--jobs", "2"]
+    run = subprocess.run(
+        [sys.executable, "-m", "nbutils", *command], capture_output=True, text=True, cwd=folder
+    )
+    assert run.returncode == 0, run.stderr
+    return SimpleNamespace(
+        file=folder / "two.yaml",
+        out=folder / "out",
+        printed=run.stdout,
+        progress=run.stderr,
+        content=content_of(folder / "out"),
+    )
+
+
+class Inline(Executor):
+    """Does a task at once, in this thread."""
+
+    def submit(self, task, *arguments):
+        future = Future()
+        try:
+            future.set_result(task(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.fixture
+def quick(few_digits, monkeypatch, capsys):
+    """Studies whose notebooks are functions in this process, on 60 images.
+
+    Attributes: `run(study, out)`; `study(*seeds)`; `before`, a list of functions that are called
+    with a run's parameters before it is made; `executed`, the notebooks that were executed.
+    """
+    tiny = few_digits.subset(60)
+    held = SimpleNamespace(before=[], executed=[])
+
+    def execute(notebook, output, parameters, **_):
+        held.executed.append(notebook)
+        if "runs" in parameters:
+            output.write_text(json.dumps({"metadata": {"papermill": {"parameters": parameters}}}))
+            return
+        for function in held.before:
+            function(parameters)
+        settings = {k: v for k, v in parameters.items() if k not in ("out", "on_oom")}
+        data = replace(tiny, name=settings["dataset"])
+        folder = Path(parameters["out"])
+        result = train(RunConfig(**settings), data, log_folder=folder, progress=False)
+        output.write_text("{}")
+        save_run(result, folder)
+
+    def study(*seeds, **settings):
+        config = RunConfig(batch_size=30, epochs=2, device="cpu", norm="none")
+        configs = [replace(config, seed=seed, **settings) for seed in seeds]
+        runs = tuple(PlannedRun("02_train_batch_size", config) for config in configs)
+        return Study("tiny", "Tiny", runs, "04_summary")
+
+    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(sources, "load_dataset", lambda name: replace(tiny, name=name))
+    held.study = study
+    held.run = lambda study, out, **options: runner.run_study(
+        study, out, executor=Inline(), **options
+    )
+    return held

@@ -116,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
         "peers", help="run other libraries' accumulation (needs the extra: pip install -e .[peers])"
     )
     peers.set_defaults(command=_peers)
+
+    gpu = commands.add_parser("gpu-check", help="check and measure everything on a GPU")
+    gpu.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.txt")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
+    gpu.add_argument("--quick", action="store_true", help="shrink every stage")
+    gpu.set_defaults(command=_gpu_check)
     return parser
 
 
@@ -158,11 +164,12 @@ def _executor(scheduler: str | None, out: Path) -> AbstractContextManager[Execut
 
 
 def _print_table(out: Path) -> None:
-    from nbutils.analysis.summary import format_table, pick, summary_table
-    from nbutils.studies.record import load_runs
+    from nbutils.analysis.effects import load_answers
+    from nbutils.analysis.pick import pick
+    from nbutils.analysis.summary import format_table, summary_table
 
-    runs = load_runs(out)
-    print(f"\n{format_table(summary_table(runs)).to_string()}\n\n{pick(runs)}\n")
+    answers = load_answers(out)
+    print(f"\n{format_table(summary_table(answers)).to_string()}\n\n{pick(answers.runs)}\n")
 
 
 def _print_files(out: Path) -> None:
@@ -253,6 +260,12 @@ def _bench(options: argparse.Namespace) -> int:
         save(rows, options.out)
         print(f"rows: {options.out}")
     return 0
+
+
+def _gpu_check(options: argparse.Namespace) -> int:
+    from nbutils.report.gpu_check import run_gpu_check
+
+    return int(not run_gpu_check(options.out, options.device, options.quick))
 
 
 def _peers(_: argparse.Namespace) -> int:

@@ -118,7 +118,7 @@ def run_bench(
                 device=device,
                 precision="float64",
             )
-            bar.set_description(_name(config))
+            bar.set_description(setting_name(config))
             verified = data.subset(max(VERIFIED_IMAGES, largest + 7))
             difference = verify(config, verified, place)
             config = replace(config, precision="float32")
@@ -230,8 +230,8 @@ def verify(config: RunConfig, data: Dataset, device: torch.device) -> float:
     difference = max(((ours - usual).norm() / usual.norm()).item() for ours, usual in pairs)
     if not difference <= TOLERANCE:
         raise RuntimeError(
-            f"{_name(config)}: after an epoch in {config.precision} the weights of the two loops "
-            f"differ by {difference:.1e} of their size; their times cannot be compared"
+            f"{setting_name(config)}: after an epoch in {config.precision} the weights of the two "
+            f"loops differ by {difference:.1e} of their size; their times cannot be compared"
         )
     return difference
 
@@ -265,7 +265,7 @@ def _time(
             figures[name].append(value)
         bar.update()
     return Row(
-        setting=_name(config),
+        setting=setting_name(config),
         device=_processor(device),
         **{name: median(values) for name, values in figures.items()},
         floors=floors,
@@ -289,6 +289,7 @@ def _processor(device: torch.device) -> str:
     return device_name(device)
 
 
-def _name(config: RunConfig) -> str:
+def setting_name(config: RunConfig) -> str:
+    """The one spelling of a setting: "128", or "8 x 128" with accumulation."""
     steps = config.accumulation_steps
     return f"{config.batch_size}" if steps == 1 else f"{steps} x {config.batch_size}"

@@ -131,7 +131,8 @@ def _study_path(name: str) -> Path:
 
 def _changed_settings(config: RunConfig) -> list[str]:
     """The settings that differ from the defaults, so that the notebook must take them."""
-    return [name for name, value in asdict(config).items() if value != getattr(RunConfig(), name)]
+    defaults = asdict(RunConfig())
+    return [name for name, value in asdict(config).items() if value != defaults[name]]
 
 
 def _parse(name: str, content: Any, overrides: Overrides) -> Study:

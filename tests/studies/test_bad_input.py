@@ -1,0 +1,78 @@
+"""Bad input on the command line: one line that names it, exit status 2, nothing has changed."""
+
+import json
+
+import pytest
+
+from nbutils.__main__ import main
+
+RUN = ["run", "batch-size"]
+
+COMMANDS = [
+    (["run", "batch-sise"], "no study 'batch-sise'; did you mean 'batch-size'?"),
+    (["run", "nowhere.yaml"], "no study file nowhere.yaml"),
+    (["run", "../batch-size"], "no study '../batch-size'"),
+    ([*RUN, "--dataset", "mnist5k"], "no dataset 'mnist5k'; did you mean"),
+    ([*RUN, "--dataset", ""], "dataset = '', but it must be the name of a dataset"),
+    ([*RUN, "--dataset", "kaggle:nowhere"], "no folder nowhere; it must hold"),
+    ([*RUN, "--set", "epoch=3"], "--set has no 'epoch'; did you mean 'epochs'?"),
+    ([*RUN, "--set", "epochs"], "it must read FIELD=VALUE"),
+    ([*RUN, "--set", "=3"], "--set has no ''"),
+    ([*RUN, "--set", "epochs=many"], "epochs = 'many', but it must be a whole number"),
+    ([*RUN, "--set", "epochs=true"], "epochs = True, but it must be a whole number"),
+    ([*RUN, "--set", "epochs=1,"], "epochs = None, but it must be a whole number"),
+    ([*RUN, "--set", "batch_size=9999"], "has only 3600 images to train on"),
+    ([*RUN, "--set", "learning_rate=-1e-3"], "learning_rate = -0.001, but it must be a number > 0"),
+    ([*RUN, "--set", "dataset=2020-13-45"], "no dataset '2020-13-45'"),
+    ([*RUN, "--set", "dataset=mnist-5k,kmnist"], "dataset = 'mnist-5k', 'kmnist', but the runs in"),
+    (["run", "cost", "--set", "dataset=5"], "dataset = 5, but it must be text"),
+    (["run", "cost", "--set", "batch_sizes=16,1.5"], "batch_sizes = 1.5, but it must be a whole"),
+    (["run", "cost", "--set", "epochs=2"], "--set has no 'epochs'"),
+    ([*RUN, "--set", "seed=0", "--set", "seed=0"], "are planned twice"),
+    ([*RUN, "--set", "device=cuda:99"], "device = 'cuda:99', but this machine"),
+    ([*RUN, "--jobs", "0"], "jobs = 0, but it must be a whole number >= 1"),
+    ([*RUN, "--time-limit", "0"], "time_limit = 0.0, but it must be a number of seconds > 0"),
+    ([*RUN, "--time-limit", "nan"], "time_limit = nan, but it must be a number of seconds > 0"),
+    ([*RUN, "--on-oom", "splt"], "no on_oom 'splt'; did you mean 'split'? allowed: stop, split"),
+    ([*RUN, "--on-oom", "split", "--set", "norm=batch"], "on_oom = 'split', but"),
+    ([*RUN, "--out", "here.toml"], "here.toml is not a folder; choose another --out"),
+    ([*RUN, "--out", "full"], "full is not empty and holds no study; choose another --out"),
+    ([*RUN, "--out", "other"], "other holds the study 'mine', not 'batch-size'"),
+    ([*RUN, "--out", "torn"], "study.json is damaged: "),
+    (["status", "nowhere"], "nowhere holds no study: it has no study.json"),
+    (["status", "torn"], "study.json is damaged: "),
+    (["status", "listed"], "failures.json is damaged, remove it"),
+    (["export", "nowhere", "reference"], "no folder nowhere"),
+    (["export", "full", "reference"], "no runs in full"),
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The current folder, with a file and folders of other kinds; must be as it was afterwards."""
+    (tmp_path / "here.toml").touch()
+    for name in ("full", "other", "torn", "listed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    plan = {"name": "mine", "title": "Mine", "runs": [], "summary": "04_summary"}
+    for name in ("other", "listed"):
+        (tmp_path / name / "study.json").write_text(json.dumps(plan))
+    (tmp_path / "listed" / "failures.json").write_text("[1]")
+    (tmp_path / "torn" / "study.json").write_text(json.dumps(plan)[:20])
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    yield tmp_path
+    assert snapshot(tmp_path) == before
+
+
+def snapshot(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("arguments", "message"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_it_is_one_line_and_exit_status_2(here, capsys, arguments, message):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1

@@ -1,0 +1,120 @@
+"""Notebooks as functions of their parameters."""
+
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from types import SimpleNamespace
+
+import nbformat
+import papermill
+import pytest
+from nbclient.exceptions import CellTimeoutError
+from nbformat.v4 import new_code_cell, new_notebook
+
+from nbutils import InputError, RunConfig
+from nbutils.studies import notebook as notebooks
+from nbutils.studies.notebook import (
+    check_injected_parameters,
+    config_from_parameters,
+    declared_parameters,
+    execute_notebook,
+)
+
+PROBE = """
+import json, os, sys, time
+names = ["OMP_NUM_THREADS", "TQDM_DISABLE"]
+told = {"executable": sys.executable, **{name: os.environ.get(name) for name in names}}
+open(out, "w").write(json.dumps(told))
+time.sleep(seconds)
+"""
+
+
+@pytest.fixture
+def probe(tmp_path, monkeypatch):
+    """A project with one notebook, which tells what its kernel has; runs in 2 seconds."""
+    parameters = new_code_cell('out: str = ""  # file\nseconds: float = 0  # to sleep')
+    parameters.metadata["tags"] = ["parameters"]
+    content = new_notebook(cells=[parameters, new_code_cell(PROBE)])
+    content.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "P"}
+    (tmp_path / "project").mkdir()
+    nbformat.write(content, tmp_path / "project" / "probe.ipynb")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path / "project")
+
+    def run(name="told", **options):
+        parameters = {"out": str(tmp_path / name), **options.pop("parameters", {})}
+        execute_notebook("probe", tmp_path / f"{name}.ipynb", parameters, **options)
+        return json.loads((tmp_path / name).read_text())
+
+    return run
+
+
+def test_a_kernel_is_this_interpreter_with_the_threads_it_is_given(probe, tmp_path, monkeypatch):
+    """Also where "python3" is another kernel, and temporary files have long names."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    other = {"argv": ["/bin/false", "{connection_file}"], "display_name": "x", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    long = tmp_path / ("long" * 30)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    with ThreadPoolExecutor(2) as pool:
+        given, inherited = pool.submit(probe, "given", threads=3), pool.submit(probe, "inherited")
+        here = {"executable": sys.executable, "TQDM_DISABLE": "1"}
+        assert given.result() == here | {"OMP_NUM_THREADS": "3"}
+        assert inherited.result() == here | {"OMP_NUM_THREADS": "7"}
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert not list(long.iterdir())
+
+
+def test_a_cell_has_a_time_limit_which_may_be_of_months(probe):
+    start = time.monotonic()
+    with pytest.raises(CellTimeoutError, match="timed out while it was being executed, after 2 s"):
+        probe(time_limit=1.5, parameters={"seconds": 600})
+    assert time.monotonic() - start < 60
+    assert probe(time_limit=1e7)
+
+
+def test_unknown_names_are_refused_before_anything_is_executed(tmp_path):
+    output = tmp_path / "out.ipynb"
+    with pytest.raises(InputError, match="no notebook '02_train'; did you mean '02_train_batch"):
+        execute_notebook("02_train", output, {})
+    with pytest.raises(InputError, match="02_train_batch_size has no parameter 'on_om'; did you"):
+        execute_notebook("02_train_batch_size", output, {"on_om": "split"})
+    assert not output.exists()
+
+
+def test_the_declared_parameters_are_those_that_papermill_finds():
+    for path in sorted(notebooks.NOTEBOOKS.glob("*.ipynb")):
+        assert declared_parameters(path.stem) == list(papermill.inspect_notebook(str(path)))
+
+
+def test_a_config_has_the_notebooks_variables_and_defaults():
+    variables = {"batch_size": 7, "norm": "none", "out": "", "figures": 3}
+    assert config_from_parameters(variables) == RunConfig(batch_size=7, norm="none")
+    with pytest.raises(InputError, match="batch_size = '7', but it must be a whole number"):
+        config_from_parameters({"batch_size": "7"})
+
+
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("batchsize = 512", "this notebook has no parameter 'batchsize'; did you mean 'batch_"),
+        ("batch_size = 1\nBatch_Size = 1", "this notebook has no parameter 'Batch_Size'"),
+        ("batch_size = 512", None),
+    ],
+)
+def test_a_parameter_that_papermill_adds_by_itself_must_be_declared(monkeypatch, injected, message):
+    declared = 'batch_size: int = 128  # images\nout: str = ""  # folder'
+    shell = SimpleNamespace(user_ns={"In": ["", declared, f"# Parameters\n{injected}\n"]})
+    monkeypatch.setattr(import_module("IPython.core.getipython"), "get_ipython", lambda: shell)
+    if message is None:
+        check_injected_parameters()
+        return
+    with pytest.raises(InputError) as error:
+        config_from_parameters({})
+    assert message in str(error.value)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
@@ -28,19 +29,15 @@ SAVED = (0.8, 0.2)
 
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
-    """When each run first reached a validation accuracy.
-
-    It is known after whole epochs only, of which a small batch needs few. In between, the
-    logarithm of the error is taken to fall evenly. What is reached in the first epoch counts as
-    reached at its end: an upper bound.
+    """When each run first reached a validation accuracy, between epochs as `first_crossing` says.
 
     Args:
         runs: From `load_runs`.
         target: Validation accuracy, in (0, 1).
 
     Returns:
-        A row a run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and `epochs`,
-        `updates` and `images` until the target, missing where it was never reached.
+        One row per run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and
+        `epochs`, `updates` and `images` until the target, missing where it was never reached.
 
     Raises:
         InputError: The target is not in (0, 1).
@@ -51,29 +48,11 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     rows = []
     for _, run in runs.sort_values("epoch").groupby("run_id"):
         first = run.iloc[0]
-        epochs = _first_crossing(1 - run["validation_accuracy"].to_numpy(), 1 - target)
-        rows.append(
-            {name: first[name] for name in keys}
-            | {
-                "epochs": epochs,
-                "updates": epochs * first["updates"],
-                "images": epochs * first["images_per_epoch"],
-            }
-        )
+        epochs = first_crossing(1 - run["validation_accuracy"].to_numpy(), 1 - target)
+        reached = {"epochs": epochs, "updates": epochs * first["updates"]}
+        reached["images"] = epochs * first["images_per_epoch"]
+        rows.append({name: first[name] for name in keys} | reached)
     return pd.DataFrame(rows).sort_values(keys, ignore_index=True)
-
-
-def _first_crossing(errors: np.ndarray, target: float) -> float:
-    """Epochs until an error no larger than `target`; NaN if there is none."""
-    reached = np.flatnonzero(errors <= target)
-    if len(reached) == 0:
-        return math.nan
-    last = reached[0]
-    if last == 0:
-        return 1.0
-    above = math.log(errors[last - 1] / target)
-    below = math.log(target / max(errors[last], target / 100))  # an error of 0 has no logarithm
-    return float(last + above / (above + below))
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
@@ -83,9 +62,9 @@ def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
         table: From `updates_to_target`.
 
     Returns:
-        The rows of `table` of one rate for each `optimizer` and `effective_batch_size`: that of
-        the smallest mean of `updates` over seeds, of the rates at which all seeds reached the
-        target. A size without such a rate has no rows.
+        The rows of `table` of one rate per `optimizer` and `effective_batch_size`: among the rates
+        at which all seeds reached the target, the one of the smallest mean of `updates`. A size
+        without such a rate has no rows.
     """
     size = ["optimizer", "effective_batch_size"]
     means = table.groupby([*size, "learning_rate"])["updates"].agg(
@@ -117,10 +96,10 @@ class CriticalBatch:
 def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     """Fit `E = E_min (1 + B / B_crit)` to the runs of one optimizer.
 
-    Runs that reached the target in their first epoch are left out, since how soon is not known.
+    Runs that reached the target in their first epoch are left out, since how soon is unknown.
     Least squares on log E, as runs differ by factors. The interval is Student's on log B_crit,
-    from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It knows
-    nothing of the choice of the rates, nor of errors that all sizes share.
+    from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It covers
+    neither the choice of the rates nor errors that all sizes share.
 
     Args:
         fastest: From `fastest_rates`, the rows of one optimizer.
@@ -161,9 +140,9 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
 def regime(batch_size: float, critical: float) -> str:
     """Which of the three regimes of Shallue et al. a batch size is in.
 
-    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`: the share of the
-    ideal, in which twice the batch size halves the updates. More than `SAVED[0]` of it count as
-    perfect scaling, less than `SAVED[1]` as maximal data parallelism; the borders are ours.
+    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`. Twice the batch size
+    ideally halves the updates, p = 1. A p above `SAVED[0]` counts as perfect scaling, one below
+    `SAVED[1]` as maximal data parallelism; the paper names no borders, these are ours.
 
     Source: Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network
     Training", section 4.1.
@@ -172,7 +151,7 @@ def regime(batch_size: float, critical: float) -> str:
 
 
 def regime_borders(critical: float) -> tuple[float, float]:
-    """Batch sizes at which one regime gives way to the next."""
+    """The two batch sizes between the three regimes."""
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
 
 
@@ -186,9 +165,9 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
         fits: By optimizer.
 
     Returns:
-        A row an `optimizer` of both: `measurements`; `lowest`, `median` and `highest` noise scale
-        among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
-        `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+        One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
+        scale among them; the critical batch size `fitted`, with its interval, `low` and `high`;
+        their `ratio`, median to fitted; and `agree`, whether interval and range overlap.
     """
     rows = []
     for optimizer, fit in fits.items():
@@ -216,29 +195,26 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
 
 
 def describe_agreement(table: pd.DataFrame) -> str:
-    """One Markdown line an optimizer.
+    """One Markdown line per optimizer.
 
     Args:
         table: From `agreement`.
     """
-    lines = []
-    for _, row in table.iterrows():
-        ratio = row["ratio"] if row["ratio"] >= 1 else 1 / row["ratio"]
-        lines.append(
-            f"- **{row['optimizer']}**: {row['measurements']} measurements of the noise scale, "
-            f"median {row['median']:.0f} images ({row['lowest']:.0f} to {row['highest']:.0f}); "
-            f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to "
-            f"{row['high']:.0f}). They {'are compatible' if row['agree'] else 'do not agree'}: "
-            f"range and interval {'overlap' if row['agree'] else 'do not overlap'}; the median is "
-            f"{ratio:.1f} times {'as large' if row['ratio'] >= 1 else 'smaller'}."
-        )
-    return "\n".join(lines)
+    return "\n".join(
+        f"- **{row['optimizer']}**: the noise scale is {row['median']:.0f} images (median of "
+        f"{row['measurements']} measurements, {row['lowest']:.0f} to {row['highest']:.0f}), the "
+        f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to {row['high']:.0f}). "
+        f"Range and interval {'overlap' if row['agree'] else 'do not overlap'}: they "
+        f"{'are compatible' if row['agree'] else 'do not agree'}. The median is "
+        f"{row['ratio']:.2g} times the fitted size."
+        for _, row in table.iterrows()
+    )
 
 
 def target_table(
     fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
 ) -> pd.DataFrame:
-    """What each size took to reach the target, as people read it.
+    """What each size took to reach the target, for reading.
 
     Args:
         fastest: From `fastest_rates`, the rows of each optimizer.
@@ -246,7 +222,7 @@ def target_table(
         sizes: All sizes that were tried.
 
     Returns:
-        A row an `optimizer` and size: the chosen rate, means over seeds of updates and images
+        One row per `optimizer` and size: the chosen rate, means over seeds of updates and images
         ("at most" where a run arrived in its first epoch), those of the fit, and the regime.
     """
     rows = []

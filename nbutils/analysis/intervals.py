@@ -112,6 +112,7 @@ def _image_error(values: np.ndarray) -> float:
     return math.sqrt(max(image_square - residual_square, 0.0) / (seeds * images))
 
 
+@lru_cache
 def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of the probability behind `fraction`, a share of `n` independent images."""
     from scipy import stats

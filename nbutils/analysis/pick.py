@@ -116,63 +116,46 @@ def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick
         seconds: Seconds per epoch of each setting, measured on a quiet machine. Otherwise they are
             those of the fastest seed of the runs.
     """
-    final = name_settings(outcomes(runs))
+    ends, curves, seconds_of = _by_seed(runs, seconds)
+    every = [str(setting) for setting in ends]
+    settings = [setting for setting in every if setting in seconds_of]
+    cost = np.array([seconds_of[setting] for setting in settings])
+    images = int(runs["validation_images"].iloc[0])
+    values = ends[settings].to_numpy()
+    errors = [1 - curves[setting].to_numpy() for setting in settings]
+    table, threshold = _judge(values, errors, cost, images)
+    table = table.set_axis(pd.Index(settings, name="setting"))
+    if len(values) >= FEWEST_SEEDS:
+        drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+        judged = (_judge(values[d], [e[d] for e in errors], cost, images)[0] for d in drawn)
+        table["share"] = np.mean([each["share"] for each in judged], axis=0)
+    best = str(table["validation_accuracy"].idxmax())
+    untimed = [setting for setting in every if setting not in seconds_of]
+    return Pick(table, best, threshold, len(values), untimed)
+
+
+def _by_seed(
+    runs: pd.DataFrame, seconds: Mapping[str, float] | None
+) -> tuple[pd.DataFrame, pd.DataFrame, Mapping[str, float]]:
+    """Outcomes of the seeds that all settings share, their curves, seconds per epoch by setting."""
+    final, curves = name_settings(outcomes(runs)), name_settings(runs)
     if seconds is None:
         own = (final["seconds"] / final["epoch"]).groupby(final["setting"]).min()
         seconds = {str(setting): value for setting, value in own.items()}
-    every = [str(setting) for setting in final["setting"].unique()]
-    settings = [setting for setting in every if setting in seconds]
     ends = final.pivot_table(index="seed", columns="setting", values="validation_accuracy")
-    ends = ends[settings].dropna()
-    if ends.empty:  # no seed has all settings: compare their means, as one seed
-        ends = final.groupby("setting")["validation_accuracy"].mean()[settings].to_frame().T
-        curves = name_settings(runs).assign(seed=ends.index[0])
-    else:
-        curves = name_settings(runs)
-    by_epoch = curves[curves["seed"].isin(ends.index)].pivot_table(
+    ends = ends[list(final["setting"].unique())]
+    if ends.dropna().empty:  # no seed has all settings: compare their means, as one seed
+        ends, curves = ends.mean().to_frame().T, curves.assign(seed=0)
+    by_epoch = curves.pivot_table(
         index="seed", columns=["setting", "epoch"], values="validation_accuracy"
     )
-    errors = [1 - by_epoch[setting].loc[ends.index].to_numpy() for setting in settings]
-    images = int(final["validation_images"].iloc[0])
-    cost = np.array([seconds[setting] for setting in settings])
-    whole = _judge(ends.to_numpy(), errors, cost, images)
-    share = whole.cheapest.astype(float)
-    if len(ends) >= FEWEST_SEEDS:
-        random = np.random.default_rng(0)
-        drawn = random.integers(0, len(ends), (RESAMPLES, len(ends)))
-        values = ends.to_numpy()
-        share = np.mean(
-            [_judge(values[d], [e[d] for e in errors], cost, images).cheapest for d in drawn], 0
-        )
-    table = pd.DataFrame(
-        {
-            "validation_accuracy": ends.mean(),
-            "difference": whole.difference,
-            "low": whole.difference - whole.half,
-            "high": whole.difference + whole.half,
-            "qualifies": whole.qualifies,
-            "seconds": whole.seconds,
-            "share": share,
-        },
-        index=pd.Index(settings, name="setting"),
-    )
-    untimed = [setting for setting in every if setting not in seconds]
-    return Pick(table, settings[whole.best], whole.threshold, len(ends), untimed)
+    return ends.dropna(), by_epoch.loc[ends.dropna().index], seconds
 
 
-@dataclass(frozen=True)
-class _Judged:
-    best: int
-    threshold: float
-    difference: np.ndarray
-    half: np.ndarray
-    qualifies: np.ndarray
-    seconds: np.ndarray
-    cheapest: np.ndarray
-
-
-def _judge(ends: np.ndarray, errors: list[np.ndarray], cost: np.ndarray, images: int) -> _Judged:
-    """Judge the settings by these seeds.
+def _judge(
+    ends: np.ndarray, errors: list[np.ndarray], cost: np.ndarray, images: int
+) -> tuple[pd.DataFrame, float]:
+    """The table of a `Pick` from these seeds alone, and its threshold.
 
     Args:
         ends: Outcomes, shape (seeds, settings).
@@ -180,19 +163,26 @@ def _judge(ends: np.ndarray, errors: list[np.ndarray], cost: np.ndarray, images:
         cost: Seconds per epoch of each setting.
         images: Number of validation images.
     """
-    best = int(ends.mean(axis=0).argmax())
-    gaps = ends - ends[:, [best]]
-    difference, half = gaps.mean(axis=0), np.full(gaps.shape[1], math.nan)
+    means = ends.mean(axis=0)
+    gaps = ends - ends[:, [means.argmax()]]
+    difference, half = gaps.mean(axis=0), np.full(len(means), math.nan)
+    threshold = proportion_interval(float(means.max()), images)[0]
+    qualifies = means >= threshold
     if len(ends) > 1:
         half = _student(len(ends)) * gaps.std(axis=0, ddof=1) / math.sqrt(len(ends))
-    threshold = _reachable(float(ends[:, best].mean()), images)
-    one_seed = ends[0] >= threshold
-    qualifies = difference + half >= -MARGIN if len(ends) > 1 else one_seed
+        qualifies = difference + half >= -MARGIN
     epochs = np.array([first_crossing(each.mean(axis=0), 1 - threshold) for each in errors])
     seconds = np.where(qualifies, epochs * cost, math.nan)
-    return _Judged(
-        best, threshold, difference, half, qualifies, seconds, seconds <= TIE * np.nanmin(seconds)
-    )
+    table = {
+        "validation_accuracy": means,
+        "difference": difference,
+        "low": difference - half,
+        "high": difference + half,
+        "qualifies": qualifies,
+        "seconds": seconds,
+        "share": (seconds <= TIE * np.nanmin(seconds)).astype(float),
+    }
+    return pd.DataFrame(table), threshold
 
 
 @lru_cache
@@ -200,15 +190,6 @@ def _student(seeds: int) -> float:
     from scipy import stats
 
     return float(stats.t.ppf(0.975, seeds - 1))
-
-
-def _reachable(accuracy: float, images: int) -> float:
-    return _wilson_low(round(accuracy * images), images)
-
-
-@lru_cache
-def _wilson_low(correct: int, images: int) -> float:
-    return proportion_interval(correct / images, images)[0]
 
 
 def format_pick(choice: Pick) -> pd.DataFrame:

@@ -74,7 +74,7 @@ def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.Dat
     for name, part in split_seeds(answers, confirming).items():
         sizes = _whole_sizes(part)
         columns[name] = {
-            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": str(_across(part)),
+            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": str(fitted_change(part)),
             "2: 1024 less 512": str(lead(part, "1024", "512")),
             "4: 1024 less 32": str(lead(part, "1024", "32")),
             "5: 8 x 128 less 1024": str(lead(part, "8 x 128", "1024")),
@@ -115,7 +115,7 @@ def _means(answers: Answers, metric: str) -> str:
     return ", ".join(f"{setting}: {mean:.2%}" for setting, mean in means.items())
 
 
-def _across(answers: Answers) -> Effect:
+def fitted_change(answers: Answers) -> Effect:
     """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
 
     The line is over the logarithm of the batch size; its slope is a weighted sum of accuracies.
@@ -129,7 +129,7 @@ def _across(answers: Answers) -> Effect:
 
 
 def _rises(answers: Answers) -> Verdict:
-    change, sizes = _across(answers), _whole_sizes(answers)
+    change, sizes = fitted_change(answers), _whole_sizes(answers)
     if change.low > 0 and not change.negligible:
         word = "holds: accuracy rises by"
     elif change.high < MARGIN:

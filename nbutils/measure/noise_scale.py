@@ -1,14 +1,13 @@
-"""The gradient noise scale: how many images an update needs before more of them stop helping.
+"""The gradient noise scale: the number of images per update beyond which more of them stop helping.
 
-At fixed weights, let `G` be the mean gradient over all images and `Sigma` the covariance of one
-image's gradient. The mean gradient of B images has squared length |G|^2 + tr(Sigma)/B, of which
-the second part is noise. The two are equal at the *simple noise scale*
+At fixed weights, let G be the mean gradient over all images and Sigma the covariance of one
+image's gradient. The gradient of B images has the expected squared length |G|^2 + tr(Sigma) / B.
+The second term is noise. Both terms are equal at the *simple noise scale*
 
     B_simple = tr(Sigma) / |G|^2
 
-Far fewer images per update are mostly noise, so that more of them help nearly in proportion; far
-more images hardly change the update. The micro-batches of one window tell it: their gradients
-differ by noise alone.
+An update of far fewer images is mostly noise, so more images help nearly in proportion. An update
+of far more images is hardly better.
 
 Source: McCandlish, Kaplan, Amodei et al. (2018), "An Empirical Model of Large-Batch Training",
 section 2.2 and appendix A.1.
@@ -17,40 +16,35 @@ section 2.2 and appendix A.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbutils.accumulation.window import MicroBatch, accumulate_gradient
-from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
-from nbutils.training.config import RunConfig
-from nbutils.training.train import Run, deterministic, generator_for, resolve_device
 
-FEWEST_MICRO_BATCHES = 3
-"""Two tell their spread, and the interval needs one more to leave out."""
+FEWEST = 3
+"""Batches of an estimate: its interval leaves out one and needs two that remain."""
 
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """The simple noise scale at fixed weights, estimated from one window.
+    """An estimate of the simple noise scale at fixed weights.
 
     Attributes:
-        value: `trace / gradient_norm_squared`, in images; infinite where the estimate of
-            |G|^2 is not positive. Numerator and denominator are unbiased, their ratio is so only
-            in the limit of many images.
-        low: Lower end of its interval, in images, >= 0.
-        high: Upper end; infinite where the window does not tell |G| from zero.
-        gradient_norm_squared: Unbiased estimate of |G|^2; it may be negative.
-        trace: Unbiased estimate of tr(Sigma), >= 0.
-        images: Images in the window.
-        micro_batches: Micro-batches in the window.
+        value: `trace / gradient_norm_squared`, in images. Infinite if the estimate of |G|^2 is not
+            positive: then the images were too few to find the mean gradient among the noise.
+        low: Lower end of the interval, in images, >= 0.
+        high: Upper end of the interval. Infinite if |G| = 0 is compatible with the images.
+        gradient_norm_squared: Unbiased estimate of |G|^2. It may be negative.
+        trace: Estimate of tr(Sigma), >= 0.
+        images: Images used.
+        micro_batches: Micro-batches used.
     """
 
     value: float
@@ -61,6 +55,15 @@ class NoiseScale:
     images: int
     micro_batches: int
 
+    def __str__(self) -> str:
+        """One line for people, which also says if the images were too few."""
+        if math.isinf(self.high):
+            return (
+                f"noise scale of at least {self.low:,.0f} images; {self.images:,} images are too "
+                f"few to find an upper end"
+            )
+        return f"noise scale of {self.value:,.0f} images ({self.low:,.0f} to {self.high:,.0f})"
+
 
 def noise_scale(
     model: nn.Module,
@@ -68,59 +71,127 @@ def noise_scale(
     losses: Callable[[MicroBatch], Tensor],
     confidence: float = 0.95,
 ) -> NoiseScale:
-    """Estimate the simple noise scale of any model from the micro-batches of one window.
+    """Estimate the noise scale of a model from the micro-batches of one window.
 
-    With micro-batches of b_k images, mean gradients g_k, and n images in all, of mean gradient g,
+    With K micro-batches of b_k images and mean gradients g_k, and n images in all with the mean
+    gradient g, the estimates are
 
-        tr(Sigma) is estimated by sum_k b_k |g_k - g|^2 / (K - 1), and |G|^2 by |g|^2 - tr(Sigma)/n
+        tr(Sigma): sum_k b_k |g_k - g|^2 / (K - 1)        |G|^2: |g|^2 - tr(Sigma) / n
 
-    without bias, whatever the sizes b_k, if the images are drawn independently. Images drawn
-    without replacement from a set not much larger than the window make |G|^2 too small for the
-    mean gradient of that set, and the noise scale too large.
+    Both are unbiased for any sizes b_k if the images are drawn independently. Images drawn without
+    replacement from a set not much larger than the window make the noise scale too large.
 
-    The interval is Fieller's for a ratio, since it stays right where the denominator may be zero
-    and then has no upper end. Its variances and covariance come from leaving out one micro-batch
-    at a time (the jackknife for groups of unequal size), its quantile is Student's with K - 1
-    degrees of freedom.
+    The model stays in its mode: in training mode the noise of dropout counts, as in an update.
+    Weights, buffers and gradients are left as they were. Memory must hold K gradients.
 
-    The model stays in the mode that it is in: in training mode the noise of dropout counts, as it
-    does in an update. Weights and gradients are left as they were. The gradient of every
-    micro-batch is held in memory at once.
+    Args:
+        model: A model without batch norm in training mode; for one with it, use
+            `noise_scale_of_batches`.
+        window: At least `FEWEST` micro-batches, of at least one image each.
+        losses: Returns the loss of every image of a micro-batch, not reduced, shape (images,).
+        confidence: Coverage of the interval, in (0, 1).
+
+    Raises:
+        InputError: There are too few micro-batches, `confidence` is out of range, the model
+            normalises by the statistics of a batch, or a gradient is not finite or all are zero.
+        ValueError: As `accumulate_gradient`.
+    """
+    _check(confidence, len(window), "micro-batches")
+    _refuse_batch_statistics(model)
+    with _left_as_it_was(model):
+        measured = [_gradient(model, batch, losses) for batch in window]
+    sizes = np.array([size for size, _ in measured], dtype=float)
+    products = _inner_products([gradient for _, gradient in measured])
+
+    def estimates(kept: np.ndarray) -> tuple[float, float]:
+        b, inner = sizes[kept], products[np.ix_(kept, kept)]
+        mean_squared = b @ inner @ b / b.sum() ** 2
+        spread = b @ inner.diagonal() - b.sum() * mean_squared
+        trace = max(0.0, float(spread)) / (len(b) - 1)  # below 0 by rounding alone
+        return trace, float(mean_squared - trace / b.sum())
+
+    return _ratio(estimates, sizes, len(sizes), confidence)
+
+
+def noise_scale_of_batches(
+    model: nn.Module,
+    batches: Sequence[MicroBatch],
+    losses: Callable[[MicroBatch], Tensor],
+    split: Callable[[MicroBatch], Sequence[MicroBatch]],
+    confidence: float = 0.95,
+) -> NoiseScale:
+    """Estimate the noise scale of any model, also with batch norm, from batches of two sizes.
+
+    With batch norm an image has no gradient of its own, but a whole batch has one, normalised by
+    its own statistics. From batches of B images, each also split into k small ones, the estimates
+    are
+
+        tr(Sigma): (mean |g_small|^2 - mean |g_large|^2) B / (k - 1)
+        |G|^2: mean of g_i . g_j over all pairs of different large batches
+
+    The first is McCandlish's. The second replaces his, to which the bias of the first adds.
+
+    **Bias.** Without batch norm there is none. With it, |G|^2 is that of batches of B images. But
+    the statistics of small batches vary more, which changes their mean gradient too, and tr(Sigma)
+    counts that change as noise. For `DigitCNN` after 120 updates the noise scale came out 2 % too
+    high with 32 and 256 images, 8 % with 16 and 128. So small batches should not be tiny.
+
+    All else is as in `noise_scale`.
 
     Args:
         model: Any model whose parameters get gradients.
-        window: At least `FEWEST_MICRO_BATCHES` micro-batches, of at least one image each.
-        losses: The loss of every image of a micro-batch, not reduced, shape (images,).
-        confidence: Of the interval.
-
-    Raises:
-        InputError: There are too few micro-batches, or the model normalises by the statistics of
-            a batch.
-        ValueError: As `accumulate_gradient`.
-
-    Sources: McCandlish et al. (2018), appendix A.1, for two batch sizes; Fieller (1954); Busing,
-    Meijer, van der Leeden (1999), "Delete-m jackknife for unequal m".
+        batches: At least `FEWEST` batches of equal size, drawn independently.
+        losses: Returns the loss of every image of a batch.
+        split: Splits a batch into two small ones or more, such as `lambda batch: batch.split(32)`
+            for a tensor of indices.
+        confidence: Coverage of the interval, in (0, 1).
     """
-    if len(window) < FEWEST_MICRO_BATCHES:
+    _check(confidence, len(batches), "batches")
+    with _left_as_it_was(model):
+        measured = [_of_two_sizes(model, batch, losses, split) for batch in batches]
+    sizes = {(sum(parts), len(parts)) for parts, _, _ in measured}
+    if len(sizes) != 1:
+        raise InputError(f"batches of {sorted(sizes)} (images, parts), but all must be alike")
+    ((size, parts),) = sizes
+    of_small = np.array([squared for _, squared, _ in measured])
+    products = _inner_products([gradient for _, _, gradient in measured])
+
+    def estimates(kept: np.ndarray) -> tuple[float, float]:
+        inner = products[np.ix_(kept, kept)]
+        trace = float((of_small[kept] - inner.diagonal()).mean()) * size / (parts - 1)
+        squared = float(inner.sum() - inner.trace()) / (len(kept) * (len(kept) - 1))
+        return max(0.0, trace), squared
+
+    every_size = np.full(len(batches), float(size))
+    return _ratio(estimates, every_size, parts * len(batches), confidence)
+
+
+def _of_two_sizes(
+    model: nn.Module,
+    batch: MicroBatch,
+    losses: Callable[[MicroBatch], Tensor],
+    split: Callable[[MicroBatch], Sequence[MicroBatch]],
+) -> tuple[list[int], float, list[Tensor]]:
+    """Sizes of a batch's parts, the mean of their |g|^2 weighted by size, the batch's gradient."""
+    size, gradient = _gradient(model, batch, losses)
+    measured = [_gradient(model, part, losses) for part in split(batch)]
+    sizes = [part_size for part_size, _ in measured]
+    if len(sizes) < 2 or sum(sizes) != size:
         raise InputError(
-            f"the window has {len(window)} micro-batches, but the noise scale needs at least "
-            f"{FEWEST_MICRO_BATCHES}: their differences are the noise"
+            f"split gave parts of {sizes} images for a batch of {size}, but there must be two "
+            f"parts or more that hold all of them"
         )
-    _refuse_batch_statistics(model)
-    sizes, products = _inner_products(model, window, losses)
-    whole = _estimates(sizes, products)
-    spread = _jackknife(sizes, products, whole)
-    trace, squared = whole
-    low, high = _fieller(trace, squared, spread, len(sizes) - 1, confidence)
-    return NoiseScale(
-        value=trace / squared if squared > 0 else math.inf,
-        low=low,
-        high=high,
-        gradient_norm_squared=squared,
-        trace=trace,
-        images=int(sizes.sum()),
-        micro_batches=len(sizes),
-    )
+    squared = sum(part_size * float(_inner_products([g])[0, 0]) for part_size, g in measured)
+    return sizes, squared / size, gradient
+
+
+def _check(confidence: float, number: int, what: str) -> None:
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence = {confidence!r}, but it must be in (0, 1), such as 0.95")
+    if number < FEWEST:
+        raise InputError(
+            f"{number} {what}, but at least {FEWEST} are needed: their differences are the noise"
+        )
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:
@@ -128,72 +199,92 @@ def _refuse_batch_statistics(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise InputError(
                 f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
-                f"batch, so that an image has no gradient of its own and there is no noise scale; "
-                f"use GroupNorm or no normalisation"
+                f"batch, so an image has no gradient of its own; use noise_scale_of_batches"
             )
 
 
-def _inner_products(
-    model: nn.Module, window: Sequence[MicroBatch], losses: Callable[[MicroBatch], Tensor]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sizes of the micro-batches, shape (K,), and inner products of their gradients, (K, K)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    before = [p.grad for p in parameters]
-    sizes: list[int] = []
-    gradients: list[list[Tensor]] = []
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Restore the gradients and buffers of a model afterwards."""
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
-    def counted(micro_batch: MicroBatch) -> Tensor:
-        image_losses = losses(micro_batch)
-        sizes.append(len(image_losses))
+
+def _gradient(
+    model: nn.Module, batch: MicroBatch, losses: Callable[[MicroBatch], Tensor]
+) -> tuple[int, list[Tensor]]:
+    """The number of images in a batch, and the gradient of their mean loss."""
+    sizes: list[int] = []
+
+    def counted(batch: MicroBatch) -> Tensor:
+        sizes.append(len(image_losses := losses(batch)))
         return image_losses
 
-    try:
-        for micro_batch in window:
-            for parameter in parameters:
-                parameter.grad = None
-            accumulate_gradient(model, [micro_batch], counted)
-            gradients.append(
-                [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            )
-    finally:
-        for parameter, gradient in zip(parameters, before, strict=True):
-            parameter.grad = gradient
-    products = torch.zeros(len(sizes), len(sizes), dtype=torch.float64)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = None
+    accumulate_gradient(model, [batch], counted)
+    return sum(sizes), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+def _inner_products(gradients: Sequence[list[Tensor]]) -> np.ndarray:
+    """Inner products of K gradients with each other, float64, shape (K, K)."""
+    products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for of_one_parameter in zip(*gradients, strict=True):
         flat = torch.stack(of_one_parameter).flatten(1)
-        exact = torch.float32 if flat.device.type == "mps" else torch.float64
-        flat = flat.to(exact)
+        flat = flat.to(torch.float32 if flat.device.type == "mps" else torch.float64)
         products += (flat @ flat.T).to("cpu", torch.float64)
-    return np.array(sizes, dtype=float), products.numpy()
+    if not products.isfinite().all():
+        raise InputError(
+            "a gradient is not finite although the loss is: look for a division by zero, the root "
+            "of zero or an overflow in the model or its loss"
+        )
+    return products.numpy()
 
 
-def _estimates(sizes: np.ndarray, products: np.ndarray) -> tuple[float, float]:
-    """Unbiased estimates of tr(Sigma) and of |G|^2."""
-    n = sizes.sum()
-    mean_squared = sizes @ products @ sizes / n**2
-    spread = sizes @ products.diagonal() - n * mean_squared
-    trace = max(0.0, float(spread)) / (len(sizes) - 1)  # below 0 by rounding alone
-    return trace, float(mean_squared - trace / n)
+def _ratio(
+    estimates: Callable[[np.ndarray], tuple[float, float]],
+    sizes: np.ndarray,
+    micro_batches: int,
+    confidence: float,
+) -> NoiseScale:
+    """The noise scale from `estimates` of tr(Sigma) and |G|^2 by batches with the given numbers.
 
+    The interval is Fieller's for a ratio. It stays valid where the denominator may be zero, and
+    then has no upper end. Its covariance matrix comes from leaving out one of K batches at a time
+    (the jackknife for groups of unequal `sizes`), its quantile from Student's distribution with
+    K - 1 degrees of freedom.
 
-def _jackknife(sizes: np.ndarray, products: np.ndarray, whole: tuple[float, float]) -> np.ndarray:
-    """Covariance matrix, shape (2, 2), of the two estimates."""
-    without = []
-    for left_out in range(len(sizes)):
-        kept = np.arange(len(sizes)) != left_out
-        without.append(_estimates(sizes[kept], products[np.ix_(kept, kept)]))
+    Sources: Fieller (1954); Busing, Meijer, van der Leeden (1999), "Delete-m jackknife".
+    """
+    every = np.arange(len(sizes))
+    trace, squared = whole = estimates(every)
+    if trace == squared == 0:
+        raise InputError("all gradients are zero, so there is no noise scale")
     shares = (sizes.sum() / sizes)[:, None]
-    pseudo_values = shares * np.array(whole) - (shares - 1) * np.array(without)
-    # Each estimates the same two numbers; a larger micro-batch does so more precisely.
+    without = np.array([estimates(np.delete(every, left_out)) for left_out in every])
+    pseudo_values = shares * np.array(whole) - (shares - 1) * without
+    # Each row estimates the same two numbers; that of a larger batch does so more precisely.
     residuals = pseudo_values - np.average(pseudo_values, axis=0, weights=sizes)
     scaled = residuals / np.sqrt(shares - 1)
-    return scaled.T @ scaled / len(sizes)
+    covariance = scaled.T @ scaled / len(sizes)
+    low, high = _fieller(trace, squared, covariance, len(sizes) - 1, confidence)
+    value = trace / squared if squared > 0 else math.inf
+    return NoiseScale(value, low, high, squared, trace, int(sizes.sum()), micro_batches)
 
 
 def _fieller(
     numerator: float, denominator: float, covariance: np.ndarray, freedom: int, confidence: float
 ) -> tuple[float, float]:
-    """The ratios r >= 0 for which `numerator - r * denominator` may well be zero."""
+    """The ratios r >= 0 for which `numerator - r * denominator` is compatible with zero."""
     from scipy import stats
 
     (var_numerator, cov), (_, var_denominator) = stats.t.ppf((1 + confidence) / 2, freedom) ** 2 * (
@@ -207,70 +298,3 @@ def _fieller(
     low = max(0.0, c / larger) if c > 0 and larger != 0 else 0.0
     high = larger / a if a > 0 and denominator > 0 else math.inf
     return low, high
-
-
-def noise_along_training(
-    config: RunConfig,
-    data: Dataset,
-    updates: Sequence[int],
-    batch_size: int = 64,
-    micro_batches: int = 64,
-) -> pd.DataFrame:
-    """Train as `config` says, and measure the noise scale after some of the updates.
-
-    The measurements leave no trace in the training. Their images are drawn from the training
-    images with replacement, so that each is an independent draw.
-
-    Args:
-        config: Of the run.
-        data: Its images.
-        updates: When to measure, >= 1.
-        batch_size: Images in each micro-batch of a measurement.
-        micro_batches: Of a measurement.
-
-    Returns:
-        A row a measurement: `optimizer`, `learning_rate`, `seed`, `update`,
-        `validation_accuracy`, and the fields of `NoiseScale`.
-
-    Raises:
-        InputError: As `train` and `noise_scale`, or the run has fewer updates.
-    """
-    device = resolve_device(config.device)
-    rows = []
-    with deterministic(device), Run(config, data, device, "eager") as run:
-        if not updates or min(updates) < 1 or max(updates) > run.total_updates:
-            raise InputError(
-                f"updates = {list(updates)}, but they must be in 1 to {run.total_updates}, "
-                f"the updates of the run"
-            )
-        while run.updates < max(updates):
-            run.begin_epoch()
-            while run.next_update():
-                if run.updates in updates:
-                    measured = _measure(run, batch_size * micro_batches, batch_size)
-                    rows.append({"update": run.updates, **measured})
-    settings = {name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")}
-    return pd.DataFrame([settings | row for row in rows])
-
-
-def _measure(run: Run, images: int, batch_size: int) -> dict[str, float]:
-    """The noise scale and the validation accuracy of a run's weights as they are now."""
-    if run.device.type == "cuda":
-        torch.cuda.synchronize(run.device)  # the run has a stream of its own
-    purpose = run.config.seed, f"noise scale after {run.updates}"
-    generator = generator_for(torch.device("cpu"), *purpose)
-    chosen = torch.randint(len(run.train_labels), (images,), generator=generator)
-
-    def losses(micro_batch: Tensor) -> Tensor:
-        logits = run.model(run.train_images[micro_batch])
-        return F.cross_entropy(logits, run.train_labels[micro_batch], reduction="none")
-
-    run.model.eval()
-    predicted = run.logits(run.validation_images).argmax(1)
-    run.model.train()
-    dropout = run.model.dropout
-    of_the_run, dropout.generator = dropout.generator, generator_for(run.device, *purpose)
-    measured = noise_scale(run.model, chosen.to(run.device).split(batch_size), losses)
-    dropout.generator = of_the_run
-    accuracy = (predicted == run.data.validation.labels).double().mean().item()
-    return {"validation_accuracy": accuracy, **asdict(measured)}

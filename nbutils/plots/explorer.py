@@ -9,7 +9,7 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from nbutils.analysis.summary import name_settings
+from nbutils.analysis.outcomes import name_settings
 from nbutils.plots.curves import METRIC_NAMES, Progress, Scale, plot_accuracy
 
 

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from nbutils.analysis.intervals import mean_interval
-from nbutils.analysis.summary import last_epochs, name_settings
-from nbutils.plots.style import batch_size_colours, size_ticks
+from nbutils.analysis.outcomes import last_epochs, name_settings
+from nbutils.plots.style import batch_size_colours, fixed_ticks
 
 
 def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
@@ -43,7 +43,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
         if label not in ax.get_legend_handles_labels()[1]:
             ax.plot([], [], label=label, linestyle="", ms=mark, **style | {"color": "0.3"})
     ax.set_xscale("log", base=2)
-    size_ticks(ax, colours)
+    fixed_ticks(ax.xaxis, colours)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
     ax.set(xlabel="images per update", ylabel=None)
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))

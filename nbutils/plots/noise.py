@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from nbutils.analysis.critical_batch import REGIMES, CriticalBatch, regime_borders
-from nbutils.plots.style import RED, plain_log_ticks, size_ticks
+from nbutils.plots.style import RED, fixed_ticks, plain_log_ticks
 
 
 def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
@@ -97,6 +97,6 @@ def plot_updates_to_target(
             place = np.sqrt(left * right), 0.98
             text = name.replace(" ", "\n")
             ax.text(*place, text, transform=ax.get_xaxis_transform(), ha="center", va="top", size=8)
-    size_ticks(ax, sizes)
+    fixed_ticks(ax.xaxis, sizes)
     plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from nbutils.plots.style import RED, plain_log_ticks, size_ticks
+from nbutils.plots.style import RED, fixed_ticks, plain_log_ticks
 
 
 def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
@@ -51,7 +51,7 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
         )
     ax.set_xscale("log")
     ax.set_yscale("log")
-    size_ticks(ax, sizes)
+    fixed_ticks(ax.xaxis, sizes)
     ax.yaxis.set_major_locator(FixedLocator(list(rates)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
@@ -102,7 +102,7 @@ def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> N
         style: dict[str, Any] = {"marker": "o", "color": colour, "linestyle": line}
         ax.errorbar(x, y, yerr=ends, capsize=3, label=label, **style)
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
-    size_ticks(ax, table["effective_batch_size"])
+    fixed_ticks(ax.xaxis, table["effective_batch_size"])
     plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
     ax.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
 

@@ -9,7 +9,7 @@ from test_summary import runs_of
 from nbutils import RunConfig, plots
 from nbutils.analysis.critical_batch import REGIMES, fit_critical_batch
 from nbutils.analysis.learning_rate import rate_map, ridge, scaling_rules
-from nbutils.analysis.summary import last_epochs
+from nbutils.analysis.outcomes import last_epochs
 
 mpl.use("agg")
 

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -149,5 +150,9 @@ def _kernel_class(environment: Mapping[str, str]) -> type:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict() | {"env": dict(environment)})
+
+        async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+            # What a kernel says of its own end would spoil the progress bar.
+            await super().start_kernel(**options, stderr=subprocess.DEVNULL)
 
     return Kernel

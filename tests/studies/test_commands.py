@@ -1,0 +1,231 @@
+"""The real commands, as a user gives them; killed, interrupted, and given again."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from nbutils import load_runs
+from nbutils.__main__ import _overrides
+from nbutils.paths import NOTEBOOKS
+
+KILLS = 50
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, **options
+    )
+
+
+class Run:
+    """`python -m nbutils run` of the study in `file`, going on; a context manager."""
+
+    def __init__(self, file, folder):
+        self.out, self.printed = folder / "out", folder / "printed.txt"
+        arguments = ["run", file, "--out", self.out, "--jobs", "2"]
+        # A job in the background ignores Ctrl-C, and so would what it starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with open(self.printed, "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "nbutils", *arguments],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in [*self.kernels(), self.process]:
+            process.kill()
+        self.process.wait()
+
+    def kernels(self):
+        try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def until(self, condition):
+        """Wait until `condition()` holds or the command has ended; what it returned."""
+        while not (found := condition()) and self.process.poll() is None:
+            time.sleep(0.02)
+        return found
+
+    def until_training(self):
+        """Wait until a run has made an epoch."""
+        assert self.until(lambda: list(self.out.glob(".work/*/*/checkpoint.pt")))
+
+    def end(self):
+        """Exit status, and what it printed."""
+        return self.process.wait(), self.printed.read_text()
+
+
+def assert_end(processes):
+    """They end by themselves, soon."""
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_study_from_command_to_figure(finished):
+    assert "2/2 runs done" in finished.progress
+    assert "3 x 1200" in finished.printed
+    for name in ("accuracy-vs-epoch.png", "accuracy-vs-epoch.svg", "summary.ipynb"):
+        assert (finished.out / name).stat().st_size > 10_000
+        assert str(finished.out / name) in finished.printed
+    runs = load_runs(finished.out)
+    assert runs["accumulation_steps"].tolist() == [1, 1, 3, 3]
+    assert sorted(path.name for path in finished.file.parent.iterdir()) == ["out", "two.yaml"]
+
+
+def test_with_nothing_to_do_a_command_ends_at_once_and_torch_is_not_imported(finished, tmp_path):
+    out = shutil.copytree(finished.out, tmp_path / "out")
+    summary = (finished.out / "summary.ipynb").read_text()
+    (out / "summary.ipynb").write_text(summary.replace(str(finished.out), str(out)))
+    made = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.parent.name[0] != "."}
+    script = (
+        "import sys; from nbutils.__main__ import main; code = main(sys.argv[1:]);"
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    for arguments in (["run", finished.file, "--out", out], ["status", out]):
+        told = subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, text=True
+        )
+        assert told.returncode == 0, told.stderr
+        assert "Summing up" not in told.stdout
+    assert told.stdout.count("done: test accuracy") == 2
+    made.pop(out / "study.json")
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_an_export_in_a_locale_without_utf_8(finished, tmp_path):
+    locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    export = command("nbutils", "export", finished.out, tmp_path / "reference", env=locale)
+    assert export.returncode == 0, export.stderr
+    assert load_runs(tmp_path / "reference").equals(load_runs(finished.out))
+
+
+def test_faults_of_every_kind_and_the_same_command_again(finished, content_of, tmp_path):
+    """A kernel is killed, a second command is refused, the command is killed."""
+    with Run(finished.file, tmp_path) as first:
+        first.until_training()
+        victim, other = first.kernels()
+        victim.suspend()  # so that its run does not end meanwhile
+        other.suspend()
+        with Run(finished.file, tmp_path) as second:
+            code, printed = second.end()
+            assert code == 2
+            assert f"another command is at work in {first.out}" in printed
+        other.resume()
+        victim.kill()
+        code, printed = first.end()
+    assert code == 1, printed
+    status = command("nbutils", "status", first.out)
+    assert status.returncode == 1
+    assert status.stdout.count("done: test accuracy") == 1
+    assert "failed: DeadKernelError: Kernel died; the system kills it when memory" in status.stdout
+
+    with Run(finished.file, tmp_path) as killed:
+        killed.until(killed.kernels)
+        (kernel,) = killed.kernels()
+        killed.process.kill()
+        killed.process.wait()
+        with Run(finished.file, tmp_path) as again:  # at once, while the kernel may still run
+            assert_end([kernel])
+            code, printed = again.end()
+    assert code == 0, printed
+    assert content_of(first.out) == finished.content
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_ends_all_and_says_how_to_go_on(finished, tmp_path, presses):
+    with Run(finished.file, tmp_path) as run:
+        if presses == 1:
+            run.until_training()
+        else:
+            run.until(lambda: "runs to make" in run.printed.read_text())  # kernels are starting
+        kernels, start = run.kernels(), time.monotonic()
+        for _ in range(presses):
+            os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
+            time.sleep(0.2)
+        code, printed = run.end()
+        assert time.monotonic() - start < 10
+        assert code == 130
+        assert printed.endswith("interrupted; what is done is kept, the same command goes on\n")
+        assert "Traceback" not in printed
+        assert_end(kernels)
+    status = command("nbutils", "status", run.out)
+    assert status.returncode == 0
+    assert "failed" not in status.stdout
+
+
+def test_overrides_on_the_command_line():
+    assert _overrides(["learning_rate=1e-3,0.01", "norm=none,ghost", "augment=true"]) == {
+        "learning_rate": [0.001, 0.01],
+        "norm": ["none", "ghost"],
+        "augment": [True],
+    }
+    assert _overrides(["seed=0", "seed=1"]) == {"seed": [0, 1]}
+
+
+def test_papermill_by_itself_refuses_an_unknown_parameter(tmp_path):
+    notebook = NOTEBOOKS / "02_train_batch_size.ipynb"
+    run = command("papermill", notebook, "out.ipynb", "-p", "batchsize", "512", cwd=tmp_path)
+    assert run.returncode != 0
+    assert "this notebook has no parameter 'batchsize'; did you mean 'batch_size'?" in run.stderr
+
+
+@pytest.mark.slow
+def test_killed_at_random_instants_studies_end_as_if_uninterrupted(
+    finished, content_of, tmp_path, capsys
+):
+    """The command or a kernel is killed; the command is given again; and so on."""
+    draw, victims, number = random.Random(KILLS), [], 0
+    while len(victims) < KILLS or not done(tmp_path / str(number)):
+        folder = tmp_path / str(number)
+        folder.mkdir(exist_ok=True)
+        with Run(finished.file, folder) as run:
+            victim = kill_one(run, draw) if len(victims) < KILLS else None
+            code, printed = run.end()
+        assert code in {None: [0], "command": [-signal.SIGKILL]}.get(victim, [0, 1]), printed
+        assert "Traceback" not in printed
+        victims += [victim] if victim else []
+        with capsys.disabled():
+            print(f"\n{len(victims)}: {victim} killed", end="", flush=True)
+        if done(folder) and len(victims) < KILLS:
+            assert content_of(folder / "out") == finished.content
+            number += 1
+    assert content_of(folder / "out") == finished.content
+
+
+def kill_one(run, draw):
+    """Kill the command or one of its kernels at some instant; which, if one still ran."""
+    kind = draw.choice(["command", "kernel"])
+    if kind == "kernel":
+        run.until(run.kernels)
+    end = time.monotonic() + draw.uniform(0, 15)
+    run.until(lambda: time.monotonic() > end)
+    kernels = run.kernels()
+    if run.process.poll() is not None or not (kernels or kind == "command"):
+        return None
+    if kind == "kernel":
+        draw.choice(kernels).kill()
+        return kind
+    run.process.kill()
+    run.process.wait()
+    if draw.random() < 0.5:  # else the next command starts while they may still run
+        assert_end(kernels)
+    return kind
+
+
+def done(folder):
+    """Whether the study there ended well."""
+    return (folder / "out" / "summary.ipynb").exists() and not (folder / "out" / ".work").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from nbutils.analysis.outcomes import name_settings
 from nbutils.plots.style import (
     MARKERS,
     batch_size_colours,
+    fixed_ticks,
     label_ends,
     plain_log_ticks,
     stretch_towards_one,
@@ -69,7 +69,7 @@ def plot_accuracy(
         epochs = runs[runs["setting"] == setting].groupby("epoch")
         x, mean = epochs[against].min(), epochs["value"].mean()
         turn = (number % len(x), len(settings))
-        name, colour = re.sub(r" = \d+", "", str(setting)), shades[row["effective_batch_size"]]
+        name, colour = str(setting), shades[row["effective_batch_size"]]
         spread = None
         if bars:
             low, high = np.transpose([mean_interval(list(v)) for _, v in epochs["value"]])
@@ -164,8 +164,10 @@ def _accuracy_axis(ax: Axes, accuracies: np.ndarray, scale: Scale = "accuracy") 
 
 def _progress_axis(ax: Axes, against: Progress, values: Any) -> None:
     if against == "epoch":
-        ax.set_xlim(min(values) - 0.02 * (max(values) - min(values)), max(values))
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        last = max(values)
+        ax.set_xlim(1 - 0.02 * last, 1.02 * last)
+        steps = MaxNLocator(6, integer=True).tick_values(1, last)
+        fixed_ticks(ax.xaxis, [1, *(step for step in steps if 1 < step <= last)])
     else:
         ax.set_xscale("log")
         plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))

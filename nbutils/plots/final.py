@@ -1,8 +1,6 @@
-"""Where runs end: a value of the last epoch against the setting."""
+"""How runs end: an outcome of each run against its setting."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,75 +8,70 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from nbutils.analysis.intervals import mean_interval
-from nbutils.analysis.outcomes import last_epochs, name_settings
-from nbutils.plots.style import batch_size_colours, fixed_ticks
+from nbutils.analysis.outcomes import name_settings, outcomes, setting_name
+from nbutils.plots.style import MARKERS, batch_size_colours, label_ends
 
 
 def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
-    """A value of each run's last epoch against the effective batch size: dots, means, intervals.
+    """A value of each run against its setting: dots, and means with 95 % intervals.
 
-    Each run is a dot, pale; each setting a mark with the 95 % interval of its mean, a circle
-    without accumulation and a diamond with, the larger the more steps.
+    Each run is a pale dot; each setting has a mark, a circle without accumulation and a diamond
+    with it.
 
     Args:
         ax: Where to draw.
-        runs: From `load_runs`, their last epochs.
-        values: What to draw of each row of `runs`, in its order.
+        runs: One row per run, with the columns of `load_runs`.
+        values: What to draw of each row of `runs`, in its order; a fraction in [0, 1].
     """
     table = name_settings(runs.assign(value=values))
     colours = batch_size_colours(table["effective_batch_size"])
-    for _, group in table.groupby("setting", sort=False):
-        size = int(group["effective_batch_size"].iloc[0])
-        steps = int(group["accumulation_steps"].iloc[0])
-        # Settings of one size stand side by side.
-        place = size * 1.09 ** np.log2(steps)
-        style: dict[str, Any] = {"color": colours[size], "marker": "o" if steps == 1 else "D"}
-        ax.plot([place] * len(group), group["value"], linestyle="", alpha=0.3, ms=4, **style)
-        mean, (low, high) = group["value"].mean(), mean_interval(group["value"].tolist())
-        ends = [[mean - low], [high - mean]] if len(group) > 1 else None
-        mark = 8 if steps == 1 else 4 + np.log2(steps)
-        ax.errorbar([place], [mean], yerr=ends, capsize=4, ms=mark, **style)
-        # The legend tells marks; colours are told by the axis.
-        label = "1 pass per update" if steps == 1 else f"{steps} passes per update"
-        if label not in ax.get_legend_handles_labels()[1]:
-            ax.plot([], [], label=label, linestyle="", ms=mark, **style | {"color": "0.3"})
-    ax.set_xscale("log", base=2)
-    fixed_ticks(ax.xaxis, colours)
+    groups = {str(name): group for name, group in table.groupby("setting", sort=False)}
+    for place, group in enumerate(groups.values()):
+        colour = colours[group["effective_batch_size"].iloc[0]]
+        marker = "o" if group["accumulation_steps"].iloc[0] == 1 else "D"
+        beside = place + 0.18 * np.linspace(-1, 1, len(group))
+        ax.plot(beside, group["value"], marker, color=colour, alpha=0.35, ms=4)
+        _mean_with_bar(ax, place, group["value"], color=colour, marker=marker, ms=8)
+    longest = max(map(len, groups))
+    ax.set_xticks(range(len(groups)), list(groups), rotation=0 if longest < 8 else 25)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
-    ax.set(xlabel="images per update", ylabel=None)
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xlabel="images per update; accumulated: steps x micro-batch", ylabel=None)
 
 
 def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
-    """Mean and 95 % interval of a metric of the last epoch, a line a kind of normalisation.
+    """The mean outcome of each kind of normalisation, with its 95 % interval.
 
     Args:
         ax: Where to draw.
-        runs: From `load_runs`; settings with equal effective batch size.
-        metric: The column to draw, an accuracy, shown as errors in percent; or a loss.
+        runs: From `load_runs`; settings of one effective batch size.
+        metric: The column to draw: an accuracy, drawn as errors in percent, or a loss.
     """
-    import seaborn as sns
-
-    final = last_epochs(runs).sort_values("batch_size", ascending=False)
+    final = outcomes(runs).sort_values("batch_size", ascending=False)
     accuracy = metric.endswith("accuracy")
-    sns.pointplot(
-        data=final.assign(
-            pieces=final["accumulation_steps"].astype(str)
-            + " x "
-            + final["batch_size"].astype(str),
-            value=100 * (1 - final[metric]) if accuracy else final[metric],
-        ),
-        x="pieces",
-        y="value",
-        hue="norm",
-        hue_order=["batch", "ghost", "group", "none"],
-        palette=["#b8de29", "#29af7f", "#2d708e", "#440154"],
-        markers=["o", "s", "D", "^"],
-        dodge=0.3,
-        errorbar=mean_interval,
-        linewidth=1.5,
-        ax=ax,
-    )
+    final["value"] = 100 * (1 - final[metric]) if accuracy else final[metric]
+    sizes = zip(final["batch_size"], final["accumulation_steps"], strict=True)
+    final["setting"] = [setting_name(*size) for size in sizes]
+    settings = final["setting"].unique().tolist()
+    groups = final.groupby(["norm", "setting"])["value"]
+    norms = [norm for norm in ("batch", "ghost", "group", "none") if norm in set(final["norm"])]
+    shades = list(batch_size_colours(range(len(norms))).values())
+    ends = {}
+    for number, (norm, shade) in enumerate(zip(norms, shades, strict=True)):
+        values = [groups.get_group((norm, setting)) for setting in settings]
+        means = [float(of_setting.mean()) for of_setting in values]
+        places = np.arange(len(settings)) + 0.12 * (number - (len(norms) - 1) / 2)
+        ax.plot(places, means, color=shade, linestyle=["-", "--", "-.", ":"][number])
+        for place, of_setting in zip(places, values, strict=True):
+            _mean_with_bar(ax, place, of_setting, color=shade, marker=MARKERS[number], ms=7)
+        ends[norm] = (places[-1], means[-1])
+    ax.set_xticks(range(len(settings)), settings)
     name = metric.replace("_", " ").replace("accuracy", "error (%)")
-    ax.set(xlabel="micro-batches x images in each", ylabel=name)
-    ax.legend(title="norm", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xlabel="images per update; accumulated: steps x micro-batch", ylabel=name)
+    label_ends(ax, ends, shades)
+
+
+def _mean_with_bar(ax: Axes, place: float, values: pd.Series, **style: object) -> None:
+    """The mean of `values` at `place`, and from two values on its 95 % interval."""
+    mean = values.mean()
+    low, high = mean_interval(values.tolist()) if len(values) > 1 else (mean, mean)
+    ax.errorbar([place], [mean], yerr=[[mean - low], [high - mean]], capsize=4, **style)  # type: ignore[arg-type]

@@ -32,29 +32,29 @@ ACCURACY_TICKS = (
 
 def use_style() -> None:
     """Set the house style for the figures that follow."""
-    grey = {"axes.edgecolor": "0.8", "grid.color": "0.85", "xtick.color": "0.15"}
-    sizes = {"axes.labelsize": 12, "axes.titlesize": 12, "xtick.labelsize": 11}
     mpl.rcParams.update(
         {
-            **grey,
-            **sizes,
-            "ytick.color": "0.15",
-            "ytick.labelsize": 11,
             "font.family": "DejaVu Sans",  # matplotlib brings it along, so it is on every machine
             "figure.dpi": 100,
+            "lines.markersize": 5,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
+            "axes.edgecolor": "0.8",
+            "axes.labelsize": 12,
+            "axes.titlesize": 12,
             "axes.titleweight": "bold",
             "axes.titlelocation": "left",
-            "xtick.major.size": 0,
-            "ytick.major.size": 0,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.color": "0.85",
             "legend.frameon": False,
             "legend.fontsize": 11,
-            "lines.markersize": 5,
         }
     )
+    mpl.rc("xtick", labelsize=11, color="0.15")
+    mpl.rc("ytick", labelsize=11, color="0.15")
+    mpl.rc("xtick.major", size=0)
+    mpl.rc("ytick.major", size=0)
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The subject: windows, the exact gradient of a window, and a checker of other people's loops."""
+"""The subject: windows, the exact gradient of a window, and a check of other people's loops."""
 
 from nbutils.accumulation.check import check_accumulation
 from nbutils.accumulation.window import (

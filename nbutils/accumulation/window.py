@@ -1,203 +1,130 @@
 """Windows, and the gradient of one window summed over its micro-batches.
 
 An update should follow the mean loss of all images in its window. The mean of the micro-batches'
-means is not that when micro-batches differ in size, and a division by the configured number of
-steps is not that when the window is short. So here each micro-batch adds the *sum* of its images'
-losses, divided by the number of images that are really in the window.
+means is something else if they differ in size, and dividing by the configured number of steps is
+wrong for a short window. So each micro-batch adds the *sum* of its losses, divided by the number of
+images in the whole window:
 
-A loop of your own, with any model, loss and optimizer:
+    for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
+        optimizer.zero_grad()
+        loss = accumulate_gradient(model, window, losses, update=update)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
 
-    for epoch in range(epochs):
-        order = torch.randperm(len(images))
-        for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
-            optimizer.zero_grad()
-            loss = accumulate_gradient(model, window, losses, update=update)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
-
-where `losses(indices)` returns the loss of each image, not reduced. Clipping, the optimizer's
-step, weight decay and the schedule come once a window, after its gradient is whole. With a
-`torch.amp.GradScaler`, pass `backward=lambda loss: scaler.scale(loss).backward()`, and call
-`scaler.unscale_(optimizer)` before clipping.
+`losses(micro_batch)` returns the loss of each image. Clipping, the optimizer's step, weight decay
+and the schedule come once per window, when its gradient is complete.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+
+from nbutils.accumulation import batch
+from nbutils.accumulation.distributed import Ranks
 
 MicroBatch = TypeVar("MicroBatch")
 LastWindow = Literal["step", "drop"]
 
 
 def windows(
-    order: Tensor,
-    batch_size: int,
-    accumulation_steps: int,
-    last_window: LastWindow = "step",
+    order: Tensor, batch_size: int, accumulation_steps: int, last_window: LastWindow = "step"
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Cut one epoch's `order` of the images into windows of micro-batches.
+    """Cut one epoch's `order` of image indices, shape (n,), into windows of micro-batches.
 
-    Args:
-        order: Indices of the images, shape (n,), each once, in the order of the epoch.
-        batch_size: Images in a micro-batch; the last one of the epoch may be smaller.
-        accumulation_steps: Micro-batches in a window; the last window may be short.
-        last_window: What becomes of a window with fewer than
-            `batch_size * accumulation_steps` images: "step" keeps it, "drop" leaves it out.
-
-    Yields:
-        The window of each update: a tuple of index tensors, one a micro-batch.
+    A window is a tuple of `accumulation_steps` index tensors, each of `batch_size` images. The last
+    window may be short and its last micro-batch smaller; "drop" leaves it out unless it is full.
     """
-    effective_batch_size = batch_size * accumulation_steps
-    for window in order.split(effective_batch_size):
-        if last_window == "step" or len(window) == effective_batch_size:
-            yield window.split(batch_size)
+    batch.check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps)
+    size = batch_size * accumulation_steps
+    updates = updates_per_epoch(len(order), size, last_window)
+    return (order[u * size : (u + 1) * size].split(batch_size) for u in range(updates))
 
 
 def windows_of_batches(
     batches: Iterable[MicroBatch], accumulation_steps: int, last_window: LastWindow = "step"
 ) -> Iterator[list[MicroBatch]]:
-    """Gather what a DataLoader yields into windows; the last one may be short.
+    """Gather the batches of a DataLoader into windows; the last one may be short.
 
-    With `last_window="drop"` the DataLoader should have `drop_last=True`, or a smaller last
-    micro-batch is taken for a whole one.
+    "drop" leaves out a window of fewer batches. A smaller last batch counts as a whole one, so the
+    DataLoader should then have `drop_last=True`.
     """
-    window: list[MicroBatch] = []
-    for batch in batches:
-        window.append(batch)
-        if len(window) == accumulation_steps:
-            yield window
-            window = []
-    if window and last_window == "step":
-        yield window
+    batch.check_counts(accumulation_steps=accumulation_steps)
+    batch.check_last_window(last_window)
+    rest = iter(batches)
+    gathered = iter(lambda: list(islice(rest, accumulation_steps)), [])
+    return (w for w in gathered if last_window == "step" or len(w) == accumulation_steps)
 
 
 def updates_per_epoch(
     images: int, effective_batch_size: int, last_window: LastWindow = "step"
 ) -> int:
-    """Number of windows that `windows` makes of so many images."""
+    """The number of windows that `windows` cuts from `images` images."""
+    batch.check_counts(effective_batch_size=effective_batch_size)
+    batch.check_last_window(last_window)
     full, left_over = divmod(images, effective_batch_size)
     return full + (left_over > 0 and last_window == "step")
 
 
 def accumulate_gradient(
     model: nn.Module,
-    window: Sequence[MicroBatch],
+    window: Iterable[MicroBatch],
     losses: Callable[[MicroBatch], Tensor],
     *,
-    weight: Callable[[MicroBatch], float] | None = None,
+    weight: Callable[[MicroBatch], float | Tensor] | None = None,
     backward: Callable[[Tensor], Any] = Tensor.backward,
     update: int | None = None,
     check_finite: bool = True,
 ) -> Tensor:
     """Add the gradient of the window's mean loss to the parameters' `.grad`.
 
-    Only one micro-batch's activations are in memory at a time. A model in
-    `DistributedDataParallel` is synchronised once, in the window's last backward pass, and every
-    image of every rank counts the same, also when ranks hold unequal numbers of them.
+    One micro-batch's activations are in memory at a time. `distributed.py` describes several ranks.
 
     Args:
-        model: Its parameters get the gradient.
-        window: The micro-batches of one update (of one rank).
-        losses: The loss of every image of a micro-batch, not reduced, shape (images,).
-        weight: The sum of the images' weights in a micro-batch, where `losses` are weighted;
-            by default each image weighs 1.
-        backward: What starts the backward pass from a loss, for a gradient scaler.
-        update: The update's number, for messages.
-        check_finite: Whether to look at the losses before returning, which on a GPU waits for
-            the passes to end.
+        model: The module that `losses` calls; its parameters get the gradient.
+        window: The micro-batches of one update, of any type.
+        losses: Returns the losses of a micro-batch, not reduced: one per image, shape (images,).
+            With `weight` the shape is free, such as one loss per token or pixel.
+        weight: Returns the total weight of a micro-batch's losses: the number of tokens with a
+            label, or the sum of the class weights. By default each loss weighs 1.
+        backward: Starts the backward pass of a loss. With a `torch.amp.GradScaler` pass
+            `lambda loss: scaler.scale(loss).backward()`, and unscale before clipping.
+        update: The number of the update, for messages.
+        check_finite: Whether to check losses and gradients, which waits for the GPU. With your own
+            `backward` only losses are checked: a scaler skips updates with infinite gradients.
 
     Returns:
-        The window's mean loss, detached, shape (): of the images of this rank.
+        The mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
 
     Raises:
-        ValueError: The model has no parameters, the window is empty or weighs nothing, `losses`
-            returned anything but one loss an image, or a loss is not finite. The weights are as
-            before; the gradient is cleared, so that no part of it can be stepped by mistake.
+        ValueError, TypeError: The model has no parameters, the window is empty or weighs nothing,
+            losses are reduced or not one per image, or a loss or gradient is not finite. Gradients
+            are then cleared, so that no part of one can be stepped; weights are as before.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(f"{_place(update)}the model has no parameters that require a gradient")
-    measure = weight or _images
+    parameters = batch.trainable(model, update)
     try:
-        weights = [float(measure(micro_batch)) for micro_batch in window]
-        divisor, ranks = _over_all_ranks(model, sum(weights))
-        if not window or not 0 < divisor < math.inf:
-            raise ValueError(f"{_place(update)}the window is empty or weighs nothing")
+        micro_batches, ranks = batch.listed(window), Ranks(model)
+        total = batch.TotalWeight(micro_batches, weight, ranks, parameters, update)
         loss_sums = []
-        for number, micro_batch in enumerate(window, start=1):
-            with nullcontext() if number == len(window) else _no_sync(model):
-                image_losses = losses(micro_batch)
-                if weight is None:
-                    _check_shape(image_losses, _images(micro_batch), number, window, update)
-                loss_sum = image_losses.sum()
-                # DistributedDataParallel takes the mean over ranks, so each counts `ranks` times.
-                backward(loss_sum / divisor * ranks)
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            with nullcontext() if number == len(micro_batches) else ranks.no_sync():
+                each = losses(micro_batch)
+                divisor = total.after(each, micro_batch)
+                loss_sum = each.sum()
+                # DistributedDataParallel averages over ranks, so each counts `ranks.number` times.
+                backward(loss_sum / divisor * ranks.number)
             loss_sums.append(loss_sum.detach())
+        ranks.average_parameters_outside()
         if check_finite:
-            _check_finite(loss_sums, update)
-    except Exception:
+            batch.check_finite(loss_sums, model, backward is Tensor.backward, update)
+    except BaseException:  # also Ctrl-C
         for parameter in parameters:
             parameter.grad = None
         raise
-    return torch.stack(loss_sums).sum() / sum(weights)
-
-
-def _images(micro_batch: Any) -> int:
-    """Images in a micro-batch: a tensor's length, or that of the first tensor in a container."""
-    while not isinstance(micro_batch, Tensor):
-        values = micro_batch.values() if isinstance(micro_batch, Mapping) else micro_batch
-        micro_batch = next(iter(values))
-    return len(micro_batch)
-
-
-def _over_all_ranks(model: nn.Module, weight: float) -> tuple[float, int]:
-    """The window's weight summed over all ranks, and their number."""
-    if not isinstance(model, DistributedDataParallel):
-        return weight, 1
-    group = model.process_group
-    device = next(model.parameters()).device
-    # A rank without images would make the others wait for it in vain: it spoils the sum for all.
-    total = torch.tensor(weight if weight > 0 else math.nan, dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    return total.item(), dist.get_world_size(group)
-
-
-def _no_sync(model: nn.Module) -> Any:
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
-
-
-def _check_shape(
-    image_losses: Tensor, images: int, number: int, window: Sequence[Any], update: int | None
-) -> None:
-    if image_losses.shape != (images,):
-        raise ValueError(
-            f"{_place(update, number, window)}losses have shape {tuple(image_losses.shape)}, but "
-            f'there must be one loss an image, ({images},): use reduction="none". A loss that is '
-            f"already averaged would weight the images of a small micro-batch too high"
-        )
-
-
-def _check_finite(loss_sums: list[Tensor], update: int | None) -> None:
-    finite = torch.stack(loss_sums).isfinite()
-    if not finite.all():
-        number = int(finite.logical_not().nonzero()[0]) + 1
-        raise ValueError(
-            f"{_place(update, number, loss_sums)}the loss is {loss_sums[number - 1].item()}; "
-            f"the learning rate may be too large, or an input not finite"
-        )
-
-
-def _place(update: int | None, number: int | None = None, window: Sequence[Any] = ()) -> str:
-    """The beginning of a message: which update and micro-batch it is about."""
-    parts = [] if update is None else [f"update {update}"]
-    parts += [] if number is None else [f"micro-batch {number} of {len(window)}"]
-    return ", ".join(parts) + ": " if parts else ""
+    return torch.stack(loss_sums).sum() / total.of_this_rank

@@ -1,0 +1,236 @@
+"""What `window.py` needs around a micro-batch: counting its losses, and the checks of arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nbutils.accumulation.distributed import Ranks
+
+LONGEST = 4096
+"""Micro-batches that an iterator may give for one window; more are taken for an endless one."""
+
+DEPTH = 4
+"""How deep `lengths` looks into a micro-batch."""
+
+WEIGHT_LINE = "weight=lambda batch: (batch[1] != -100).sum()"
+
+
+class TotalWeight:
+    """The total weight of a window's losses on all ranks, by which their sum is divided.
+
+    It is known before the first pass if the reader gives weights, or if micro-batches are tensors
+    of indices. Otherwise it is the number of losses, known only after the last forward pass. Until
+    then the losses are divided by an estimate; just before the last backward pass the gradient so
+    far is multiplied by estimate / total, which makes it exact.
+
+    Attributes:
+        of_this_rank: The part of this rank; NaN until it is known.
+    """
+
+    def __init__(
+        self,
+        micro_batches: Sequence[Any],
+        weight: Callable[[Any], float | Tensor] | None,
+        ranks: Ranks,
+        parameters: Sequence[Tensor],
+        update: int | None,
+    ) -> None:
+        self._micro_batches = len(micro_batches)
+        self._weighted = weight is not None
+        self._ranks = ranks
+        self._parameters = parameters
+        self._update = update
+        self._counts: list[int] = []
+        self._estimate = math.nan
+        self._earlier: list[Tensor | None] = [None] * len(parameters)
+        self.of_this_rank = _known_weight(micro_batches, weight)
+        self._total = self._compare_ranks()
+        self._check_total()
+        if math.isnan(self._total):  # what the window adds to `.grad` will be multiplied
+            self._earlier = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+
+    def after(self, losses: Tensor, micro_batch: Any) -> float:
+        """Check the losses of the next micro-batch; returns what to divide their sum by."""
+        number = len(self._counts) + 1
+        where = place(self._update, number, self._micro_batches)
+        check_losses(losses, micro_batch, self._weighted, where)
+        self._counts.append(losses.numel())
+        if not math.isnan(self._total):
+            return self._total
+        if number == 1:
+            self._estimate = max(1, self._counts[0]) * self._micro_batches * self._ranks.number
+        if number < self._micro_batches:
+            return self._estimate
+        self.of_this_rank = float(sum(self._counts))
+        self._total = sum(count for (count,) in self._ranks.gather([self.of_this_rank]))
+        self._check_total()
+        self._multiply_gradient(self._estimate / self._total)
+        return self._total
+
+    def _compare_ranks(self) -> float:
+        """Refuse windows that do not match; the total weight, NaN if a rank does not know its own.
+
+        All ranks see the same numbers, so either all go on or all raise.
+        """
+        update = -1 if self._update is None else self._update
+        told = self._ranks.gather([self._micro_batches, self.of_this_rank, update])
+        for rank, (micro_batches, _, _) in enumerate(told):
+            if micro_batches == 0:
+                whose = f" of rank {rank}" if len(told) > 1 else ""
+                raise ValueError(f"{place(self._update)}the window{whose} is empty")
+        updates = [int(each) for _, _, each in told]
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"the ranks are at updates {updates}, so they have unequal numbers of windows; "
+                f"give every rank the same number"
+            )
+        return sum(weight for _, weight, _ in told)
+
+    @torch.no_grad()
+    def _multiply_gradient(self, factor: float) -> None:
+        for parameter, earlier in zip(self._parameters, self._earlier, strict=True):
+            if parameter.grad is not None and factor != 1:
+                parameter.grad.mul_(factor)
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
+
+    def _check_total(self) -> None:
+        if self._total == 0:
+            raise ValueError(f"{place(self._update)}the losses of the window weigh nothing")
+
+
+def _known_weight(
+    micro_batches: Sequence[Any], weight: Callable[[Any], float | Tensor] | None
+) -> float:
+    """The weight of the window if it is known before the forward passes, else NaN."""
+    if weight is not None:
+        weights = [float(weight(micro_batch)) for micro_batch in micro_batches]
+        if not all(0 <= value < math.inf for value in weights):
+            raise ValueError(f"weight returned {weights}, but weights must be finite and >= 0")
+        return sum(weights)
+    # `check_losses` makes sure that a tensor gets as many losses as it is long.
+    if all(isinstance(m, Tensor) and m.ndim > 0 for m in micro_batches):
+        return float(sum(len(micro_batch) for micro_batch in micro_batches))
+    return math.nan
+
+
+def lengths(batch: Any, depth: int = DEPTH) -> Iterator[int]:
+    """The lengths of everything in a micro-batch; the number of images is one of them."""
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, (list, tuple)):
+        yield len(batch)
+        parts = batch
+    elif isinstance(shape := getattr(batch, "shape", None), tuple):  # a tensor or an array
+        if shape:
+            yield int(shape[0])
+    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, nn.Module)):
+        parts = vars(batch).values()
+    if depth > 0:
+        for part in parts:
+            yield from lengths(part, depth - 1)
+
+
+def check_losses(losses: Any, micro_batch: Any, weighted: bool, where: str) -> None:
+    """Refuse losses that are reduced already, or not one per image and without weights."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"{where}losses returned {type(losses).__name__}, but it must be a tensor")
+    number = losses.numel()
+    seen: set[int] = set()
+    for length in lengths(micro_batch):
+        seen.add(length)
+        if length == number:
+            break
+    fits = number in seen or not seen
+    if losses.ndim == 0 or (number == 1 and not fits):
+        raise ValueError(
+            f"{where}losses have shape {tuple(losses.shape)}: a loss that is already averaged or "
+            f'summed. Return all of them: use reduction="none". If they are not one per image '
+            f"(tokens, pixels), also pass what they weigh, such as {WEIGHT_LINE}"
+        )
+    if not weighted and (losses.ndim != 1 or not fits):
+        raise ValueError(
+            f"{where}losses have shape {tuple(losses.shape)}, which is not one loss per image. "
+            f"Either average them over each image, or, if tokens, pixels or several labels count, "
+            f"pass what the losses of a micro-batch weigh, such as {WEIGHT_LINE}"
+        )
+
+
+def check_finite(
+    losses: Sequence[Tensor], model: nn.Module, gradients: bool, update: int | None
+) -> None:
+    """Refuse a loss, or with `gradients` a gradient, that is not finite; waits for the device."""
+    parameters = {
+        n: p.grad for n, p in model.named_parameters() if gradients and p.grad is not None
+    }
+    values = [g.coalesce().values() if g.is_sparse else g for g in parameters.values()]
+    flags = [tensor.isfinite().all() for tensor in (*losses, *values)]
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    if all(finite):
+        return
+    first = finite.index(False)
+    if first < len(losses):
+        raise ValueError(
+            f"{place(update, first + 1, len(losses))}the loss is {losses[first].item()}; the "
+            f"learning rate may be too large, or an input not finite"
+        )
+    raise ValueError(
+        f"{place(update)}the gradient of {list(parameters)[first - len(losses)]} is not finite "
+        f"although the losses are: look for a division by zero, the root of zero or an overflow "
+        f"in the model or its loss"
+    )
+
+
+def trainable(model: nn.Module, update: int | None) -> list[Tensor]:
+    """The parameters that get a gradient; refuses a model without any."""
+    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"{place(update)}the model has no parameters that require a gradient")
+    return parameters
+
+
+def listed(window: Iterable[Any]) -> list[Any]:
+    """The micro-batches of a window as a list."""
+    if isinstance(window, (str, bytes, Mapping)) or not isinstance(window, Iterable):
+        raise TypeError(
+            f"the window is of type {type(window).__name__}, but it must be a list of micro-batches"
+        )
+    if hasattr(window, "__len__"):
+        return list(window)
+    micro_batches = list(islice(window, LONGEST + 1))
+    if len(micro_batches) > LONGEST:
+        raise ValueError(
+            f"the window is an iterator of more than {LONGEST} micro-batches, perhaps an endless "
+            f"one; pass a list, or cut it with windows_of_batches"
+        )
+    return micro_batches
+
+
+def check_counts(**counts: Any) -> None:
+    """Refuse what is not a whole number of at least 1, by name."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} = {value!r}, but it must be a whole number >= 1")
+
+
+def check_last_window(last_window: Any) -> None:
+    """Refuse what is neither "step" nor "drop"."""
+    if last_window not in ("step", "drop"):
+        raise ValueError(f'last_window = {last_window!r}, but it must be "step" or "drop"')
+
+
+def place(update: int | None, number: int | None = None, micro_batches: int = 0) -> str:
+    """The beginning of a message: the update and micro-batch that it is about."""
+    parts = [] if update is None else [f"update {update}"]
+    parts += [] if number is None else [f"micro-batch {number} of {micro_batches}"]
+    return ", ".join(parts) + ": " if parts else ""

@@ -1,0 +1,98 @@
+"""`DistributedDataParallel`: one synchronisation per window, and every image of every rank weighs
+the same, also if ranks hold unequal numbers of images.
+
+Any module of the model may be a `DistributedDataParallel`: the model itself, what `torch.compile`
+or another wrapper holds, or one or several parts of the model. Gradients of parameters outside
+these parts are averaged over the ranks too; such parameters must start equal on all ranks.
+
+What cannot work:
+
+- Every rank must make the same number of updates, each from at least one micro-batch. A rank that
+  makes more waits for the others until the process group's timeout. `accumulate_gradient` refuses
+  an empty window on all ranks at once. If it is given `update=`, the number of the update within
+  the epoch, it also refuses ranks at different updates, unless a rank has ended altogether.
+- `with model.join():`, for ranks with unequal numbers of batches, is refused: the ranks compare
+  their windows in messages of their own, which `join` does not repeat.
+- If one rank raises an error, such as running out of memory, the others wait for it.
+- Pass the module that `losses` calls. In the plain model inside it, no `DistributedDataParallel`
+  is found.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Ranks:
+    """The processes that train a model together; one if it has no `DistributedDataParallel`.
+
+    Attributes:
+        number: The number of processes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._parts = [m for m in modules if isinstance(m, DistributedDataParallel)]
+        self._outside: list[Tensor] = []
+        self.number = 1
+        bases = {base.__name__ for module in modules for base in type(module).__mro__}
+        if bases & {"FullyShardedDataParallel", "FSDPModule"}:
+            raise ValueError(
+                "FullyShardedDataParallel is not supported, only DistributedDataParallel: images "
+                "of different ranks would not weigh the same"
+            )
+        if not self._parts:
+            return
+        self._group = self._parts[0].process_group
+        self._device = next(self._parts[0].parameters()).device
+        self.number = dist.get_world_size(self._group)
+        if any(part.process_group is not self._group for part in self._parts):
+            raise ValueError("parts of the model are in different process groups")
+        if any(part._join_config.enable for part in self._parts):
+            raise ValueError(
+                "the model is in a join() context, which does not work with accumulate_gradient; "
+                "give every rank the same number of windows, as DistributedSampler does"
+            )
+        inside = {id(p) for part in self._parts for p in part.parameters()}
+        self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
+
+    def no_sync(self) -> ExitStack:
+        """A context in which backward passes do not synchronise gradients."""
+        stack = ExitStack()
+        for part in self._parts:
+            stack.enter_context(part.no_sync())
+        return stack
+
+    @torch.no_grad()
+    def average_parameters_outside(self) -> None:
+        """Average the gradients of parameters that no `DistributedDataParallel` holds."""
+        if not self._outside:
+            return
+        used = torch.tensor([p.grad is not None for p in self._outside], device=self._device).int()
+        dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
+        for parameter, on_any_rank in zip(self._outside, used.tolist(), strict=True):
+            if on_any_rank:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad, group=self._group)
+                parameter.grad /= self.number
+
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """The values of every rank, in the order of ranks."""
+        if not self._parts:
+            return [values]
+        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
+        theirs = [torch.empty_like(mine) for _ in range(self.number)]
+        try:
+            dist.all_gather(theirs, mine, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                "another rank did not answer: it failed, or it has fewer windows; every rank must "
+                "call accumulate_gradient equally often"
+            ) from error
+        return torch.stack(theirs).tolist()

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from nbutils.analysis.intervals import student_quantile
 from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
@@ -107,7 +108,7 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     Raises:
         InputError: There are fewer than three sizes, which a curve of two parameters needs.
     """
-    from scipy import optimize, stats
+    from scipy import optimize
 
     known = fastest[fastest["epochs"] > 1]
     sizes = known["effective_batch_size"].to_numpy(float)
@@ -127,7 +128,7 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     (log_fewest, log_critical), covariance = optimize.curve_fit(
         log_images, sizes, np.log(images), start, bounds=bounds
     )
-    half = stats.t.ppf(0.975, len(sizes) - 2) * math.sqrt(covariance[1, 1])
+    half = student_quantile(len(sizes) - 2) * math.sqrt(covariance[1, 1])
     return CriticalBatch(
         value=math.exp(log_critical),
         low=math.exp(log_critical - half),

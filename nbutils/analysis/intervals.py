@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
@@ -18,14 +19,19 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     Returns:
         Its lower and upper end; both NaN for fewer than two values, which show no spread.
     """
+    if len(values) < 2:
+        return math.nan, math.nan
+    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    half = error * student_quantile(len(values) - 1, confidence)
+    return mean - half, mean + half
+
+
+@lru_cache
+def student_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """Half of Student's interval of that many degrees of freedom, in standard errors."""
     from scipy import stats
 
-    n = len(values)
-    if n < 2:
-        return math.nan, math.nan
-    mean = sum(values) / n
-    half = stats.sem(values) * stats.t.ppf((1 + confidence) / 2, n - 1)
-    return mean - half, mean + half
+    return float(stats.t.ppf((1 + confidence) / 2, freedom))
 
 
 def crossed_interval(
@@ -51,11 +57,9 @@ def crossed_interval(
     Returns:
         Its lower and upper end; both NaN for fewer than two seeds.
     """
-    from scipy import stats
-
     means = values.mean(axis=1) if outcomes is None else outcomes
     low, high = mean_interval(means.tolist(), confidence)
-    of_images = stats.norm.ppf((1 + confidence) / 2) * _image_error(values)
+    of_images = NormalDist().inv_cdf((1 + confidence) / 2) * _image_error(values)
     half = math.hypot((high - low) / 2, of_images)
     return float(means.mean() - half), float(means.mean() + half)
 
@@ -78,13 +82,12 @@ def minimum_detectable_effect(
         Its size: what the part of the seeds alone would reveal, by the noncentral t distribution,
         and what that of the images would, added in quadrature. NaN for fewer than two seeds.
     """
-    from scipy import stats
-
     means = values.mean(axis=1) if outcomes is None else outcomes
     if len(means) < 2:
         return math.nan
-    of_seeds = _detectable_shift(len(means), power, confidence) * stats.sem(means)
-    quantiles = stats.norm.ppf((1 + confidence) / 2) + stats.norm.ppf(power)
+    error = float(means.std(ddof=1)) / math.sqrt(len(means))
+    of_seeds = _detectable_shift(len(means), power, confidence) * error
+    quantiles = NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(power)
     return math.hypot(of_seeds, quantiles * _image_error(values))
 
 
@@ -93,7 +96,7 @@ def _detectable_shift(n: int, power: float, confidence: float) -> float:
     """The mean of n values, in standard errors, that Student's test finds with `power`."""
     from scipy import optimize, stats
 
-    threshold = stats.t.ppf((1 + confidence) / 2, n - 1)
+    threshold = student_quantile(n - 1, confidence)
     # The probability to find a mean above zero below it is too small to count.
     return optimize.brentq(
         lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from nbutils.analysis.intervals import proportion_interval
+from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import outcomes
 from nbutils.errors import InputError
 
@@ -133,7 +133,7 @@ def growth(ridge_table: pd.DataFrame) -> pd.DataFrame:
             rows[optimizer] = [np.nan] * 3
             continue
         fit = stats.linregress(np.log(group["effective_batch_size"]), np.log(group["loss_rate"]))
-        half = stats.t.ppf(0.975, len(group) - 2) * fit.stderr
+        half = student_quantile(len(group) - 2) * fit.stderr
         rows[optimizer] = [fit.slope, fit.slope - half, fit.slope + half]
     columns = ["power", "low", "high"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("optimizer")

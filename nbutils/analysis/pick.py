@@ -7,14 +7,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from nbutils.analysis.effects import MARGIN, points
-from nbutils.analysis.intervals import proportion_interval
+from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import first_crossing, name_settings, outcomes, setting_name
 
 TIE = 1.25
@@ -123,8 +122,8 @@ def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick
     images = int(runs["validation_images"].iloc[0])
     values = ends[settings].to_numpy()
     errors = [1 - curves[setting].to_numpy() for setting in settings]
-    table, threshold = _judge(values, errors, cost, images)
-    table = table.set_axis(pd.Index(settings, name="setting"))
+    columns, threshold = _judge(values, errors, cost, images)
+    table = pd.DataFrame(columns, index=pd.Index(settings, name="setting"))
     if len(values) >= FEWEST_SEEDS:
         drawn = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
         judged = (_judge(values[d], [e[d] for e in errors], cost, images)[0] for d in drawn)
@@ -154,8 +153,8 @@ def _by_seed(
 
 def _judge(
     ends: np.ndarray, errors: list[np.ndarray], cost: np.ndarray, images: int
-) -> tuple[pd.DataFrame, float]:
-    """The table of a `Pick` from these seeds alone, and its threshold.
+) -> tuple[dict[str, np.ndarray], float]:
+    """The columns of the table of a `Pick` from these seeds alone, and its threshold.
 
     Args:
         ends: Outcomes, shape (seeds, settings).
@@ -169,7 +168,7 @@ def _judge(
     threshold = proportion_interval(float(means.max()), images)[0]
     qualifies = means >= threshold
     if len(ends) > 1:
-        half = _student(len(ends)) * gaps.std(axis=0, ddof=1) / math.sqrt(len(ends))
+        half = student_quantile(len(ends) - 1) * gaps.std(axis=0, ddof=1) / math.sqrt(len(ends))
         qualifies = difference + half >= -MARGIN
     epochs = np.array([first_crossing(each.mean(axis=0), 1 - threshold) for each in errors])
     seconds = np.where(qualifies, epochs * cost, math.nan)
@@ -182,14 +181,7 @@ def _judge(
         "seconds": seconds,
         "share": (seconds <= TIE * np.nanmin(seconds)).astype(float),
     }
-    return pd.DataFrame(table), threshold
-
-
-@lru_cache
-def _student(seeds: int) -> float:
-    from scipy import stats
-
-    return float(stats.t.ppf(0.975, seeds - 1))
+    return table, threshold
 
 
 def format_pick(choice: Pick) -> pd.DataFrame:

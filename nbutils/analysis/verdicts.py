@@ -33,13 +33,14 @@ def all_verdicts(
     """
     return [
         *size_verdicts(answers, confirming),
-        _needs_group_norm(normalisation),
+        norm_verdict(normalisation),
         *kaggle_verdicts(kaggle),
-        _fits_memory(cost),
+        memory_verdict(cost),
     ]
 
 
-def _needs_group_norm(answers: Answers) -> Verdict:
+def norm_verdict(answers: Answers) -> Verdict:
+    """The verdict on BatchNorm under accumulation, from the study `normalisation`."""
     batch = answers.only(answers.runs["norm"] == "batch")
     whole, *cuts = batch.outcomes.sort_values("batch_size", ascending=False)["setting"].unique()
     gaps = {cut: lead(batch, cut, whole) for cut in cuts}
@@ -65,7 +66,8 @@ def _needs_group_norm(answers: Answers) -> Verdict:
     )
 
 
-def _fits_memory(cost: pd.DataFrame) -> Verdict:
+def memory_verdict(cost: pd.DataFrame) -> Verdict:
+    """The verdict on memory, from the table of the study `cost`."""
     memory, seconds = (
         cost.pivot_table(index="repeat", columns=["batch_size", "accumulation_steps"], values=name)
         for name in ("peak_memory", "seconds_per_update")

@@ -1,67 +1,57 @@
+"""What a run came to, how settings differ, and the table of a study."""
+
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import stats
+from made_up_runs import answers_of, runs_of
 
-from nbutils import RunConfig
-from nbutils.analysis.intervals import (
-    chance_of_lead,
-    crossed_interval,
-    detectable_difference,
-    detectable_gain,
-    gain_interval,
-    mean_interval,
-    proportion_interval,
+from nbutils import InputError, RunConfig
+from nbutils.analysis.effects import Answers, Effect, effect, lead, prediction_differences
+from nbutils.analysis.intervals import crossed_interval
+from nbutils.analysis.outcomes import (
+    LAST_EPOCHS,
+    first_crossing,
+    late_epochs,
+    name_settings,
+    outcomes,
 )
 from nbutils.analysis.summary import (
-    compare_predictions,
     compare_settings,
     describe_study,
     format_table,
-    name_settings,
-    pick,
+    markdown_table,
     summary_table,
-    target_accuracy,
 )
+from nbutils.training.result import KEPT_EPOCHS
 
 
-def runs_of(*settings):
-    """Runs as `load_runs` gives them: (config, validation accuracies by epoch, seconds)."""
-    rows = []
-    for config, accuracies, seconds in settings:
-        for epoch, accuracy in enumerate(accuracies, start=1):
-            rows.append(
-                {
-                    "run_id": config.run_id,
-                    **config.to_dict(),
-                    "effective_batch_size": config.effective_batch_size,
-                    "images_per_epoch": 54_000,
-                    "validation_images": 6_000,
-                    "test_images": 10_000,
-                    "images_per_second": 54_000 * len(accuracies) / seconds,
-                    "epoch": epoch,
-                    "train_accuracy": accuracy,
-                    "validation_accuracy": accuracy,
-                    "test_accuracy": accuracy - 0.001,
-                    "updates": 10 * epoch,
-                    "seconds": seconds * epoch / len(accuracies),
-                }
-            )
-    return pd.DataFrame(rows)
+def test_an_outcome_is_the_mean_of_the_last_five_epochs():
+    rising = [0.1] * 15 + [0.95, 0.96, 0.97, 0.98, 0.99]
+    runs = runs_of((RunConfig(seed=1), rising, 20), (RunConfig(seed=0), [0.5] * 20, 40))
+    table = outcomes(runs)
+    assert table["validation_accuracy"].tolist() == pytest.approx([0.97, 0.5])
+    assert table["test_accuracy"].iloc[0] == pytest.approx(0.969)
+    assert table[["seed", "epoch", "updates", "seconds"]].iloc[0].tolist() == [1, 20, 200, 20]
+    assert LAST_EPOCHS == 5 <= KEPT_EPOCHS
+
+
+def test_of_a_short_run_no_more_than_the_last_quarter_counts():
+    assert [late_epochs(epochs) for epochs in (1, 3, 5, 8, 20, 40)] == [1, 1, 1, 2, 5, 5]
+
+
+def test_a_loss_that_was_not_finite_late_is_not_finite_in_the_outcome():
+    runs = runs_of((RunConfig(), [0.5] * 8, 1))
+    runs.loc[6, "train_loss"] = math.nan
+    assert math.isnan(outcomes(runs)["train_loss"].item())
 
 
 def test_settings_are_named_by_what_varies_and_sorted_by_images_per_update():
-    runs = runs_of(
-        (RunConfig(batch_size=1024), [0.9], 1),
-        (RunConfig(batch_size=128, accumulation_steps=8), [0.9], 1),
-        (RunConfig(batch_size=32), [0.9], 1),
-        (RunConfig(batch_size=32, seed=1), [0.9], 1),
-    )
-    assert name_settings(runs)["setting"].tolist() == ["32", "32", "1024", "8 x 128 = 1024"]
+    configs = [RunConfig(batch_size=b, accumulation_steps=s) for b, s in ((1024, 1), (128, 8))]
+    configs += [RunConfig(batch_size=32, seed=seed) for seed in (0, 1)]
+    named = name_settings(runs_of(*[(config, [0.9], 1) for config in configs]))
+    assert named["setting"].tolist() == ["32", "32", "1024", "8 x 128"]
     rates = runs_of(*[(RunConfig(learning_rate=rate), [0.9], 1) for rate in (0.01, 0.001)])
     assert name_settings(rates)["setting"].tolist() == [
         "128, learning_rate 0.001",
@@ -69,224 +59,117 @@ def test_settings_are_named_by_what_varies_and_sorted_by_images_per_update():
     ]
 
 
-def test_the_table():
+def test_a_crossing_between_two_epochs_is_interpolated_in_the_logarithm_of_the_error():
+    assert first_crossing(np.array([0.4, 0.16, 0.04]), 0.08) == pytest.approx(2.5)
+    assert first_crossing(np.array([0.07, 0.05]), 0.08) == 1
+    assert math.isnan(first_crossing(np.array([0.5, 0.2]), 0.08))
+    assert 1 < first_crossing(np.array([0.5, 0.0]), 0.08) < 2
+
+
+def test_an_effect_is_paired_by_seed_and_its_interval_covers_seeds_and_images():
+    answers = answers_of(lambda size, steps: 0.99 + 0.005 * (size == 64))
+    gap = lead(answers, "64", "32")
+    assert gap.seeds == 5
+    assert gap.mean == pytest.approx(0.005)
+    ids = answers.by_setting("run_id")
+    right = [[answers.late[run][0] == 0 for run in ids[setting]] for setting in ("64", "32")]
+    values = np.subtract(*np.array(right, float))
+    assert (gap.low, gap.high) == pytest.approx(crossed_interval(values))
+    assert 0 < gap.detectable < 0.005
+
+
+def test_older_records_give_the_image_part_of_the_interval_from_the_final_epoch():
+    newer, older = (answers_of(lambda size, steps: 0.99, kept=kept) for kept in (5, 1))
+    for run_id in newer.by_setting("run_id")["32"]:
+        newer.late[run_id][:4, :300] = 1  # the same images wrong, but for the final epoch
+    before, after = lead(older, "32", "64"), lead(newer, "32", "64")
+    assert before.mean == after.mean
+    assert before.high < after.high
+    newer.late.update(older.late)
+    assert lead(newer, "32", "64") == before
+
+
+def test_seeds_that_lack_a_setting_are_left_out_and_one_seed_has_no_interval():
+    answers = answers_of(lambda size, steps: 0.99, seeds=(0, 1))
+    ids = answers.by_setting("run_id")
+    ids.loc[1, "32"] = None
+    one = effect(answers, ids, {"64": 1, "32": -1})
+    assert str(one).endswith(" points (n = 1: no interval)")
+    for missing in ({"64": 1, "32": -1}, {"64": 1, "2048": -1}):
+        with pytest.raises(InputError, match="no seed has runs of all of 64, "):
+            effect(answers, ids.iloc[1:], missing)
+
+
+def test_an_effect_reads_in_points():
+    assert str(Effect(0.01, 0.005, 0.015, 4)) == "+1.00 points (+0.50 to +1.50, n = 4)"
+    assert Effect(-0.00001, -0.0005, 0.0005, 4).bound == "between -0.05 and +0.05 points"
+
+
+def test_predictions_are_compared_with_two_seeds_of_one_setting_as_the_baseline():
+    answers = answers_of(lambda size, steps: 0.99, seeds=(0, 1, 2), noise=0)
+    for seed, run_id in enumerate(answers.by_setting("run_id")["1024"]):
+        answers.late[run_id][-1, : 10 * seed] = 1
+    table = prediction_differences(answers, [("1024", "8 x 128"), ("1024", "1024"), ("1", "2")])
+    assert table.to_numpy().tolist() == [
+        ["1024 and 8 x 128, same seed", 3, 10.0, 0, 20],
+        ["two seeds of 1024", 3, pytest.approx(40 / 3), 10, 20],
+    ]
+
+
+def test_the_table_pairs_each_setting_with_128():
+    answers = answers_of(lambda size, steps: 0.99 + 0.005 * (size == 64), seeds=(0, 1, 2))
+    table = summary_table(answers, seconds={"64": 7.0})
+    assert table.loc["64", "difference"] == pytest.approx(lead(answers, "64", "128").mean)
+    shown = format_table(table)
+    assert list(shown) == [
+        *("seeds", "test accuracy", "less 128, points (95 %)", "s/epoch", "updates/epoch"),
+    ]
+    assert shown.loc["128", "less 128, points (95 %)"] == "baseline"
+    assert shown.loc[["64", "1024"], "s/epoch"].tolist() == ["7.0", ""]
+    assert shown.loc["8 x 128", "updates/epoch"] == "52"
+    assert markdown_table(shown).splitlines()[0].startswith("| setting | seeds | test accuracy |")
+    own = format_table(summary_table(answers))
+    assert own.loc["1024", "s/epoch"] == "3.0"  # of the fastest seed: 60 s in 20 epochs
+
+
+def test_one_seed_settings_without_common_seeds_and_unknown_labels_say_so():
     runs = runs_of(
-        (RunConfig(seed=0), [0.980, 0.991, 0.9905], 30),
-        (RunConfig(seed=1), [0.991, 0.990, 0.9925], 60),
-        (RunConfig(batch_size=1024), [0.90, 0.95, 0.98], 90),
-    )
-    table = summary_table(runs)
-    first = table.loc["128"]
-    assert first["seeds"] == 2
-    assert first["validation_accuracy"] == pytest.approx(0.9915)
-    assert first["best_validation_accuracy"] == pytest.approx((0.991 + 0.9925) / 2)
-    assert first["test_accuracy"] == pytest.approx(0.9905)
-    assert first["updates"] == 30
-    assert first["seconds"] == pytest.approx(30)
-    assert first["seconds_to_target"] == pytest.approx(20)
-    assert first["images_per_second"] == pytest.approx(5400)
-    assert math.isnan(table.loc["1024", "seconds_to_target"])
-    assert format_table(table).loc["1024", "to 99%, s"] == "not reached"
-    assert "3 runs" in describe_study(runs)
+        (RunConfig(batch_size=32, seed=0), [0.9] * 4, 1),
+        (RunConfig(batch_size=64, seed=0), [0.95] * 4, 1),
+        (RunConfig(batch_size=256, seed=1), [0.9] * 4, 1),
+    ).assign(test_accuracy=math.nan)
+    shown = format_table(summary_table(Answers(runs, np.zeros(0, np.uint8), {})))
+    assert shown["validation accuracy"].tolist() == ["90.00%", "95.00%", "90.00%"]
+    assert shown["less 32, points (95 %)"].tolist() == [
+        *("baseline", "+5.00 (one seed)", "no seed in common"),
+    ]
 
 
-def test_a_target_that_one_seed_never_reached_is_not_averaged_away():
-    runs = runs_of(*[(RunConfig(seed=n), [at], 30) for n, at in enumerate([0.991, 0.98, 0.991])])
-    assert math.isnan(summary_table(runs)["seconds_to_target"].item())
-
-
-def test_the_pick_is_the_cheapest_within_the_noise_of_the_best():
-    runs = runs_of(
-        (RunConfig(batch_size=32), [0.9800, 0.9950], 300),
-        (RunConfig(batch_size=64), [0.9940, 0.9945], 180),  # there after one epoch: 90 s
-        (RunConfig(batch_size=128), [0.9900, 0.9940], 100),
-        (RunConfig(batch_size=1024), [0.9940, 0.9800], 10),  # was there, but did not end there
-    )
-    choice = pick(runs)
-    low, _ = proportion_interval(0.9950, 6000)
-    assert choice.best == "32"
-    assert choice.threshold == pytest.approx(low)
-    assert choice.costs == {"32": 300, "64": 90, "128": 100}
-    assert choice.setting == "64"
-    assert choice.ties == ["128"]
-    assert "Pick: 64; times within 25% of it, so as good: 128." in str(choice)
-
-
-def test_the_pick_judges_the_mean_over_seeds():
-    settings = [(32, [0.995, 0.995]), (64, [0.9999, 0.90])]
+def test_changes_from_one_batch_to_micro_batches_are_paired_by_seed():
+    small = {"batch_size": 128, "accumulation_steps": 8}
     runs = runs_of(
         *[
-            (RunConfig(batch_size=size, seed=seed), [accuracy], 1)
-            for size, accuracies in settings
-            for seed, accuracy in enumerate(accuracies)
+            (RunConfig(seed=seed, norm=norm, **size), [0.5, accuracy + gain], 1)
+            for norm, gain in (("batch", 0.02), ("group", 0.0))
+            for seed, accuracy in ((0, 0.90), (1, 0.95))
+            for size, gain in (({"batch_size": 1024}, 0.0), (small, gain))
         ]
     )
-    assert pick(runs).setting == "32"
-
-
-def test_changes_from_one_batch_to_pieces_are_paired_by_seed():
-    pieces = {"batch_size": 128, "accumulation_steps": 8}
-    runs = runs_of(
-        (RunConfig(batch_size=1024, seed=0), [0.5, 0.90], 1),
-        (RunConfig(batch_size=1024, seed=1), [0.5, 0.95], 1),
-        (RunConfig(**pieces, seed=0), [0.5, 0.91], 1),
-        (RunConfig(**pieces, seed=1), [0.5, 0.96], 1),
-    )
     table = compare_settings(runs, ["validation_accuracy"])
-    assert table.index.tolist() == [("group", 8, 128)]
-    assert table["validation_accuracy"].item() == "+1.00% (+1.00% to +1.00%)"
+    assert table["validation accuracy, points"].to_dict() == {
+        ("batch", "8 x 128"): "+2.00 (+2.00 to +2.00, n = 2)",
+        ("group", "8 x 128"): "+0.00 (+0.00 to +0.00, n = 2)",
+    }
 
 
-def predictions_of(*answers):
-    """Labels 0, and predictions by run: 0 is right, 1 is wrong."""
-    configs = {config.run_id: np.array(list(text), dtype=np.uint8) for config, text in answers}
-    return np.zeros(len(answers[0][1]), dtype=np.uint8), configs
+def test_a_study_is_described_by_what_all_runs_share():
+    runs = runs_of(*[(RunConfig(norm=norm), [0.9], 1) for norm in ("batch", "group")])
+    text = describe_study(runs)
+    assert "**2 runs** on `mnist-5k`: 2 settings, 1 seed, 20 epochs" in text
+    assert text.endswith("The same in all: optimizer adam, learning rate 0.001, dropout 0.4.")
 
 
-def test_gains_are_paired_image_by_image():
-    small, large = RunConfig(batch_size=32), RunConfig(batch_size=64)
-    runs = runs_of((small, [0.9], 1), (large, [0.9], 1))
-    table = compare_predictions(runs, *predictions_of((small, "00011"), (large, "01000")), "32")
-    row = table.loc["64"]
-    assert (row["seeds"], row["disagreements"], row["gained"]) == (1, 3, 1)
-    assert (row["low"], row["high"]) == gain_interval(2, 1)
-    assert row["detectable"] == pytest.approx(2.8016 * 3**0.5, rel=1e-4)
-
-
-def test_gains_are_paired_seed_by_seed():
-    configs = [RunConfig(batch_size=b, seed=s) for b in (32, 64) for s in (0, 1)]
-    runs = runs_of(*[(config, [0.9], 1) for config in [*configs, RunConfig(batch_size=32, seed=9)]])
-    answers = predictions_of(*zip(configs, ["1111", "0011", "0011", "0000"], strict=True))
-    answers[1][RunConfig(batch_size=32, seed=9).run_id] = answers[0]
-    row = compare_predictions(runs, *answers, "32").loc["64"]
-    assert (row["seeds"], row["gained"]) == (2, 2)
-    assert (row["low"], row["high"]) == (2, 2)
-
-
-def test_without_a_common_seed_there_is_no_comparison():
-    small, large = RunConfig(batch_size=32), RunConfig(batch_size=64, seed=1)
-    answers = predictions_of((small, "00"), (large, "01"))
-    both = runs_of((small, [0.9], 1), (large, [0.9], 1))
-    alone = runs_of((small, [0.9], 1))
-    for runs in (both, alone):
-        table = compare_predictions(runs, *answers, "32")
-        assert len(table) == 0
-        assert "gained" in table
-
-
-@given(st.integers(0, 60), st.integers(0, 60))
-def test_the_interval_of_a_gain_leaves_out_zero_where_mcnemars_test_rejects(gained, lost):
-    low, high = gain_interval(gained, lost)
-    assert low <= gained - lost <= high
-    assert gain_interval(lost, gained) == (pytest.approx(-high), pytest.approx(-low))
-    if gained + lost:
-        rejects = stats.binomtest(gained, gained + lost).pvalue < 0.05
-        assert (low > 0 or high < 0) == rejects
-
-
-def test_the_detectable_gain_against_simulation():
-    # 400 images fall to either network; one is ahead by the lead that should be found in 80 %.
-    lead = detectable_gain(400)
-    generator = np.random.default_rng(0)
-    won, times = np.unique(generator.binomial(400, 0.5 + lead / 800, 2000), return_counts=True)
-    told = [gain_interval(int(w), 400 - int(w))[0] > 0 for w in won]
-    found = np.average(told, weights=times)
-    assert 0.75 < found < 0.85
-
-
-def test_seeds_that_differ_widen_the_interval():
-    close = summary_table(runs_of(*[(RunConfig(seed=s), [0.99], 1) for s in range(3)]))
-    apart = summary_table(
-        runs_of(*[(RunConfig(seed=s), [a], 1) for s, a in enumerate((0.98, 0.99, 1.0))])
-    )
-    assert apart["validation_low"].item() < close["validation_low"].item()
-
-
-def test_mean_interval_against_a_worked_example():
-    # n = 4, mean 5, standard deviation 2, t(0.975, 3) = 3.1824
-    low, high = mean_interval([3.0, 5.0, 5.0 - 6**0.5 / 3, 7.0 + 6**0.5 / 3])
-    assert (low + high) / 2 == pytest.approx(5)
-    low, high = mean_interval([1.0, 2.0, 3.0])
-    assert (high - low) / 2 == pytest.approx(4.302653 * 1 / 3**0.5, rel=1e-6)
-    assert all(math.isnan(end) for end in mean_interval([0.5]))
-
-
-@given(st.integers(1, 2000), st.data())
-def test_wilsons_interval_holds_the_share_and_stays_in_0_to_1(n, data):
-    correct = data.draw(st.integers(0, n))
-    low, high = proportion_interval(correct / n, n)
-    assert 0 <= low <= correct / n + 1e-12
-    assert correct / n - 1e-12 <= high <= 1
-    assert low < high
-
-
-def test_the_target_is_the_highest_that_most_runs_reach():
-    runs = runs_of(
-        *[(RunConfig(seed=seed), [0.5, best], 1) for seed, best in enumerate([0.91, 0.96, 0.98])]
-    )
-    assert target_accuracy(runs) == 0.95
-    assert target_accuracy(runs_of((RunConfig(), [0.1], 1))) == 0.5
-
-
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(-20, 20))
-def test_the_chance_of_a_lead_on_all_images_is_certain(won, lost, lead):
-    assert chance_of_lead(won, lost, 100, 100, lead) == pytest.approx(float(won - lost >= lead))
-
-
-def test_the_chance_of_a_lead_against_drawing():
-    won, lost, images, part, lead = 60, 50, 1000, 250, 4
-    drawn = np.random.default_rng(0).multivariate_hypergeometric(
-        [won, lost, images - won - lost], part, size=200_000
-    )
-    share = np.mean(drawn[:, 0] - drawn[:, 1] >= lead)
-    assert chance_of_lead(won, lost, images, part, lead) == pytest.approx(share, abs=0.005)
-
-
-def crossed_draws(generator, truth, seeds, images, of_seeds, of_images, of_both, times):
-    """Values of shape (times, seeds, images) whose seeds, images and pairs of both vary."""
-    return (
-        truth
-        + generator.normal(0, of_seeds, (times, seeds, 1))
-        + generator.normal(0, of_images, (times, 1, images))
-        + generator.normal(0, of_both, (times, seeds, images))
-    )
-
-
-@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.0, 1.0), (0.1, 1.0)])
-def test_an_interval_over_seeds_and_images_covers_the_truth(of_seeds, of_images):
-    draws = crossed_draws(np.random.default_rng(0), 0.3, 3, 100, of_seeds, of_images, 0.5, 2000)
-    ends = np.array([crossed_interval(values) for values in draws])
-    covered = np.mean((ends[:, 0] < 0.3) & (ends[:, 1] > 0.3))
-    assert covered > 0.945
-    assert covered < 0.995
-
-
-@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9))
-def test_where_images_agree_only_seeds_widen_the_interval(means):
-    crossed = crossed_interval(np.tile(np.array(means)[:, None], 7))
-    assert crossed == pytest.approx(mean_interval(means), abs=1e-12)
-
-
-def test_it_is_never_narrower_than_that_of_the_seeds():
-    values = np.random.default_rng(0).normal(size=(3, 50))
-    low, high = crossed_interval(values)
-    seeds_low, seeds_high = mean_interval(values.mean(axis=1).tolist())
-    assert low < seeds_low
-    assert high > seeds_high
-
-
-def test_one_seed_has_no_interval_over_seeds():
-    assert all(map(math.isnan, crossed_interval(np.zeros((1, 5)))))
-
-
-@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.02, 1.0)])
-def test_the_detectable_difference_against_simulation(of_seeds, of_images):
-    generator = np.random.default_rng(0)
-    spread = crossed_draws(generator, 0, 5, 100, of_seeds, of_images, 0.0, 1)[0]
-    # What is drawn has the spread of that sample, not of what it was drawn from.
-    truth = detectable_difference(spread)
-    seeds = spread.mean(axis=1).std(ddof=1)
-    images = spread.mean(axis=0).std(ddof=1)
-    draws = crossed_draws(generator, truth, 5, 100, seeds, images, 0.0, 4000)
-    found = np.mean([crossed_interval(values)[0] > 0 for values in draws])
-    assert found == pytest.approx(0.8, abs=0.04)
+def test_runs_from_before_a_setting_existed_go_with_those_of_its_default():
+    runs = pd.concat([runs_of((RunConfig(seed=seed), [0.9], 1)) for seed in (0, 1)])
+    runs["augment"] = [None, False]
+    assert name_settings(runs)["setting"].unique().tolist() == ["128"]

@@ -1,0 +1,104 @@
+"""Intervals hold the truth as often as they say; scipy's and worked examples are the judges."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nbutils.analysis.intervals import (
+    crossed_interval,
+    mean_interval,
+    minimum_detectable_effect,
+    probability_of_lead,
+    proportion_interval,
+)
+
+
+def crossed_draws(seeds, of_seeds, of_images, of_both, times, images=60, truth=0.3):
+    """Values of shape (times, seeds, images) whose seeds, images and pairs of both vary."""
+    random = np.random.default_rng(0)
+    return (
+        truth
+        + random.normal(0, of_seeds, (times, seeds, 1))
+        + random.normal(0, of_images, (times, 1, images))
+        + random.normal(0, of_both, (times, seeds, images))
+    )
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize(
+    ("of_seeds", "of_images", "of_both"),
+    [(0.1, 1.0, 0.5), (0.0, 0.0, 1.0), (0.1, 0.0, 0.5), (0.05, 1.0, 1.0)],
+    ids=["all three", "the residual alone", "no images", "mostly images"],
+)
+def test_the_interval_over_seeds_and_images_covers_as_often_as_it_says(
+    seeds, of_seeds, of_images, of_both
+):
+    draws = crossed_draws(seeds, of_seeds, of_images, of_both, times=2500)
+    ends = np.array([crossed_interval(values) for values in draws])
+    assert 0.93 <= np.mean((ends[:, 0] < 0.3) & (ends[:, 1] > 0.3)) <= 0.98
+
+
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.02, 1.0), (0.1, 1.0)])
+def test_the_minimum_detectable_effect_is_found_in_four_of_five_samples(of_seeds, of_images):
+    draws = crossed_draws(5, of_seeds, of_images, 0.5, times=2500, truth=0.0)
+    # The spread of one sample is itself uncertain: take what samples say on average.
+    truth = math.sqrt(np.mean([minimum_detectable_effect(values) ** 2 for values in draws]))
+    found = np.mean([crossed_interval(values + truth)[0] > 0 for values in draws])
+    assert found == pytest.approx(0.8, abs=0.05)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=9))
+def test_where_images_agree_the_interval_is_students(means):
+    crossed = crossed_interval(np.tile(np.array(means)[:, None], 7))
+    assert crossed == pytest.approx(mean_interval(means), abs=1e-7)
+
+
+def test_outcomes_give_the_mean_and_the_part_of_the_seeds_predictions_that_of_the_images():
+    values = crossed_draws(4, 0.5, 1.0, 0.2, times=1)[0]
+    outcomes = np.array([0.1, 0.2, 0.3, 0.4])
+    low, high = crossed_interval(values, outcomes)
+    centred = values - values.mean(axis=1, keepdims=True)  # no spread of seeds is left
+    of_images = np.subtract(*crossed_interval(centred)[::-1])
+    of_seeds = np.subtract(*mean_interval(outcomes.tolist())[::-1])
+    assert (low + high) / 2 == pytest.approx(0.25)
+    assert high - low == pytest.approx(math.hypot(of_seeds, of_images))
+
+
+def test_students_interval_against_a_worked_example():
+    low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2)
+    assert (high - low) / 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+
+
+def test_one_seed_has_no_interval():
+    assert all(map(math.isnan, mean_interval([0.5])))
+    assert all(map(math.isnan, crossed_interval(np.zeros((1, 5)))))
+    assert math.isnan(minimum_detectable_effect(np.zeros((1, 5))))
+
+
+@given(st.integers(1, 2000), st.data())
+def test_wilsons_interval_holds_the_share_and_stays_in_0_to_1(n, data):
+    correct = data.draw(st.integers(0, n))
+    low, high = proportion_interval(correct / n, n)
+    assert 0 <= low <= correct / n + 1e-12
+    assert correct / n - 1e-12 <= high <= 1
+    assert low < high
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(-20, 20))
+def test_a_lead_on_all_images_is_certain(won, lost, lead):
+    assert probability_of_lead(won, lost, 100, 100, lead) == pytest.approx(
+        float(won - lost >= lead)
+    )
+
+
+def test_the_probability_of_a_lead_against_drawing():
+    won, lost, images, part, lead = 60, 50, 1000, 250, 4
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(
+        [won, lost, images - won - lost], part, size=200_000
+    )
+    share = np.mean(drawn[:, 0] - drawn[:, 1] >= lead)
+    assert probability_of_lead(won, lost, images, part, lead) == pytest.approx(share, abs=0.005)

@@ -1,0 +1,70 @@
+"""Runs as `load_runs` gives them, made up, for tests of what is computed or drawn from runs."""
+
+import numpy as np
+import pandas as pd
+
+from nbutils import RunConfig
+from nbutils.analysis.effects import Answers
+
+
+def runs_of(*settings):
+    """A table of runs, each of (config, validation accuracies by epoch, seconds of training)."""
+    parts = []
+    for config, accuracies, seconds in settings:
+        epoch, accuracy = np.arange(1, len(accuracies) + 1), np.array(accuracies, float)
+        columns = {
+            "run_id": config.run_id,
+            **config.to_dict(),
+            "effective_batch_size": config.effective_batch_size,
+            "images_per_epoch": 54_000,
+            "validation_images": 6_000,
+            "test_images": 10_000,
+            "images_per_second": 54_000 * len(epoch) / seconds,
+            "epoch": epoch,
+            "train_loss": 1 - accuracy,
+            "train_accuracy": accuracy,
+            "validation_accuracy": accuracy,
+            "test_loss": 1 - accuracy,
+            "test_accuracy": accuracy - 0.001,
+            "updates": 10 * epoch,
+            "seconds": seconds * epoch / len(epoch),
+        }
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts, ignore_index=True)
+
+
+SIZES = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
+NOISE = (-0.0002, 0.0001, 0.0003, -0.0001, -0.0001)
+"""Of five seeds; their mean is 0."""
+
+EPOCHS, IMAGES = 20, 10_000
+
+
+def answers_of(accuracy, late_from=lambda size: 2, seeds=range(5), noise=1.0, kept=5, **settings):
+    """A study whose test accuracy is `accuracy(batch_size, steps)`, give or take the seed.
+
+    Args:
+        accuracy: The outcome of a setting, of its batch size and accumulation steps.
+        late_from: The epoch in which a batch size gets from 98 % to 99.25 % validation accuracy.
+        seeds: Of every setting.
+        noise: How far seeds differ, in units of `NOISE`.
+        kept: Of how many last epochs the predictions are kept.
+        settings: Other fields of `RunConfig`.
+    """
+    parts, late = [], {}
+    for batch_size, steps in SIZES:
+        for seed in seeds:
+            config = RunConfig(
+                batch_size=batch_size, accumulation_steps=steps, seed=seed, **settings
+            )
+            # The noise of the seeds is dealt anew to each setting.
+            dealt = np.random.default_rng(batch_size + steps).permutation(NOISE)
+            shift = dealt[seed % len(NOISE)]
+            end = round((accuracy(batch_size, steps) + noise * shift) * IMAGES)
+            epoch = np.arange(1, EPOCHS + 1)
+            run = runs_of((config, np.where(epoch >= late_from(batch_size), 0.9925, 0.98), 60))
+            run["updates"] = epoch * (54_000 // (batch_size * steps))
+            parts.append(run.assign(test_accuracy=end / IMAGES))
+            # The last images are wrong, so that two runs differ in no more than they must.
+            late[config.run_id] = np.tile((np.arange(IMAGES) >= end).astype(np.uint8), (kept, 1))
+    return Answers(pd.concat(parts, ignore_index=True), np.zeros(IMAGES, np.uint8), late)

@@ -34,7 +34,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
         _mean_with_bar(ax, place, group["value"], color=colour, marker=marker, ms=8)
     longest = max(map(len, groups))
     ax.set_xticks(range(len(groups)), list(groups), rotation=0 if longest < 8 else 25)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.2f} %"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.5g} %"))
     ax.set(xlabel="images per update; accumulated: steps x micro-batch", ylabel=None)
 
 

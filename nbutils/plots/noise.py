@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from nbutils.analysis.critical_batch import REGIMES, CriticalBatch, regime_borders
-from nbutils.plots.style import RED, fixed_ticks, plain_log_ticks
+from nbutils.plots.style import MARKERS, RED, fixed_ticks, label_ends, plain_log_ticks
 
 
 def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
-    """The noise scale along training, a line a seed with its interval, a colour an optimizer.
+    """The noise scale along training: a line through the medians over seeds of each optimizer.
 
-    An interval without an upper end reaches to the top of the axis.
+    Marks are measurements with their 95 % intervals, those of different seeds side by side. An
+    interval without an upper end reaches to the top of the axis.
 
     Args:
         ax: Where to draw.
@@ -26,28 +26,27 @@ def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
     top, bottom = 3000.0, 1.0  # where no end of an interval is known
     if finite[["low", "value"]].notna().any(axis=None):
         top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
+    ax.set(xscale="log", yscale="log", ylim=(bottom, top))
     colours = dict(zip(sorted(table["optimizer"].unique()), ("#29af7f", "#440154"), strict=False))
-    for (optimizer, seed), group in table.groupby(["optimizer", "seed"]):
-        value = group["value"].where(group["value"] < top)
-        ax.fill_between(
-            group["update"],
-            group["low"].clip(lower=bottom),
-            group["high"].clip(upper=top),
-            color=colours[optimizer],
-            alpha=0.12,
-        )
-        label = optimizer if seed == table["seed"].min() else f"_{optimizer} {seed}"
-        ax.plot(group["update"], value, marker="o", ms=4, color=colours[optimizer], label=label)
-    ax.set(
-        xscale="log",
-        yscale="log",
-        ylim=(bottom, top),
-        xlabel="updates",
-        ylabel="noise scale (images)",
-    )
+    ends = {}
+    for number, (optimizer, colour) in enumerate(colours.items()):
+        measured = table[table["optimizer"] == optimizer]
+        for place, (_, seed) in enumerate(measured.groupby("seed")):
+            value = seed["value"].where(seed["value"] < top)
+            low, high = seed["low"].clip(lower=bottom), seed["high"].clip(upper=top)
+            x = seed["update"] * 1.06 ** (place + number / 2)
+            ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, value, MARKERS[number], color=colour, ms=4, alpha=0.7)
+        medians = measured.groupby("update")["value"].median()
+        medians = medians.where(medians < top)
+        ax.plot(medians, color=colour, linewidth=2.5, linestyle=["-", "--"][number])
+        last = medians.last_valid_index()
+        if last is not None:
+            ends[str(optimizer)] = (last, medians[last])
+    ax.set(xlabel="updates", ylabel="noise scale (images)")
     plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
     plain_log_ticks(ax.yaxis, "{:,g}", (1, 3))
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    label_ends(ax, ends, list(colours.values()))
 
 
 def plot_updates_to_target(
@@ -65,38 +64,42 @@ def plot_updates_to_target(
         missing: Sizes at which some seed never reached the target at any rate: crosses.
     """
     sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
-    x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
+    x = np.geomspace(sizes.min() / 2, sizes.max() * 2, 200)
     least, most = critical.fewest_updates, critical.fewest_images
-    ax.axvspan(max(critical.low, x[0]), min(critical.high, x[-1]), color="0.9", zorder=0)
-    ax.axvline(critical.value, color="0.5", linewidth=1)
-    ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
-    ax.axhline(least, color="0.5", linestyle="--", label="fewest updates")
-    ax.plot(x, least + most / x, color="#440154", label="fit")
+    lines = {
+        "perfect scaling": (most / x, "0.5", ":"),
+        "fewest updates": (0 * x + least, "0.5", "--"),
+        "fit": (least + most / x, "#440154", "-"),
+    }
+    for y, colour, dashes in lines.values():
+        ax.plot(x, y, color=colour, linestyle=dashes)
     for name, runs, fill in (
-        ("runs", fastest[fastest["epochs"] > 1], "#29af7f"),
-        ("at most", fastest[fastest["epochs"] <= 1], "white"),
+        ("run", fastest[fastest["epochs"] > 1], "#29af7f"),
+        ("run, at most", fastest[fastest["epochs"] <= 1], "white"),
     ):
-        points = runs["effective_batch_size"], runs["updates"]
-        label = name if len(runs) else None
-        ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, label=label)
-    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]))
+        if len(runs):
+            points = runs["effective_batch_size"], runs["updates"]
+            ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, ms=6, label=name)
+    # Free space above for the names of the regimes.
+    highest = max(fastest["updates"].max(), (least + most / x).max())
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 4, 4 * highest))
     ax.set(xlabel="images per update", ylabel="updates to the target")
+    along = ax.get_xaxis_transform()
     if len(missing):
         places = list(missing), [0.04] * len(missing)
-        style: dict[str, Any] = {
-            "color": RED,
-            "linestyle": "",
-            "transform": ax.get_xaxis_transform(),
-        }
-        ax.plot(*places, marker="x", label="not reached", **style)
+        ax.plot(*places, "x", color=RED, transform=along, label="not reached")
+    band = max(critical.low, x[0]), min(critical.high, x[-1])
+    ax.axvspan(*band, color="0.9", zorder=0, label="critical batch size, 95 %")
+    ax.axvline(critical.value, color="0.5", linewidth=1)
     for border in regime_borders(critical.value):
         ax.axvline(border, color=RED, linewidth=1, linestyle="-.")
     borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])
     for name, left, right in zip(REGIMES, borders, borders[1:], strict=False):
         if right > left:
-            place = np.sqrt(left * right), 0.98
-            text = name.replace(" ", "\n")
-            ax.text(*place, text, transform=ax.get_xaxis_transform(), ha="center", va="top", size=8)
+            place, text = np.sqrt(left * right), name.replace(" ", "\n")
+            ax.text(place, 0.98, text, transform=along, ha="center", va="top", size=10)
     fixed_ticks(ax.xaxis, sizes)
     plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    ends = {name: (x[-1], y[-1]) for name, (y, _, _) in lines.items()}
+    label_ends(ax, ends, [colour for _, colour, _ in lines.values()])
+    ax.legend(loc="lower left", handletextpad=0.4)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.patheffects import withStroke
 
-from nbutils.plots.style import RED, fixed_ticks, plain_log_ticks
+from nbutils.plots.style import MARKERS, RED, fixed_ticks, label_ends, plain_log_ticks
 
 
 def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
-    """A heat map of validation accuracy over batch size and learning rate, both axes log.
+    """A map of validation accuracy over batch size and learning rate, both axes logarithmic.
 
     Cells say the accuracy in percent, or why there is none; bold ones are within noise of the
-    best of their size. Colours follow the logarithm of the error.
+    best of their size. Colours follow the logarithm of the error, the paler the better.
 
     Args:
         ax: Where to draw.
@@ -28,35 +27,29 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
         index="learning_rate", columns="effective_batch_size", values="validation_accuracy"
     )
     sizes, rates = grid.columns.to_numpy(float), grid.index.to_numpy(float)
-    colours, shades = mpl.colormaps["viridis"], mpl.colors.LogNorm(0.01, 1)
-    ax.pcolormesh(
-        _log_edges(sizes),
-        _log_edges(rates),
-        1 - grid.to_numpy(),
-        cmap=colours.reversed(),
-        norm=shades,
-        edgecolor="white",
-    )
+    colours, shades = mpl.colormaps["viridis_r"], mpl.colors.LogNorm(0.01, 1)
+    edges = _log_edges(sizes), _log_edges(rates)
+    errors = 1 - grid.to_numpy()
+    ax.pcolormesh(*edges, errors, cmap=colours, norm=shades, edgecolor="white")
     for _, row in table.iterrows():
-        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
-        ax.text(
+        shade, learnt = float(shades(1 - row["validation_accuracy"])), row["outcome"] == "learnt"
+        text = ax.text(
             row["effective_batch_size"],
             row["learning_rate"],
-            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
-            color="black" if shades(1 - accuracy) < 0.4 else "white",
-            fontsize=9 if learnt else 7,
+            f"{100 * row['validation_accuracy']:.1f}" if learnt else row["outcome"],
+            color="black" if shade < 0.4 else "white",
+            fontsize=10 if learnt else 8,
             fontweight="bold" if row["within_noise"] else "normal",
             ha="center",
             va="center",
+            zorder=4,
         )
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+        # What is drawn over the map passes behind the numbers.
+        text.set_path_effects([withStroke(linewidth=4, foreground=colours(shade))])
+    ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="learning rate")
     fixed_ticks(ax.xaxis, sizes)
-    ax.yaxis.set_major_locator(FixedLocator(list(rates)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+    fixed_ticks(ax.yaxis, rates)
     ax.grid(False)
-    ax.set(xlabel="images per update", ylabel="learning rate")
 
 
 def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
@@ -72,39 +65,57 @@ def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> No
     for rule, line in rules.groupby("rule"):
         x, y = line["effective_batch_size"], line["learning_rate"]
         ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
-        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=rule)
-    points = ridge["effective_batch_size"], ridge["loss_rate"]
-    label = "lowest training loss"
-    ax.plot(*points, "o", color=RED, markerfacecolor="none", mew=2, ms=20, label=label)
+        label = f"{rule} rule"
+        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=label)
+    ax.plot(
+        ridge["effective_batch_size"],
+        ridge["loss_rate"],
+        "o",
+        color=RED,
+        markerfacecolor="none",
+        mew=2,
+        ms=24,
+        label="lowest training loss",
+    )
     ax.set_ylim(limits)
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=0.9)
 
 
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
-    """Error against batch size: the map cut at some heights, and at each size's best rate.
+    """Error against batch size at some fixed rates, and at the best rate of each size.
 
     Bars are 95 % intervals.
 
     Args:
         ax: Where to draw.
         table: From `nbutils.analysis.learning_rate.rate_map`, the rows of one optimizer.
-        rates: Where to cut; rates of the table.
+        rates: Rates of the table, one line each.
     """
     shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
-    cuts = [
+    lines = [
         (f"{rate:g}", table[np.isclose(table["learning_rate"], rate)], shade, "-")
         for rate, shade in zip(sorted(rates), shades, strict=True)
     ]
-    for label, cut, colour, line in [*cuts, ("best of each size", table[table["best"]], RED, "--")]:
-        accuracy = cut["validation_accuracy"]
-        ends = 100 * np.array([cut["high"] - accuracy, accuracy - cut["low"]])
-        x, y = cut["effective_batch_size"], 100 * (1 - accuracy)
-        style: dict[str, Any] = {"marker": "o", "color": colour, "linestyle": line}
-        ax.errorbar(x, y, yerr=ends, capsize=3, label=label, **style)
+    lines.append(("best of each size", table[table["best"]], RED, "--"))
+    ends = {}
+    for number, (label, line, colour, dashes) in enumerate(lines):
+        accuracy = line["validation_accuracy"]
+        x = line["effective_batch_size"] * 1.03**number  # side by side, so that bars show
+        ax.errorbar(
+            x,
+            100 * (1 - accuracy),
+            yerr=100 * np.array([line["high"] - accuracy, accuracy - line["low"]]),
+            capsize=3,
+            color=colour,
+            linestyle=dashes,
+            marker=MARKERS[number],
+            label=label,
+        )
+        ends[label] = (x.iloc[-1], 100 * (1 - accuracy.iloc[-1]))
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
     fixed_ticks(ax.xaxis, table["effective_batch_size"])
     plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
-    ax.legend(title="learning rate", loc="upper left", bbox_to_anchor=(1, 1))
+    label_ends(ax, ends, [colour for _, _, colour, _ in lines])
 
 
 def _log_edges(centres: np.ndarray) -> np.ndarray:

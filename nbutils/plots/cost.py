@@ -6,9 +6,15 @@ from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from nbutils.plots.style import batch_size_colours, plain_log_ticks
+from nbutils.plots.style import (
+    MARKERS,
+    RED,
+    batch_size_colours,
+    fixed_ticks,
+    label_ends,
+    plain_log_ticks,
+)
 
 COSTS = {
     "peak_memory": ("peak memory (MB)", 1e-6),
@@ -32,24 +38,15 @@ def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
     medians = table.pivot_table(
         index="accumulation_steps", columns="batch_size", values=column, aggfunc="median"
     ).sort_index(ascending=False)
-    sns.heatmap(
-        medians * factor,
-        annot=True,
-        fmt=".3g",
-        annot_kws={"size": 9},
-        norm="log",
-        cmap="viridis_r",
-        cbar=False,
-        linewidths=1,
-        ax=ax,
-    )
+    style = {"annot": True, "fmt": ".3g", "annot_kws": {"size": 10}, "cbar": False}
+    sns.heatmap(medians * factor, norm="log", cmap="viridis_r", linewidths=1, ax=ax, **style)
     ax.set(xlabel="micro-batch (images)", ylabel="accumulation steps", title=name)
     ax.grid(False)
     ax.tick_params(axis="y", rotation=0)
 
 
 def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """A cost against images per update: a thick line without accumulation, one a micro-batch with.
+    """A cost against images per update: in one pass a thick line, accumulated one per micro-batch.
 
     Points are medians, bars reach from the lowest to the highest measurement.
 
@@ -59,39 +56,38 @@ def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
         column: One of `COSTS`.
     """
     name, factor = COSTS[column]
-    groups = table.assign(value=table[column] * factor).groupby(
-        ["batch_size", "accumulation_steps", "effective_batch_size"]
-    )["value"]
+    sizes = ["batch_size", "accumulation_steps", "effective_batch_size"]
+    groups = table.assign(value=table[column] * factor).groupby(sizes)["value"]
     points = groups.agg(["median", "min", "max"]).dropna().reset_index()
-    micro_batches = points[points["effective_batch_size"] > points["batch_size"]]["batch_size"]
-    lines = {f"{size}": points[points["batch_size"] == size] for size in sorted(set(micro_batches))}
-    colours = batch_size_colours(map(int, lines))
-    whole = points[points["accumulation_steps"] == 1]
-    for number, (label, line) in enumerate({"the whole batch": whole, **lines}.items()):
-        accumulated = label in lines
+    accumulated = points[points["accumulation_steps"] > 1]
+    shades = batch_size_colours(accumulated["batch_size"].astype(int))
+    lines = {"the whole batch": points[points["accumulation_steps"] == 1]}
+    lines |= {f"passes of {size}": points[points["batch_size"] == size] for size in shades}
+    colours = ["0.25", *shades.values()]
+    ends = {}
+    for number, (label, line) in enumerate(lines.items()):
+        x = line["effective_batch_size"] * 1.025**number  # side by side, so that bars show
         ax.errorbar(
-            line["effective_batch_size"] * 1.02**number,  # side by side, so that bars show
+            x,
             line["median"],
             yerr=[line["median"] - line["min"], line["max"] - line["median"]],
-            capsize=3,
-            marker="D" if accumulated else "o",
-            ms=4 if accumulated else 6,
-            linewidth=1.5 if accumulated else 3,
-            linestyle="--" if accumulated else "-",
-            color=colours[int(label)] if accumulated else "0.25",
+            elinewidth=1,
+            marker=MARKERS[number % len(MARKERS)],
+            linewidth=1.5 if number else 3,
+            linestyle="--" if number else "-",
+            color=colours[number],
             label=label,
         )
+        if len(line):
+            ends[label] = (x.iloc[-1], line["median"].iloc[-1])
     if column == "images_per_second":
         ax.set_ylim(0)
     else:
         ax.set_yscale("log")
         plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
-    ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(sorted(set(points["effective_batch_size"]))))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.set(xlabel="images per update", ylabel=name)
-    ax.legend(title="images in a pass", loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(xscale="log", xlabel="images per update", ylabel=name)
+    fixed_ticks(ax.xaxis, points["effective_batch_size"])
+    label_ends(ax, ends, colours)
 
 
 def plot_search(ax: Axes, tried: Mapping[int, int | None], limit: int) -> None:
@@ -99,14 +95,16 @@ def plot_search(ax: Axes, tried: Mapping[int, int | None], limit: int) -> None:
 
     Args:
         ax: Where to draw.
-        tried: Peak memory in bytes by batch size, in the order of the tries.
+        tried: Peak memory in bytes by batch size, in the order of the tries; None where memory
+            ran out, which is not drawn.
         limit: Bytes that fit.
     """
-    _, factor = COSTS["peak_memory"]
+    name, factor = COSTS["peak_memory"]
     for number, (size, peak) in enumerate(tried.items(), start=1):
         if peak is not None:
             fits = peak <= limit
-            ax.plot(size, peak * factor, "o" if fits else "x", color="#2d708e" if fits else "0.3")
+            ax.plot(size, peak * factor, "o" if fits else "x", color="#2d708e" if fits else RED)
             ax.annotate(f"{number}", (size, peak * factor), (6, -9), textcoords="offset points")
     ax.axhline(limit * factor, color="0.4", linestyle="--")
-    ax.set(xlabel="micro-batch (images)", ylabel=COSTS["peak_memory"][0])
+    ax.set(xlabel="micro-batch (images)", ylabel=name)
+    label_ends(ax, {"limit": (ax.get_xlim()[1], limit * factor)}, ["0.4"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes, setting_name
@@ -34,7 +33,7 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
         _mean_with_bar(ax, place, group["value"], color=colour, marker=marker, ms=8)
     longest = max(map(len, groups))
     ax.set_xticks(range(len(groups)), list(groups), rotation=0 if longest < 8 else 25)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:.5g} %"))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.5g} %")
     ax.set(xlabel="images per update; accumulated: steps x micro-batch", ylabel=None)
 
 

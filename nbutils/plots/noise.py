@@ -64,15 +64,12 @@ def plot_updates_to_target(
         missing: Sizes at which some seed never reached the target at any rate: crosses.
     """
     sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
-    x = np.geomspace(sizes.min() / 2, sizes.max() * 2, 200)
+    x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
     least, most = critical.fewest_updates, critical.fewest_images
-    lines = {
-        "perfect scaling": (most / x, "0.5", ":"),
-        "fewest updates": (0 * x + least, "0.5", "--"),
-        "fit": (least + most / x, "#440154", "-"),
-    }
-    for y, colour, dashes in lines.values():
-        ax.plot(x, y, color=colour, linestyle=dashes)
+    fit = least + most / x
+    ax.plot(x, fit, color="#440154")
+    ax.axhline(least, color="0.5", linestyle="--")
+    ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
     for name, runs, fill in (
         ("run", fastest[fastest["epochs"] > 1], "#29af7f"),
         ("run, at most", fastest[fastest["epochs"] <= 1], "white"),
@@ -80,9 +77,9 @@ def plot_updates_to_target(
         if len(runs):
             points = runs["effective_batch_size"], runs["updates"]
             ax.plot(*points, "o", color="#29af7f", markerfacecolor=fill, ms=6, label=name)
-    # Free space above for the names of the regimes.
-    highest = max(fastest["updates"].max(), (least + most / x).max())
-    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 4, 4 * highest))
+    # Free space above for the names of the regimes, below for the legend.
+    highest = max(fastest["updates"].max(), fit.max())
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))
     ax.set(xlabel="images per update", ylabel="updates to the target")
     along = ax.get_xaxis_transform()
     if len(missing):
@@ -100,6 +97,5 @@ def plot_updates_to_target(
             ax.text(place, 0.98, text, transform=along, ha="center", va="top", size=10)
     fixed_ticks(ax.xaxis, sizes)
     plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
-    ends = {name: (x[-1], y[-1]) for name, (y, _, _) in lines.items()}
-    label_ends(ax, ends, [colour for _, colour, _ in lines.values()])
+    label_ends(ax, {"fit": (x[-1], fit[-1]), "fewest updates": (x[-1], least)}, ["#440154", "0.5"])
     ax.legend(loc="lower left", handletextpad=0.4)

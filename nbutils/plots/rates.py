@@ -93,7 +93,12 @@ def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> N
     """
     shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
     lines = [
-        (f"{rate:g}", table[np.isclose(table["learning_rate"], rate)], shade, "-")
+        (
+            np.format_float_positional(rate, trim="-"),
+            table[np.isclose(table["learning_rate"], rate)],
+            shade,
+            "-",
+        )
         for rate, shade in zip(sorted(rates), shades, strict=True)
     ]
     lines.append(("best of each size", table[table["best"]], RED, "--"))

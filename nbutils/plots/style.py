@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 RED = "#d1495b"
 """The colour of what stands out from the palette of the batch sizes."""
@@ -125,14 +125,14 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], colours: Seque
 def plain_log_ticks(axis: Axis, text: str, steps: tuple[int, ...]) -> None:
     """Ticks at the `steps` of each power of ten, written out by the format `text`."""
     axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
+    axis.set_major_formatter(lambda value, _: text.format(value))
     axis.set_minor_locator(NullLocator())
 
 
-def fixed_ticks(axis: Axis, values: Iterable[float], text: str = "{:g}") -> None:
-    """Ticks at `values` only, written by the format `text`."""
+def fixed_ticks(axis: Axis, values: Iterable[float]) -> None:
+    """Ticks at `values` only, written out."""
     axis.set_major_locator(FixedLocator(sorted(set(values))))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text.format(value)))
+    axis.set_major_formatter(lambda value, _: np.format_float_positional(value, trim="-"))
     axis.set_minor_locator(NullLocator())
 
 
@@ -153,4 +153,4 @@ def stretch_towards_one(ax: Axes, accuracies: np.ndarray) -> None:
         if low <= tick <= high and all(abs(place(tick) - place(t)) >= apart for t in ticks):
             ticks.append(tick)
     fixed_ticks(ax.yaxis, ticks)
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")

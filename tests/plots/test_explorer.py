@@ -1,5 +1,5 @@
 import pytest
-from test_summary import runs_of
+from made_up_runs import runs_of
 
 from nbutils import RunConfig
 from nbutils.plots.explorer import Explorer

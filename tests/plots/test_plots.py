@@ -3,8 +3,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from made_up_runs import runs_of
 from matplotlib.colors import rgb_to_hsv, to_rgb
-from test_summary import runs_of
 
 from nbutils import RunConfig, plots
 from nbutils.analysis.critical_batch import REGIMES, fit_critical_batch

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nbutils.accumulation.check import flat_gradient, flat_weights, relative_difference
+from nbutils.accumulation.vectors import flat_gradient, flat_weights, relative_difference
 from nbutils.accumulation.window import accumulate_gradient, windows
 from nbutils.training.model import Norm, norm_layer
 

@@ -103,7 +103,9 @@ def plot_search(ax: Axes, tried: Mapping[int, int | None], limit: int) -> None:
     for number, (size, peak) in enumerate(tried.items(), start=1):
         if peak is not None:
             fits = peak <= limit
-            ax.plot(size, peak * factor, "o" if fits else "x", color="#2d708e" if fits else RED)
+            ax.plot(
+                size, peak * factor, "o" if fits else "x", color="#2d708e" if fits else RED, ms=8
+            )
             ax.annotate(f"{number}", (size, peak * factor), (6, -9), textcoords="offset points")
     ax.axhline(limit * factor, color="0.4", linestyle="--")
     ax.set(xlabel="micro-batch (images)", ylabel=name)

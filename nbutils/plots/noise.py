@@ -98,4 +98,4 @@ def plot_updates_to_target(
     fixed_ticks(ax.xaxis, sizes)
     plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
     label_ends(ax, {"fit": (x[-1], fit[-1]), "fewest updates": (x[-1], least)}, ["#440154", "0.5"])
-    ax.legend(loc="lower left", handletextpad=0.4)
+    ax.legend(loc="lower left", frameon=True, framealpha=1, edgecolor="none")

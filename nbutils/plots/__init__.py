@@ -7,7 +7,7 @@ from nbutils.plots.accumulation import plot_damage, plot_drift, plot_ladder
 from nbutils.plots.cost import COSTS, plot_cost, plot_cost_map, plot_search
 from nbutils.plots.curves import METRIC_NAMES, plot_accuracy, plot_history, plot_overlay
 from nbutils.plots.final import plot_final, plot_normalisations
-from nbutils.plots.images import plot_class_balance, plot_digits, plot_misread
+from nbutils.plots.images import plot_class_balance, plot_digits, plot_misread, plot_network
 from nbutils.plots.noise import plot_noise_scale, plot_updates_to_target
 from nbutils.plots.rates import plot_fixed_rates, plot_rate_map, plot_scaling_rules
 from nbutils.plots.style import batch_size_colours, save_figure, use_style
@@ -31,6 +31,7 @@ __all__ = [
     "plot_history",
     "plot_ladder",
     "plot_misread",
+    "plot_network",
     "plot_noise_scale",
     "plot_normalisations",
     "plot_overlay",

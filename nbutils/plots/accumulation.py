@@ -1,13 +1,16 @@
-"""What accumulation does to a gradient and to the weights, right and wrong."""
+"""How far accumulation is from the large batch: rounding, drift, and the damage of mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from nbutils.analysis.intervals import mean_interval
+from nbutils.plots.style import MARKERS, label_ends
 
 
 def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> None:
@@ -15,51 +18,44 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> N
 
     Args:
         ax: Where to draw.
-        table: From `nbutils.accumulation.equivalence.ladder`.
+        table: From `nbutils.accumulation.equivalence.ladder`; one mark per row and rung.
         limits: The limit of each rung.
     """
-    import seaborn as sns
-
-    rungs = list(limits)
-    values = table[rungs].melt(var_name="rung", value_name="difference", ignore_index=False)
-    sns.stripplot(
-        data=values.reset_index(),
-        x="rung",
-        y="difference",
-        hue="optimizer",
-        order=rungs,
-        palette="viridis",
-        dodge=True,
-        jitter=False,
-        alpha=0.7,
-        ax=ax,
-    )
-    for position, rung in enumerate(rungs):
-        ax.hlines(limits[rung], position - 0.4, position + 0.4, color="0.4", linestyle="--")
-    ax.set(yscale="log", xlabel=None, ylabel="relative difference")
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    by_optimizer = table.reset_index().groupby("optimizer")
+    shades = mpl.colormaps["viridis"](np.linspace(0, 0.8, len(by_optimizer)))
+    for number, (optimizer, rows) in enumerate(by_optimizer):
+        places = np.arange(len(limits)) + 0.2 * (number - (len(by_optimizer) - 1) / 2)
+        values = rows[list(limits)].to_numpy(float)
+        style = {"marker": MARKERS[number], "color": shades[number], "alpha": 0.7}
+        ax.plot(
+            np.tile(places, len(values)), values.ravel(), linestyle="", label=optimizer, **style
+        )
+    for place, limit in enumerate(limits.values()):
+        name = "limit" if place == 0 else "_limit"
+        ax.hlines(limit, place - 0.4, place + 0.4, color="0.4", linestyle="--", label=name)
+    ax.set_xticks(range(len(limits)), list(limits))
+    ax.set(yscale="log", ylabel="relative difference to the large batch")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
-    """How the weights of two trainings drift apart, a line a precision and optimizer.
+    """How the weights of two trainings drift apart: one line per precision and optimizer.
 
     Args:
         ax: Where to draw.
-        table: From `equivalence.drift`, with columns `precision` and `optimizer`.
+        table: From `equivalence.drift`, with columns `precision` and `optimizer`; where it has
+            several rows per update, their mean is drawn.
     """
-    import seaborn as sns
-
-    sns.lineplot(
-        data=table,
-        x="update",
-        y="weights",
-        hue="precision",
-        style="optimizer",
-        palette="viridis",
-        ax=ax,
-    )
     ax.set(yscale="log", xlabel="updates", ylabel="relative difference of the weights")
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1))
+    shades = dict(zip(table["precision"].unique(), ("#440154", "#2d9e8f", "#8a8a00"), strict=False))
+    dashes = dict(zip(table["optimizer"].unique(), ("-", "--", ":"), strict=False))
+    ends, colours = {}, []
+    for (precision, optimizer), rows in table.groupby(["precision", "optimizer"], sort=False):
+        line = rows.groupby("update")["weights"].mean()
+        ax.plot(line, color=shades[precision], linestyle=dashes[optimizer], linewidth=2)
+        ends[f"{precision}, {optimizer}"] = (line.index[-1], line.iloc[-1])
+        colours.append(shades[precision])
+    label_ends(ax, ends, colours)
 
 
 def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:

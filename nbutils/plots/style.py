@@ -95,10 +95,11 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], colours: Seque
     Names keep a line's height of distance, as near to their ends as that allows.
 
     Args:
-        ax: Where the lines are; with its final limits and scales.
+        ax: Where the lines are; its limits and scales must not change any more.
         ends: The last point of each line, in data coordinates, by name.
         colours: Of the thin lines, in the order of `ends`.
     """
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
     to_axes = ax.transData + ax.transAxes.inverted()
     places = [float(np.clip(to_axes.transform(end)[1], 0, 1)) for end in ends.values()]
     gap = 14 / 72 / (ax.bbox.height / ax.figure.dpi)  # a line of text, as a share of the axes

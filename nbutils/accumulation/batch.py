@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from numbers import Integral
 from typing import Any
@@ -131,11 +132,12 @@ def lengths(batch: Any, depth: int = DEPTH) -> Iterator[int]:
     elif isinstance(batch, (list, tuple)):
         yield len(batch)
         parts = batch
-    elif isinstance(shape := getattr(batch, "shape", None), tuple):  # a tensor or an array
-        if shape:
-            yield int(shape[0])
-    elif hasattr(batch, "__dict__") and not isinstance(batch, (type, nn.Module)):
-        parts = vars(batch).values()
+    elif hasattr(type(batch), "shape"):  # a tensor or an array
+        if len(batch.shape) > 0:
+            yield int(batch.shape[0])
+    elif not isinstance(batch, (type, nn.Module)):
+        with suppress(Exception):  # nothing to look into, or a `__getattr__` of the reader's
+            parts = vars(batch).values()
     if depth > 0:
         for part in parts:
             yield from lengths(part, depth - 1)

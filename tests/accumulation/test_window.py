@@ -1,0 +1,429 @@
+import itertools
+import math
+import subprocess
+import sys
+from collections import UserDict
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nbutils import accumulation
+from nbutils.accumulation import (
+    accumulate_gradient,
+    updates_per_epoch,
+    windows,
+    windows_of_batches,
+)
+
+sizes = st.integers(1, 200)
+few = st.integers(1, 20)
+
+
+@given(images=sizes, batch_size=few, accumulation_steps=few)
+def test_windows_cut_the_order_into_full_windows_and_one_short_one(
+    images, batch_size, accumulation_steps
+):
+    order = torch.randperm(images)
+    cut = list(windows(order, batch_size, accumulation_steps))
+    assert torch.equal(torch.cat([m for window in cut for m in window]), order)
+    assert len(cut) == math.ceil(images / (batch_size * accumulation_steps))
+    for window in cut[:-1]:
+        assert [len(m) for m in window] == [batch_size] * accumulation_steps
+    last = [len(m) for m in cut[-1]]
+    assert len(last) <= accumulation_steps
+    assert all(size == batch_size for size in last[:-1])
+    assert 1 <= last[-1] <= batch_size
+
+
+@given(images=st.integers(0, 200), batch_size=few, steps=few)
+def test_drop_leaves_out_the_short_last_window_and_nothing_else(images, batch_size, steps):
+    order, effective = torch.randperm(images), batch_size * steps
+    every = list(windows(order, batch_size, steps))
+    full = list(windows(order, batch_size, steps, "drop"))
+    assert [list(map(len, window)) for window in full] == [[batch_size] * steps] * len(full)
+    assert len(full) == images // effective == updates_per_epoch(images, effective, "drop")
+    assert len(every) == updates_per_epoch(images, effective)
+
+
+def test_the_windows_of_60_000_images():
+    cut = list(windows(torch.arange(60_000), 128, 8))
+    assert len(cut) == 59
+    assert [len(m) for m in cut[-1]] == [128, 128, 128, 128, 96]
+
+
+@given(batches=st.integers(0, 40), steps=few, last=st.sampled_from(["step", "drop"]))
+def test_windows_of_batches_gathers_what_a_loader_yields(batches, steps, last):
+    cut = list(windows_of_batches(iter(range(batches)), steps, last))
+    kept = batches if last == "step" else batches // steps * steps
+    assert [batch for window in cut for batch in window] == list(range(kept))
+    assert all(len(window) == steps for window in cut[:-1])
+    assert all(window for window in cut)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def classifier(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def examples(images, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(images, 5, dtype=torch.float64, generator=generator)
+    return inputs, torch.randint(3, (images,), generator=generator)
+
+
+def assert_same_weights(model, other, tolerance=1e-12):
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+
+
+@settings(max_examples=40)
+@given(
+    images=st.integers(1, 60),
+    batch_size=few,
+    steps=few,
+    optimizer=st.sampled_from(list(OPTIMIZERS)),
+    weighted=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_two_epochs_with_any_windows_are_those_with_one_batch_an_update(
+    images, batch_size, steps, optimizer, weighted, seed
+):
+    inputs, labels = examples(images, seed)
+    classes = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64) if weighted else None
+    accumulated, whole = classifier(), classifier()
+    ours = OPTIMIZERS[optimizer](accumulated.parameters())
+    theirs = OPTIMIZERS[optimizer](whole.parameters())
+
+    def losses(m):
+        return F.cross_entropy(accumulated(inputs[m]), labels[m], classes, reduction="none")
+
+    def weight(m):
+        return classes[labels[m]].sum().item()
+
+    for epoch in range(2):
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(epoch))
+        for window in windows(order, batch_size, steps):
+            ours.zero_grad()
+            loss = accumulate_gradient(
+                accumulated, window, losses, weight=weight if weighted else None
+            )
+            ours.step()
+            batch = torch.cat(window)
+            theirs.zero_grad()
+            one_batch = F.cross_entropy(whole(inputs[batch]), labels[batch], classes)
+            one_batch.backward()
+            theirs.step()
+            assert loss.item() == pytest.approx(one_batch.item(), rel=1e-9)
+    # Adam divides by the root of squared gradients, which enlarges rounding of tiny ones.
+    assert_same_weights(accumulated, whole, 1e-8 if optimizer.startswith("adam") else 1e-12)
+
+
+@dataclass
+class Sample:
+    name: str
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+class Encoding(UserDict):
+    """As transformers' BatchEncoding."""
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Graphs:
+    """Two nodes per graph; the losses are those of the graphs."""
+
+    def __init__(self, inputs, labels):
+        self.store = {"nodes": inputs.repeat_interleave(2, 0), "labels": labels}
+        self.edges = torch.zeros(2, 3 * len(labels), dtype=torch.long)
+
+
+class Slots:
+    """Nothing can be seen from outside, and what is asked for may raise any error."""
+
+    __slots__ = ("inputs", "labels")
+
+    def __init__(self, inputs, labels):
+        self.inputs, self.labels = inputs, labels
+
+    def __getattr__(self, name):
+        raise KeyError(name)
+
+
+KINDS = {
+    "pair": (lambda x, y: (x, y), lambda b: b),
+    "text first": (lambda x, y: (["1.png"] * len(y), x, y), lambda b: b[1:]),
+    "numbers first": (lambda x, y: [list(range(len(y))), x, y], lambda b: b[1:]),
+    "None first": (lambda x, y: (None, x, y), lambda b: b[1:]),
+    "scalar first": (lambda x, y: (torch.tensor(0.5), x, y), lambda b: b[1:]),
+    "arrays": (lambda x, y: (x.numpy(), y.numpy()), lambda b: map(torch.as_tensor, b)),
+    "lists": (
+        lambda x, y: (x.tolist(), y.tolist()),
+        lambda b: (torch.tensor(b[0], dtype=torch.float64), torch.tensor(b[1])),
+    ),
+    "samples": (
+        lambda x, y: list(zip(x, y, strict=True)),
+        lambda b: map(torch.stack, zip(*b, strict=True)),
+    ),
+    "dict": (lambda x, y: {"lr": 0.1, "x": x, "y": y}, lambda b: (b["x"], b["y"])),
+    "nested": (lambda x, y: [[x], {"y": y}], lambda b: (b[0][0], b[1]["y"])),
+    "dataclass": (lambda x, y: Sample("a", x, y), lambda b: (b.inputs, b.labels)),
+    "encoding": (lambda x, y: Encoding(x=x, y=y), lambda b: (b.x, b.y)),
+    "graphs": (Graphs, lambda b: (b.store["nodes"][::2], b.store["labels"])),
+    "slots": (Slots, lambda b: (b.inputs, b.labels)),
+}
+"""How a batch is packed, and how images and labels are taken out of it."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gradient_is_that_of_one_batch_whatever_a_loader_yields(kind):
+    pack, unpack = KINDS[kind]
+    inputs, labels = examples(10, 0)
+    model, whole = classifier(), classifier()
+    for parameter in (*model.parameters(), *whole.parameters()):
+        parameter.grad = torch.full_like(parameter, 3)  # it is added to what is there
+
+    def losses(micro_batch):
+        x, y = unpack(micro_batch)
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    window = (pack(x, y) for x, y in zip(inputs.split(4), labels.split(4), strict=True))
+    loss = accumulate_gradient(model, window, losses)
+    one_batch = F.cross_entropy(whole(inputs), labels)
+    one_batch.backward()
+    torch.testing.assert_close(loss, one_batch.detach(), rtol=1e-12, atol=0)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+class_weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ignore_index": -100},
+        {"weight": class_weights},
+        {"label_smoothing": 0.2},
+        {"ignore_index": -100, "weight": class_weights, "label_smoothing": 0.2},
+    ],
+    ids=["ignored", "weighted", "smooth", "all"],
+)
+def test_tokens_of_any_weight_are_those_of_one_batch(options):
+    sequences, labels = examples(6 * 4, 0)
+    sequences, labels = sequences.view(6, 4, 5), labels.view(6, 4)
+    if "ignore_index" in options:
+        labels[0, 1:] = labels[4] = labels[5] = -100
+    model, whole = classifier(), classifier()
+
+    def losses(batch):
+        x, y = batch
+        return F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none", **options)
+
+    def weight(batch):
+        kept = batch[1][batch[1] != -100]
+        return class_weights[kept].sum() if "weight" in options else len(kept)
+
+    window = list(zip(sequences.split([1, 3, 2]), labels.split([1, 3, 2]), strict=True))
+    loss = accumulate_gradient(model, window, losses, weight=weight)
+    one_batch = F.cross_entropy(whole(sequences).flatten(0, 1), labels.flatten(), **options)
+    one_batch.backward()
+    torch.testing.assert_close(loss, one_batch.detach(), rtol=1e-12, atol=0)
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+
+
+def one_weight(value=1.0):
+    """The smallest model: one number. The loss of an image is the number times the image."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, value)
+    return model, lambda images: model(images.view(-1, 1)).squeeze(1)
+
+
+def test_clipping_goes_after_the_window_and_a_gradient_scaler_around_the_loss():
+    inputs, labels = examples(20, 0)
+    model, whole = classifier(), classifier()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accumulate_gradient(
+        model,
+        torch.arange(20).split(6),
+        lambda m: F.cross_entropy(model(inputs[m]), labels[m], reduction="none"),
+        backward=lambda loss: scaler.scale(loss).backward(),
+    )
+    scaler.unscale_(optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    scaler.step(optimizer)
+
+    F.cross_entropy(whole(inputs), labels).backward()
+    assert torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01) > 0.01
+    torch.optim.SGD(whole.parameters(), lr=1.0).step()
+    assert_same_weights(model, whole)
+
+
+def refused(model, window, losses, message, **options):
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        accumulate_gradient(model, window, losses, update=7, **options)
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def tokens(sequences, length):
+    return torch.ones(sequences, length, 1), torch.zeros(sequences, length)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "shape", "options", "message"),
+    [
+        (tokens(3, 4), (), {}, r'shape \(\): .* reduction="none".* weight=lambda'),
+        (tokens(3, 4), (), {"weight": len}, 'already averaged or summed.* reduction="none"'),
+        (tokens(3, 4), (1,), {"weight": len}, "already averaged or summed"),
+        (tokens(3, 4), (12,), {}, r"shape \(12,\), .*not one loss per image.* weight=lambda"),
+        (tokens(3, 4), (3, 4), {}, r"shape \(3, 4\), .* weight=lambda"),
+        (Sample("a", *tokens(3, 4)), (12,), {}, "weight=lambda"),
+        (Encoding(x=tokens(3, 4)[0]), (12,), {}, "weight=lambda"),
+        (torch.ones(3), (6,), {}, "weight=lambda"),  # two labels per image
+    ],
+)
+def test_losses_that_are_reduced_or_not_one_per_image_are_refused(
+    micro_batch, shape, options, message
+):
+    model, _ = one_weight()
+    message = f"update 7, micro-batch 1 of 1: losses have .*{message}"
+    refused(model, [micro_batch], lambda _: model.weight.sum().expand(shape), message, **options)
+
+
+def test_an_averaged_loss_in_a_later_micro_batch_is_refused_without_a_trace():
+    model, losses = one_weight()
+
+    def sometimes(images):
+        return losses(images) if len(images) == 4 else losses(images).mean()
+
+    pairs = [(part, part) for part in torch.arange(10.0).split(4)]
+    message = "update 7, micro-batch 3 of 3: losses"
+    refused(model, pairs, lambda pair: sometimes(pair[0]), message)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_refused_by_place(bad):
+    model, losses = one_weight()
+    images = torch.arange(10.0)
+    images[5] = bad
+    message = f"update 7, micro-batch 2 of 3: the loss is {bad}"
+    refused(model, images.split(4), losses, message)
+    accumulate_gradient(model, images.split(4), losses, check_finite=False)
+    assert not model.weight.grad.isfinite().any()
+
+
+def test_a_gradient_that_is_not_finite_is_refused_but_left_to_a_scaler():
+    model, losses = one_weight()
+
+    def root(images):
+        return losses(images).sqrt()  # the slope of the root of zero is infinite
+
+    window = [torch.zeros(2)]
+    refused(model, window, root, "update 7: the gradient of weight is not finite")
+    accumulate_gradient(model, window, root, check_finite=False)
+    assert not model.weight.grad.isfinite().any()
+
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    accumulate_gradient(model, window, root, backward=lambda loss: scaler.scale(loss).backward())
+    scaler.step(optimizer)
+    scaler.update()
+    assert model.weight.item() == 1
+    assert scaler.get_scale() == 2.0**15
+
+
+@pytest.mark.parametrize(
+    ("window", "options", "message"),
+    [
+        ([], {}, "update 7: the window is empty"),
+        (iter([]), {}, "update 7: the window is empty"),
+        ([torch.arange(0.0)], {}, "update 7: the losses of the window weigh nothing"),
+        ([torch.arange(3.0)], {"weight": lambda _: 0.0}, "weigh nothing"),
+        ([torch.arange(3.0)], {"weight": lambda _: math.nan}, "weight returned"),
+        (itertools.repeat(torch.arange(3.0)), {}, "endless"),
+    ],
+)
+def test_a_window_of_no_weight_or_no_end_is_refused(window, options, message):
+    model, losses = one_weight()
+    refused(model, window, losses, message, **options)
+
+
+@pytest.mark.parametrize("window", [None, 3, "text", {"x": torch.arange(3.0)}])
+def test_a_window_that_holds_no_micro_batches_is_refused(window):
+    model, losses = one_weight()
+    with pytest.raises(TypeError, match="must be a list of micro-batches"):
+        accumulate_gradient(model, window, losses)
+
+
+def test_losses_that_are_no_tensor_are_refused():
+    model, losses = one_weight()
+    with pytest.raises(TypeError, match="losses returned tuple"):
+        accumulate_gradient(model, [torch.arange(3.0)], lambda images: (losses(images), 1))
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True, 2.0, "4", None])
+def test_arguments_are_refused_by_name_at_the_call(wrong):
+    order = torch.arange(10)
+    for name, call in {
+        "batch_size": lambda: windows(order, wrong, 2),
+        "accumulation_steps": lambda: windows(order, 2, wrong),
+        "accumulation_steps ": lambda: windows_of_batches([order], wrong),
+        "effective_batch_size": lambda: updates_per_epoch(10, wrong),
+        "last_window": lambda: windows(order, 2, 2, wrong),
+        "last_window ": lambda: windows_of_batches([order], 2, wrong),
+        "last_window  ": lambda: updates_per_epoch(10, 2, wrong),
+    }.items():
+        with pytest.raises(ValueError, match=f"^{name.strip()} = {wrong!r}, but it must be"):
+            call()
+
+
+def test_a_model_without_parameters_is_refused():
+    refused(nn.ReLU(), [torch.arange(3.0)], lambda m: m, "update 7: the model has no parameters")
+    model, losses = one_weight()
+    model.requires_grad_(False)
+    refused(model, [torch.arange(3.0)], losses, "has no parameters that require a gradient")
+
+
+def test_an_error_of_the_readers_own_goes_through_and_leaves_no_gradient():
+    model, losses = one_weight()
+
+    def broken(images):
+        if 9 in images:
+            raise RuntimeError("out of memory")
+        return losses(images)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        accumulate_gradient(model, torch.arange(10.0).split(4), broken)
+    assert model.weight.grad is None
+
+
+def test_the_subject_imports_torch_and_nothing_else_of_nbutils():
+    code = "import sys, nbutils.accumulation; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    ours = {name for name in loaded if name.startswith("nbutils.")}
+    assert {name for name in ours if not name.startswith("nbutils.accumulation")} == set()
+    assert {"pandas", "scipy", "matplotlib", "seaborn"} & loaded == set()
+    assert {"check_accumulation", "accumulate_gradient"} <= set(dir(accumulation))

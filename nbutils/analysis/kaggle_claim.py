@@ -83,20 +83,31 @@ def _is_there_a_gain(kaggle: KaggleRuns) -> Verdict:
 
 
 def _how_large(kaggle: KaggleRuns) -> Verdict:
-    both = gain(kaggle, *[POSTED_RATE] * 2), gain_at_equal_updates(kaggle, *[POSTED_RATE] * 2)
-    kinds = ("equal epochs", "equal updates")
-    words = ["holds" if g.low > 0 else "fails" if g.high < 0 else "open" for g in both]
-    answers = [f"{w} at {k}: {g.bound}" for w, k, g in zip(words, kinds, both, strict=True)]
+    verdict = _at_rate(kaggle, POSTED_RATE)
+    if not kaggle.at(8, SCALED_RATE).empty:
+        verdict += f" (same rate); {_at_rate(kaggle, SCALED_RATE)} (rate x root of 8)"
     table = gain_table(kaggle)
     rows = [f"{name}: {', '.join(row + ' at ' + table.columns)}" for name, row in table.iterrows()]
     return Verdict(
         "7b",
         "How large is that difference at equal epochs, and at equal updates?",
-        f"equal updates, same rate: {both[1]}",
-        "; ".join(answers),
-        f"8 x 128 less 128, in points. {'; '.join(rows)}. At equal updates 8 x 128 has seen eight "
+        f"equal updates, same rate: {gain_at_equal_updates(kaggle, POSTED_RATE, POSTED_RATE)}",
+        verdict,
+        f"8 x 128 less 128 in points, {'; '.join(rows)}. At equal updates 8 x 128 has seen eight "
         f"times the images; 128 is interpolated between its epochs, and the interval covers other "
         f"seeds only.",
+    )
+
+
+def _at_rate(kaggle: KaggleRuns, rate: float) -> str:
+    """Whether there is a gain with 8 x 128 at this rate, at equal epochs and at equal updates."""
+    both = {
+        "equal epochs": gain(kaggle, POSTED_RATE, rate),
+        "equal updates": gain_at_equal_updates(kaggle, POSTED_RATE, rate),
+    }
+    return "; ".join(
+        f"{'holds' if gap.low > 0 else 'fails' if gap.high < 0 else 'open'} at {kind}: {gap.bound}"
+        for kind, gap in both.items()
     )
 
 

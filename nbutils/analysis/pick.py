@@ -15,6 +15,7 @@ import pandas as pd
 from nbutils.analysis.effects import MARGIN, points
 from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import first_crossing, name_settings, outcomes, setting_name
+from nbutils.errors import InputError
 
 TIE = 1.25
 """Times within 25 % of the least count as equal: so much do those of one setting differ."""
@@ -63,9 +64,7 @@ class Pick:
     @property
     def answer(self) -> str:
         """One or two sentences: what to take, and how sure that is."""
-        shares = {
-            setting: f"{setting} {share:.0%}" for setting, share in self.table["share"].items()
-        }
+        shares = {name: f"{name}: {share:.0%}" for name, share in self.table["share"].items()}
         if not self.stable:
             seeds = "one seed" if self.seeds == 1 else f"{self.seeds} seeds"
             return (
@@ -79,10 +78,9 @@ class Pick:
                 f"seeds the most frequent are {', '.join(shares[s] for s in order.index[:3])}."
             )
         return (
-            f"Take {_listed(self.settings, 'or')}. Of {RESAMPLES:,} resamples of the {self.seeds} "
-            f"seeds, these shares have it among the cheapest: "
-            f"{', '.join(shares[s] for s in self.settings)}; every other setting has less than "
-            f"{STABLE:.0%}."
+            f"Take {_listed(self.settings, 'or')}. Each is among the cheapest in at least "
+            f"{STABLE:.0%} of {RESAMPLES:,} resamples of the {self.seeds} seeds "
+            f"({', '.join(shares[setting] for setting in self.settings)}); no other setting is."
         )
 
     def __str__(self) -> str:
@@ -114,10 +112,15 @@ def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick
         runs: From `load_runs`.
         seconds: Seconds per epoch of each setting, measured on a quiet machine. Otherwise they are
             those of the fastest seed of the runs.
+
+    Raises:
+        InputError: `seconds` has no setting of the runs.
     """
     ends, curves, seconds_of = _by_seed(runs, seconds)
     every = [str(setting) for setting in ends]
     settings = [setting for setting in every if setting in seconds_of]
+    if not settings:
+        raise InputError(f"seconds has {', '.join(seconds_of)}, but no setting of the runs")
     cost = np.array([seconds_of[setting] for setting in settings])
     images = int(runs["validation_images"].iloc[0])
     values = ends[settings].to_numpy()

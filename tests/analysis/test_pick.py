@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_up_runs import runs_of
 
-from nbutils import RunConfig
+from nbutils import InputError, RunConfig
 from nbutils.analysis.intervals import proportion_interval
 from nbutils.analysis.pick import format_pick, pick, quiet_seconds
 
@@ -37,7 +37,7 @@ def test_the_cheapest_settings_are_named_with_their_shares():
     assert choice.threshold == pytest.approx(proportion_interval(0.995, 6000)[0], abs=1e-4)
     assert choice.table.loc["128", ["share", "qualifies"]].tolist() == [1, True]
     assert choice.table.loc["1024", ["share", "qualifies"]].tolist() == [0, False]
-    assert str(choice).startswith("Take 64 or 128. Of 1,000 resamples of the 5 seeds")
+    assert str(choice).startswith("Take 64 or 128. Each is among the cheapest in at least 80%")
     shown = format_pick(choice)
     assert shown.loc["1024", f"s to {choice.threshold:.2%}"] == "ends too low"
     assert shown["among the cheapest"].tolist() == ["0%", "100%", "100%", "0%"]
@@ -84,6 +84,8 @@ def test_settings_without_a_time_are_left_out_by_name():
     choice = pick(study(3), {"64": 6.0, "32": 10.0})
     assert choice.untimed == ["128", "1024"]
     assert str(choice).endswith("Not timed: 128, 1024.")
+    with pytest.raises(InputError, match="seconds has 16, but no setting of the runs"):
+        pick(study(3), {"16": 1.0})
 
 
 def test_times_are_read_from_the_rows_of_a_benchmark(tmp_path):

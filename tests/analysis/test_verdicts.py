@@ -142,10 +142,12 @@ def test_the_difference_is_told_at_equal_epochs_and_at_equal_updates():
 
 def test_runs_at_the_scaled_rate_are_shown_once_they_are_recorded():
     kaggle = kaggle_runs(0)
-    scaled = kaggle.runs["learning_rate"].replace(2e-3, 1e-3 * 8**0.5)
-    table = gain_table(replace(kaggle, runs=kaggle.runs.assign(learning_rate=scaled), tuning=None))
+    rates = kaggle.runs["learning_rate"].replace(2e-3, 1e-3 * 8**0.5)
+    scaled = replace(kaggle, runs=kaggle.runs.assign(learning_rate=rates), tuning=None)
+    table = gain_table(scaled)
     assert table.loc["rate x root of 8, 0.0028", "equal epochs"].startswith("+0.00 (")
     assert len(table) == 2
+    assert kaggle_table(scaled)["verdict"]["7b"].endswith(" points (rate x root of 8)")
 
 
 def test_a_gain_needs_a_seed_with_both():

@@ -1,11 +1,12 @@
-"""Trains on whole batches and on the same batches in pieces, side by side, and measures how far
-the two drift apart."""
+"""Trains on large batches and on the same batches accumulated, side by side, and measures how far
+the weights drift apart."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from nbutils.accumulation.vectors import flat_gradient, flat_weights, relative_difference
 from nbutils.accumulation.window import accumulate_gradient, windows
-from nbutils.training.model import Norm, norm_layer
 
 OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
@@ -23,18 +23,30 @@ OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]]
     "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2),
 }
 
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "batch": nn.BatchNorm2d,
+    "group": partial(nn.GroupNorm, 8),
+    "none": nn.Identity,
+}
+
 Losses = Callable[[nn.Module, Tensor], Tensor]
-"""`losses(model, indices)`: the loss of each of these images."""
+"""`losses(model, indices)`: the loss of each of these images, shape (len(indices),)."""
 
 
-def small_cnn(norm: Norm, dropout: float = 0.0) -> nn.Module:
-    """A network for 28 x 28 images, small enough to train in float64 in a moment."""
+def small_cnn(norm: str | Callable[[int], nn.Module], dropout: float = 0.0) -> nn.Module:
+    """A network for 28 x 28 images, small enough to train in float64 in seconds.
+
+    Args:
+        norm: A key of `NORMS`, or a function that makes a layer for a number of channels.
+        dropout: Probability that an input of the last layer is dropped in training.
+    """
+    make_norm = NORMS[norm] if isinstance(norm, str) else norm
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
-        norm_layer(norm, 8),
+        make_norm(8),
         nn.ReLU(),
         nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        norm_layer(norm, 16),
+        make_norm(16),
         nn.ReLU(),
         nn.Flatten(),
         nn.Dropout(dropout),
@@ -51,17 +63,17 @@ def cross_entropies(images: Tensor, labels: Tensor) -> Losses:
 
 @dataclass
 class Racer:
-    """One copy of the model, trained on windows cut into pieces of one size."""
+    """A copy of the model that takes every window in micro-batches of one size."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    piece: int
+    batch_size: int
 
     def update(self, window: Tensor, losses: Losses) -> None:
-        """One update by the images in `window`."""
+        """Make one update from the images in `window`."""
         self.optimizer.zero_grad()
         accumulate_gradient(
-            self.model, window.split(self.piece), lambda indices: losses(self.model, indices)
+            self.model, window.split(self.batch_size), lambda indices: losses(self.model, indices)
         )
         self.optimizer.step()
 
@@ -72,54 +84,54 @@ def drift(
     losses: Losses,
     images: int,
     effective_batch_size: int,
-    pieces: Sequence[int],
+    batch_sizes: Sequence[int],
     epochs: int = 1,
-    losses_in_pieces: Losses | None = None,
+    losses_accumulated: Losses | None = None,
 ) -> pd.DataFrame:
-    """Train one copy of `model` on whole batches and one on each size of pieces.
+    """Train one copy of `model` on large batches, and one copy for each size of micro-batch.
 
     Args:
-        model: The common start; it is not changed.
+        model: Where all copies start; it is not changed.
         optimizer: A key of `OPTIMIZERS`.
         losses: The loss of each image.
-        images: How many there are; all copies see them in one order, drawn anew each epoch.
-        effective_batch_size: Images in an update; the last update of an epoch may have fewer.
-        pieces: Sizes of micro-batches to compare with whole batches.
+        images: Number of images. All copies see them in the same order, a new one each epoch.
+        effective_batch_size: Images per update; the last update of an epoch may have fewer.
+        batch_sizes: Sizes of the micro-batches.
         epochs: Passes over the images.
-        losses_in_pieces: For the copies in pieces, where they are to use other losses.
+        losses_accumulated: Other losses for the copies that accumulate.
 
     Returns:
-        A row an update and size of pieces: `pieces` ("128 x 8": images, steps), `update` and
-        `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the norm of the
-        difference to the copy with whole batches, relative to that copy's. Gradients are
-        compared at weights that differ already, but for the first update.
+        One row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
+        `update` and `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the
+        norm of the difference from the copy with large batches, relative to the norm of that
+        copy. After the first update gradients are taken at weights that already differ.
     """
     racers = []
-    for piece in [effective_batch_size, *pieces]:
+    for batch_size in [effective_batch_size, *batch_sizes]:
         mine = copy.deepcopy(model)
-        racers.append(Racer(mine, OPTIMIZERS[optimizer](list(mine.parameters())), piece))
-    whole, *others = racers
+        racers.append(Racer(mine, OPTIMIZERS[optimizer](list(mine.parameters())), batch_size))
+    large, *others = racers
     rows, update = [], 0
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, epochs + 1):
         order = torch.randperm(images, generator=generator)
         for (window,) in windows(order, effective_batch_size, accumulation_steps=1):
             update += 1
-            whole.update(window, losses)
+            large.update(window, losses)
             for other in others:
-                other.update(window, losses_in_pieces or losses)
-                steps = -(-effective_batch_size // other.piece)
+                other.update(window, losses_accumulated or losses)
+                steps = -(-effective_batch_size // other.batch_size)
                 rows.append(
                     {
-                        "pieces": f"{other.piece} x {steps}",
+                        "setting": f"{steps} x {other.batch_size}",
                         "update": update,
                         "epoch": epoch,
                         "images": len(window),
                         "gradient": relative_difference(
-                            flat_gradient(other.model), flat_gradient(whole.model)
+                            flat_gradient(other.model), flat_gradient(large.model)
                         ),
                         "weights": relative_difference(
-                            flat_weights(other.model), flat_weights(whole.model)
+                            flat_weights(other.model), flat_weights(large.model)
                         ),
                     }
                 )
@@ -133,33 +145,33 @@ def ladder(
     cuts: Mapping[int, Sequence[int]],
     epochs: int,
 ) -> pd.DataFrame:
-    """`drift` at four rungs, for every model, optimizer and cut.
+    """`drift` of every model, optimizer and setting, after more and more updates.
 
     Args:
-        models: The common starts, by name.
+        models: Where the copies start, by the name of the norm.
         losses: The loss of each image.
-        images: How many there are.
-        cuts: Sizes of pieces to compare, by effective batch size.
-        epochs: Of the last rung.
+        images: Number of images.
+        cuts: Sizes of the micro-batches, for each effective batch size.
+        epochs: Epochs until the last column.
 
     Returns:
-        A row a model, optimizer and size of pieces; the rungs "first gradient", "one update",
-        "one epoch" and "{epochs} epochs" as columns.
+        One row per norm, optimizer and setting. Columns: the differences of the "first gradient",
+        and of the weights after "one update", "one epoch" and "{epochs} epochs".
     """
     rows = {}
     for name, model in models.items():
         for optimizer in OPTIMIZERS:
-            for effective_batch_size, pieces in cuts.items():
+            for effective_batch_size, batch_sizes in cuts.items():
                 table = drift(
-                    model, optimizer, losses, images, effective_batch_size, pieces, epochs
+                    model, optimizer, losses, images, effective_batch_size, batch_sizes, epochs
                 )
-                for cut, part in table.groupby("pieces", sort=False):
-                    rows[name, optimizer, cut] = {
+                for setting, part in table.groupby("setting", sort=False):
+                    rows[name, optimizer, setting] = {
                         "first gradient": part["gradient"].iloc[0],
                         "one update": part["weights"].iloc[0],
                         "one epoch": part["weights"][part["epoch"] == 1].iloc[-1],
                         f"{epochs} epochs": part["weights"].iloc[-1],
                     }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["norm", "optimizer", "pieces"])
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["norm", "optimizer", "setting"])
     return table

@@ -87,9 +87,9 @@ def plot_gradient_sum(
     apart = float(np.abs(mean - whole).max())
     upper = {f"micro-batch {n}": gradient for n, gradient in enumerate(pieces, start=1)}
     lower = {
-        "their mean: accumulated": mean,
-        "one batch of all images": whole,
-        f"difference: at most {apart / np.abs(whole).max():.0e}\nof the largest entry": mean
+        "their mean:\naccumulated": mean,
+        "one batch of\nall images": whole,
+        f"difference: at most\n{apart / np.abs(whole).max():.0e} of the largest": mean
         - whole,
     }
     for ax, gradients in zip(axes, (upper, lower), strict=True):

@@ -4,6 +4,7 @@ Imported by `from nbutils import plots`. seaborn is imported only by the functio
 """
 
 from nbutils.plots.accumulation import plot_damage, plot_drift, plot_ladder
+from nbutils.plots.advice import plot_noise, plot_race, plot_rates, plot_sizes
 from nbutils.plots.cost import COSTS, plot_cost, plot_cost_map, plot_search
 from nbutils.plots.curves import METRIC_NAMES, plot_accuracy, plot_history, plot_overlay
 from nbutils.plots.final import plot_final, plot_normalisations
@@ -11,7 +12,6 @@ from nbutils.plots.images import plot_class_balance, plot_digits, plot_misread, 
 from nbutils.plots.noise import plot_noise_scale, plot_updates_to_target
 from nbutils.plots.rates import plot_fixed_rates, plot_rate_map, plot_scaling_rules
 from nbutils.plots.style import batch_size_colours, save_figure, use_style
-from nbutils.plots.trials import plot_trial_costs, plot_trial_rates
 from nbutils.plots.windows import plot_gradient_sum, plot_windows
 
 __all__ = [
@@ -32,14 +32,16 @@ __all__ = [
     "plot_ladder",
     "plot_misread",
     "plot_network",
+    "plot_noise",
     "plot_noise_scale",
     "plot_normalisations",
     "plot_overlay",
+    "plot_race",
     "plot_rate_map",
+    "plot_rates",
     "plot_scaling_rules",
     "plot_search",
-    "plot_trial_costs",
-    "plot_trial_rates",
+    "plot_sizes",
     "plot_updates_to_target",
     "plot_windows",
     "save_figure",

@@ -1,0 +1,135 @@
+"""The measurements and the race behind an advice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from nbutils.plots.style import RED, fixed_ticks
+
+PURPLE, GREEN, GREY = "#440154", "#29af7f", "0.6"
+
+
+def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
+    """Validation loss against seconds of training; thin lines are further starts.
+
+    Args:
+        ax: Where to draw.
+        race: `Advice.race` as a table.
+        advised: Name of the setting that won.
+        usual: Name of the usual setting.
+    """
+    colours = {usual: RED, advised: PURPLE}
+    dashes = iter(("--", ":", "-."))
+    styles = {name: next(dashes) for name in race["setting"].unique() if name not in colours}
+    trained = race[race["seconds"] > 0]
+    for (name, start), points in trained.groupby(["setting", "start"], sort=False):
+        name = str(name)
+        roles = [role for role, n in (("advised", advised), ("usual", usual)) if n == name]
+        label = f"{name} ({', '.join(roles)})" if roles else name
+        ax.plot(
+            points["seconds"],
+            points["validation_loss"].astype(float),
+            linestyle=styles.get(name, "-"),
+            color=colours.get(name, GREY),
+            linewidth=2.5 if start == 0 and roles else 1.2,
+            alpha=1 if start == 0 else 0.5,
+            label=label if start == 0 else None,
+            zorder=2 + len(roles),
+        )
+    ax.set(yscale="log", xlabel="seconds of training", ylabel="validation loss")
+    ax.set_title("The race: lowest at the end wins")
+    low, high = np.nanmin(trained["validation_loss"].astype(float)), trained.groupby("setting")
+    first = high["validation_loss"].first().astype(float).max()
+    if 0 < low < first:
+        ax.set_ylim(low * 0.9, first * 1.05)
+        fixed_ticks(ax.yaxis, [float(f"{tick:.1g}") for tick in np.geomspace(low, first, 5)])
+    ax.legend(title="images per update, rate", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: str) -> None:
+    """Speed, memory, and the time to get equally far, against examples per update.
+
+    Bars at the speeds reach down to the slowest measurement.
+
+    Args:
+        axes: Three, side by side.
+        costs: `Advice.costs` as a table.
+        advised: The effective batch size that is advised.
+        noun: What an example is called, in the plural.
+    """
+    whole = costs["accumulation_steps"] == 1
+    for label, kind, colour, line in (
+        ("one micro-batch", whole, PURPLE, "-"),
+        ("accumulated", ~whole, GREEN, "--"),
+    ):
+        part = costs[kind]
+        size, speed = part["effective_batch_size"], part["images_per_second"]
+        look: dict[str, Any] = {"color": colour, "ls": line}
+        look["label"] = label if len(part) else None
+        axes[0].errorbar(size, speed, [speed - part["slowest"], 0 * speed], fmt="o", **look)
+        axes[1].plot(size, part["peak_memory"] / 1e6, "o", **look)
+        axes[2].plot(size, part["relative_time"], "o", **look)
+    axes[0].set(ylabel=f"{noun} per second", ylim=(0, None), title="Speed")
+    axes[1].set(ylabel="peak memory (MB)", yscale="log", title="Memory")
+    axes[2].set(ylabel="time, advised = 1", ylim=(0, None), title="Time to get equally far")
+    for ax in axes:
+        ax.set(xscale="log", xlabel=f"{noun} per update")
+        ax.axvline(advised, color="0.5", linestyle=":", label="advised")
+        sizes = sorted(costs["effective_batch_size"].unique())
+        fixed_ticks(ax.xaxis, sizes[::2] if len(sizes) > 6 else sizes)
+    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, same: bool) -> None:
+    """Validation loss after equally many updates at each rate, with 95 % intervals.
+
+    Args:
+        ax: Where to draw.
+        rates: `Advice.rates` as a table. Rates that diverged are crosses at the top.
+        advised: The rate that won the race.
+        rates_at: Examples per update in these trials.
+        same: Whether the advised setting has as many examples per update.
+    """
+    learnt = rates[rates["outcome"] != "diverged"].astype({"validation_loss": float})
+    loss = learnt["validation_loss"]
+    spread = [loss - learnt["low"].astype(float), learnt["high"].astype(float) - loss]
+    ax.errorbar(learnt["learning_rate"], loss, spread, fmt="o-", color=PURPLE, capsize=4)
+    best = learnt[learnt["best"]]
+    look: dict[str, Any] = {"mfc": "none", "color": GREEN, "ls": "none"}
+    ax.plot(best["learning_rate"], best["validation_loss"], "o", ms=12, **look, label="lowest here")
+    where = "advised" if same else "advised, at another size"
+    ax.axvline(advised, color="0.5", linestyle=":", label=where)
+    top = 1.1 * learnt["high"].astype(float).max()
+    diverged = rates.loc[rates["outcome"] == "diverged", "learning_rate"]
+    if len(diverged):
+        label = "diverged"
+        ax.plot(diverged, [top] * len(diverged), "x", color=RED, ms=9, clip_on=False, label=label)
+    ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
+    ax.set_ylim(min(0.0, 1.1 * learnt["low"].astype(float).min()), 1.05 * top)
+    ax.set_title(f"Learning rates at {rates_at} per update")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:
+    """The noise scale along a short training, with its 95 % interval.
+
+    Args:
+        ax: Where to draw.
+        noise: `Advice.noise` as a table; what is not finite is missing.
+        noun: What an example is called, in the plural.
+    """
+    ends = noise[["low", "value", "high"]].astype(float)
+    top, bottom = 3 * np.nanmax(ends.to_numpy()), max(1.0, ends["low"].min() / 2)
+    high = ends["high"].fillna(top)
+    ax.fill_between(noise["update"], ends["low"].clip(lower=bottom), high, color=PURPLE, alpha=0.15)
+    ax.plot(noise["update"], ends["value"], "o-", color=PURPLE)
+    ax.set(yscale="log", ylim=(bottom, top), xlabel="updates", title="Noise scale")
+    ax.set_ylabel(f"noise scale ({noun})")
+    fixed_ticks(ax.xaxis, noise["update"])
+    decades = 10.0 ** np.arange(6)
+    fixed_ticks(ax.yaxis, [t for d in decades for t in (d, 3 * d) if bottom <= t <= top])

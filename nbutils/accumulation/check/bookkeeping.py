@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 
 from nbutils.accumulation.check.findings import Findings
-from nbutils.accumulation.check.image_weights import carried, factor_of, own_passes
-from nbutils.accumulation.check.watch import Run, Update
-from nbutils.accumulation.vectors import close, ratio
+from nbutils.accumulation.check.update import Backward, Update
+from nbutils.accumulation.check.watch import Run
+from nbutils.accumulation.vectors import close
 
 
-def _micro_batches(run: Run, update: Update) -> list[int]:
-    """Which micro-batches went into an update."""
-    images = [one.images for one in update.backwards]
+def micro_batches(run: Run, passes: list[Backward]) -> list[int]:
+    """The numbers of the micro-batches in some backward passes, from 0."""
+    images = [one.images for one in passes]
     return run.probe.places[torch.cat(images)].unique().tolist() if images else []
+
+
+def takes_whole_batches(run: Run) -> bool:
+    """Whether every backward pass comes from all images of its micro-batches."""
+    places = run.probe.places
+    for one in (one for update in run.updates for one in update.backwards):
+        inside = torch.isin(places, places[one.images].unique()).nonzero().flatten()
+        if not torch.equal(inside, one.images):
+            return False
+    return True
 
 
 def check_windows(run: Run, findings: Findings) -> None:
@@ -29,14 +38,15 @@ def check_windows(run: Run, findings: Findings) -> None:
             "the weights changed, but not by optimizer.step()",
             "call optimizer.step() of the optimizer that the loop is given",
         )
+        return
     if any(not update.given for update in updates):
         findings.add(
             "optimizer",
             "the updates were made by an optimizer that the loop made itself",
             "use the optimizer that the loop is given, and its schedule",
         )
-    lengths = [len(_micro_batches(run, update)) for update in updates]
-    seen = {place for update in updates for place in _micro_batches(run, update)}
+    lengths = [len(micro_batches(run, update.backwards)) for update in updates]
+    seen = {place for update in updates for place in micro_batches(run, update.backwards)}
     missed = [str(place + 1) for place in range(len(run.probe.batches)) if place not in seen]
     if not updates or (len(updates) != windows and 0 not in lengths and max(lengths) > 1):
         counts = ", ".join(map(str, lengths))
@@ -85,31 +95,23 @@ def check_schedule(run: Run, findings: Findings) -> None:
 
 
 def check_clipping(runs: Mapping[str, Run], findings: Findings) -> None:
-    """Whether anything but a backward pass changed the gradient within a window."""
-    for update in (update for run in runs.values() for update in run.updates):
-        own = own_passes(update)
-        if not own or ratio(update.gradient, torch.stack([one.added for one in own]).sum(0)):
+    """Whether a large gradient is clipped within a window or before it is unscaled.
+
+    What a loop does to large and to small gradients alike is not clipping.
+    """
+    for small, large in zip(runs["full"].updates, runs["large"].updates, strict=False):
+        if not small.own or not large.own or not torch.equal(small.images, large.images):
             continue
-        between = any(
-            earlier.after is not None
-            and later.before.any()
-            and not close(later.before, earlier.after)
-            for earlier, later in pairwise(own)
-        )
-        during = any(
-            one.after is not None and not close(one.after, one.before + one.added) for one in own
-        )
-        if between or during:
+        before, after = small.factors, large.factors
+        if before is not None and after is not None and close(after, before):
+            continue
+        if large.changed_inside and not small.changed_inside:
             findings.add(
                 "clipping",
-                "the gradient was changed between the backward passes of one window",
+                "the gradient was clipped between the backward passes of one window",
                 "clip once, after the last backward pass and before optimizer.step()",
             )
-    for usual, large in zip(runs["full"].updates, runs["large"].updates, strict=False):
-        factors = factor_of(usual), factor_of(large)
-        if large.touched_before_unscaling and (
-            None in factors or abs((factors[1] or 0) / (factors[0] or 1) - 1) > 1e-3
-        ):
+        if large.touched_before_unscaling:
             findings.add(
                 "clipping",
                 "the gradient was clipped while it was still multiplied by the scaler's factor",
@@ -119,24 +121,26 @@ def check_clipping(runs: Mapping[str, Run], findings: Findings) -> None:
 
 def check_whole(update: Update, findings: Findings) -> None:
     """Whether the gradient is that of the window's backward passes, nothing lost, nothing old."""
-    own = own_passes(update)
-    if not own:
-        return
-    if left_over := carried(update):
+    factors = update.factors
+    if update.carried:
         findings.add(
             "one epoch",
-            f"{left_over} micro-batches of one epoch were in the first update of the next",
+            f"{len(update.carried)} micro-batches of one epoch were in an update of the next",
             "update once more at the end of an epoch, or call optimizer.zero_grad() there",
         )
-        return
-    total = torch.stack([one.added for one in own]).sum(0)
-    if own[0].before.any() and own[0].after is not None and not close(update.gradient, total):
+    elif update.holds_old_gradient:
         findings.add(
             "whole gradient",
             "an update had the gradient of the window before it as well",
             "call optimizer.zero_grad() before the first micro-batch of every window",
         )
-    if not ratio(update.gradient, total) and any(not one.before.any() for one in own[1:]):
+    elif not update.gradient.any():
+        findings.add(
+            "whole gradient",
+            "an update had no gradient at all",
+            "call optimizer.zero_grad() before the window, not just before optimizer.step()",
+        )
+    elif factors is not None and (factors == 0).any():
         findings.add(
             "whole gradient",
             "an update had the gradient of its last micro-batch only",
@@ -145,8 +149,8 @@ def check_whole(update: Update, findings: Findings) -> None:
 
 
 def note_dropped(run: Run, findings: Findings) -> None:
-    """Note it where the images left over at the end of an epoch are in no update."""
-    passes = [one for update in run.updates for one in own_passes(update)]
-    used = {number for one in passes for number in one.images.tolist()}
-    if len(used) < len(run.probe.places) and not any(map(carried, run.updates)):
-        findings.note("The images left over at the end of an epoch are dropped.")
+    """Note it where the micro-batches left over at the end of an epoch are in no update."""
+    if not any(update.carried for update in run.updates):
+        used = {place for update in run.updates for place in micro_batches(run, update.own)}
+        if len(used) < len(run.probe.batches):
+            findings.note("The images left over at the end of an epoch are dropped.")

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from nbutils.accumulation.check.findings import Findings
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, CLASSES
-from nbutils.accumulation.check.watch import Backward, Run, Update
-from nbutils.accumulation.vectors import close, ratio
+from nbutils.accumulation.check.update import Update
+from nbutils.accumulation.check.watch import Run
+from nbutils.accumulation.vectors import close
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, labels)`: the mean loss of images, or one loss per image."""
@@ -45,121 +46,98 @@ def mean_loss(loss: Loss | None) -> Loss:
     return mean
 
 
-def own_passes(update: Update) -> list[Backward]:
-    """The update's backward passes of its own epoch, without leftovers of an earlier one."""
-    last = max((one.epoch for one in update.backwards), default=0)
-    return [one for one in update.backwards if one.epoch == last]
-
-
-def carried(update: Update) -> int:
-    """How many backward passes of an earlier epoch are in the update's gradient."""
-    old = update.backwards[: len(update.backwards) - len(own_passes(update))]
-    kept = [one for one in old if update.gradient[:, one.images].any()]
-    return len(kept)
-
-
-def factor_of(update: Update) -> float | None:
-    """The number by which the loop multiplied the whole gradient; None if it did more to it."""
-    own = own_passes(update)
-    if not own:
-        return None
-    last = own[-1].after
-    total = torch.stack([one.added for one in own]).sum(0)
-    from_last = None if last is None else ratio(update.gradient, last)
-    if own[0].before.any():  # the gradient of the window before it is in there as well
-        return from_last or ratio(update.gradient, total)
-    return ratio(update.gradient, total) or from_last
-
-
 @dataclass
 class Window:
     """One update, as weights of images.
 
     Attributes:
-        sizes: Images in each of its micro-batches.
-        weights: The weight of an image in each micro-batch, relative to the right one: 1 is right.
-        factor: As `factor_of` says; `weights` are those before it.
+        images: In the window.
+        micro_batches: In the window.
+        sizes: Images in each micro-batch whose gradient was not lost.
+        weights: The weight of an image in each of them, relative to the right one: 1 is right.
+        factors: By which the loop multiplied the gradient of each micro-batch after its backward
+            pass, which `weights` include; None if it did more than that.
     """
 
+    images: int
+    micro_batches: int
     sizes: Tensor
     weights: Tensor
-    factor: float | None
-
-    @property
-    def images(self) -> int:
-        """In all its micro-batches."""
-        return int(self.sizes.sum())
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it has as many images as a full window."""
-        return self.images == FULL
+    factors: Tensor | None
 
     @property
     def size(self) -> float:
-        """Size of its gradient relative to the right one, before the factor."""
-        return ((self.sizes * self.weights).sum() / self.images).item()
+        """Size of the gradient relative to the right one."""
+        return ((self.sizes * self.weights).sum() / self.sizes.sum()).item()
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether every image weighs the same."""
+        return close(self.weights, self.weights.mean().expand_as(self.weights))
 
 
 def weigh(run: Run, update: Update, loss: Loss) -> Window | None:
     """The window of an update; None where the loop's loss is another one than `loss`."""
-    own = own_passes(update)
-    numbers = torch.cat([one.images for one in own]).unique()
-    added = torch.stack([one.added for one in own]).sum(0)
-    through = torch.stack([one.through_logits for one in own]).sum(0)
-    if not close(added, through):
+    numbers, scale = update.images, run.probe.model.scale
+    through = torch.stack([one.through_logits for one in update.own]).sum(0)
+    if not close(update.total, through):
         return None
-    scale = run.probe.model.scale
-    logits = (own[0].weight[:, numbers] * scale).double().T.requires_grad_()
-    labels = run.probe.batches.dataset.tensors[1]
-    (truth,) = torch.autograd.grad(loss(logits, labels[numbers]), logits)
-    seen, truth = through[:, numbers], truth.T * scale
+    logits = (update.own[0].weight[:, numbers] * scale).double().T.requires_grad_()
+    (truth,) = torch.autograd.grad(loss(logits, run.probe.labels[numbers]), logits)
+    seen, truth = through[:, numbers].double(), truth.T * scale
     weights = (seen * truth).sum(0) / (truth * truth).sum(0)
-    if not close(seen, (truth * weights).to(seen)):
+    if not close(through[:, numbers], truth * weights):
         return None
+    factors = update.factors
     places = run.probe.places[numbers]
-    of_batch = [weights[places == place] for place in places.unique()]
-    if any(not close(one, one.mean().expand_as(one)) or one.mean() <= 0 for one in of_batch):
+    each = [(weights[places == place], places == place) for place in places.unique()]
+    if any(not close(one, one.mean().expand_as(one)) or one.mean() <= 0 for one, _ in each):
         return None
+    times = torch.ones(len(numbers)) if factors is None else factors
+    by_batch = torch.stack([times[here].mean() for _, here in each])
+    kept = by_batch > 0
     return Window(
-        torch.tensor([len(one) for one in of_batch]),
-        torch.stack([one.mean() for one in of_batch]),
-        factor_of(update),
+        len(numbers),
+        len(each),
+        torch.tensor([len(one) for one, _ in each])[kept],
+        (torch.stack([one.mean() for one, _ in each]) * by_batch)[kept],
+        None if factors is None else by_batch,
     )
 
 
 def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, findings: Findings) -> None:
     """The rules "division", "equal weight" and "short window", on every update of every run."""
     mean = mean_loss(loss)
-    windows = [
-        weigh(run, update, mean)
-        for run in runs.values()
-        for update in run.updates
-        if update.backwards and not carried(update)
-    ]
-    known = [window for window in windows if window is not None]
-    if not known or len(known) < len(windows):
+    windows = {name: [weigh(run, one, mean) for one in _whole(run)] for name, run in runs.items()}
+    known = {name: [one for one in some if one is not None] for name, some in windows.items()}
+    if any(one is None for some in windows.values() for one in some):
         name = "plain cross-entropy of model(images)" if loss is None else "the one given as loss="
         findings.cannot_check(
             f"The size of the gradient cannot be checked, because the loop's loss is not {name}. "
             "Pass the loss, a mean: check_accumulation(loop, loss=lambda logits, labels: ...)."
         )
         return
-    for window in known:
+    for window in (window for some in known.values() for window in some):
         _check_equal(window, findings)
-    factors = [window.factor for window in known[: len(runs["full"].updates)]]
-    if any(f is None or abs(f / (factors[0] or 1) - 1) > 1e-3 for f in factors):
+    usual = [window.factors for window in known["full"]]
+    if any(one is None or usual[0] is None or not close(one, usual[0]) for one in usual):
         findings.cannot_check(
             "The loop changes the whole gradient before the update by more than a fixed factor, "
             "so the size of the gradient cannot be checked."
         )
-        return
-    _check_sizes(known, findings)
+    elif all(window.is_equal for window in known["full"]):
+        for some in known.values():
+            _check_sizes(some, findings)
+
+
+def _whole(run: Run) -> list[Update]:
+    """The updates whose gradient is of their own epoch, and is not lost."""
+    return [one for one in run.updates if one.own and one.gradient.any() and not one.carried]
 
 
 def _check_equal(window: Window, findings: Findings) -> None:
     weights, sizes = window.weights, window.sizes
-    if close(weights, weights.mean().expand_as(weights)):
+    if window.is_equal:
         return
     by_batch = weights * sizes
     if close(by_batch, by_batch.mean().expand_as(by_batch)):
@@ -168,8 +146,8 @@ def _check_equal(window: Window, findings: Findings) -> None:
             "equal weight",
             f"an image in a micro-batch of {small} weighed {large / small:.3g} times as much as "
             f"one in a micro-batch of {large}",
-            'use reduction="sum" and divide by the images in the window, not each micro-batch\'s '
-            "mean by the number of micro-batches",
+            'take reduction="sum" and divide by the images in the window, instead of the mean of '
+            "the micro-batches' means",
         )
     else:
         shares = " : ".join(f"{share:.3g}" for share in (weights / weights.min()).tolist())
@@ -182,36 +160,40 @@ def _check_equal(window: Window, findings: Findings) -> None:
 
 
 def _check_sizes(windows: list[Window], findings: Findings) -> None:
-    """Sizes of the gradients: full windows first, then those with fewer images."""
-    sizes = [(one, one.size * one.factor) for one in windows if one.factor is not None]
-    full = [size for window, size in sizes if window.is_full]
+    """Sizes of the gradients of one run: full windows, then those with fewer images."""
+    full = [one.size for one in windows if one.images == FULL]
     for size in full:
-        if not _near(size, 1):
-            how = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means"}
-            how[FULL] = ", the sum over all images"
-            times = f"{size:.3g} times too large" if size > 1 else f"{size:.3g} of its right size"
-            reason = next((text for value, text in how.items() if _near(size, value)), "")
-            findings.add(
-                "division",
-                f"a gradient {times}{reason}",
-                "divide each micro-batch's summed loss by the images in the window, once: "
-                "(loss_sum / images).backward()",
-            )
-    for window, size in sizes:
-        if window.is_full or not full:
+        _check_division(size, findings)
+    for window in windows if full else ():
+        if window.images == FULL or len(window.sizes) < window.micro_batches:
             continue
         # Without a division a smaller window has a smaller sum, which is no mistake of its own.
-        sums: dict[int, float] = {ACCUMULATION_STEPS: len(window.sizes), FULL: window.images}
+        sums: dict[int, float] = {FULL: window.images, ACCUMULATION_STEPS: window.micro_batches}
         sums[FULL // ACCUMULATION_STEPS] = window.images / ACCUMULATION_STEPS
-        expected = next((v for base, v in sums.items() if _near(full[0], base)), full[0])
-        if not _near(size, expected):
+        expected = [full[0], *(total for base, total in sums.items() if _near(full[0], base))]
+        if not any(_near(window.size, one) for one in expected):
             findings.add(
                 "short window",
                 f"{window.images} images in a window for {FULL}: a gradient "
-                f"{size / expected:.3g} of its right size",
+                f"{window.size / expected[-1]:.3g} of its right size",
                 "divide by the number of images that are in this window, not by "
                 "accumulation_steps or the size of a full window",
             )
+
+
+def _check_division(size: float, findings: Findings) -> None:
+    if _near(size, 1):
+        return
+    sums = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means", FULL: ", never divided"}
+    reason = next((text for times, text in sums.items() if _near(size, times)), "")
+    findings.add(
+        "division",
+        f"a gradient {size:.3g} times too large{reason}"
+        if size > 1
+        else f"a gradient {size:.3g} of its right size",
+        "divide each micro-batch's summed loss by the images in the window, once: "
+        "(loss_sum / images).backward()",
+    )
 
 
 def _near(value: float, other: float) -> bool:

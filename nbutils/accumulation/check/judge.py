@@ -20,13 +20,13 @@ from nbutils.accumulation.check.bookkeeping import (
     check_whole,
     check_windows,
     note_dropped,
+    takes_whole_batches,
 )
 from nbutils.accumulation.check.findings import Findings, Report
 from nbutils.accumulation.check.image_weights import (
     Loss,
     check_image_weights,
     mean_loss,
-    own_passes,
 )
 from nbutils.accumulation.check.logged_loss import check_logged_loss
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, PROBES, Batch, make_probe
@@ -50,7 +50,7 @@ def check_accumulation(
         step_function: Trains one epoch; called as `step_function(model, optimizer, scheduler,
             batches, accumulation_steps)`. `batches` is a list of (images, labels) with a
             `dataset`, `batch_size` and length, as a DataLoader has. Images are float64 of shape
-            (n, 1, 4, 6), labels int64 of shape (n,), from 0 to 2.
+            (n, 1, 24, 1), labels int64 of shape (n,), from 0 to 2.
         model: A classifier of yours, to look at its BatchNorm layers as well. A copy is used, in
             the mode (train or eval) in which its layers are.
         example: Images and labels that `model` takes, 6 or more.
@@ -100,16 +100,20 @@ def judge(
             "The gradient cannot be checked: no backward pass through model(images) was seen."
         )
         return findings.report()
+    if not all(takes_whole_batches(run) for run in small.values()):
+        findings.cannot_check(
+            "The gradient cannot be checked: the loop mixes images, or takes the loss of some only."
+        )
+        return findings.report()
     check_windows(runs["full"], findings)
-    if any(
-        not torch.equal(p.weight, update.weight) for update in every for p in own_passes(update)
-    ):
+    if any(not torch.equal(p.weight, update.weight) for update in every for p in update.own):
         findings.add(
             "still weights",
             "they changed between two micro-batches of a window",
             "do everything that changes the weights once, right after the window",
         )
-    if {"one update", "window length", "every image", "still weights"} & set(findings.found):
+    first = {"one update", "window length", "every image", "still weights"}
+    if not every or first & set(findings.found):
         findings.note("Other rules can be checked only once an update follows its own window.")
         return findings.report()
     for update in every:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nbutils.accumulation.check.findings import Findings
-from nbutils.accumulation.check.image_weights import Loss, mean_loss, own_passes
+from nbutils.accumulation.check.image_weights import Loss, mean_loss
 from nbutils.accumulation.check.watch import Run
 
 CHANGE = (
@@ -42,15 +42,14 @@ class EpochLosses:
 
 def epoch_losses(run: Run, epoch: int, loss: Loss) -> EpochLosses:
     """The true losses of an epoch, each image at the weight with which its window began."""
-    labels, places = run.probe.batches.dataset.tensors[1], run.probe.places
+    labels, places = run.probe.labels, run.probe.places[: len(run.probe.labels)]
     weight = run.start.clone()
     windows: list[Tensor] = []
     for update in run.updates:
-        own = own_passes(update)
+        own = update.own
         if own and own[0].epoch == epoch:
-            numbers = torch.cat([one.images for one in own]).unique()
-            weight[:, numbers] = own[0].weight[:, numbers].to(weight)
-            windows.append(numbers)
+            weight[:, update.images] = own[0].weight[:, update.images].to(weight)
+            windows.append(update.images)
     logits = weight.T * run.probe.model.scale
 
     def mean(numbers: Tensor) -> float:
@@ -84,8 +83,8 @@ def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, findings: Find
             for _, text in found if "right" not in kinds and "wrong" not in kinds else ():
                 if text:
                     findings.note(text)
-    if verdicts <= {"unknown"}:
-        findings.note("The loop returns no loss, so the logged loss was not checked.")
+    if verdicts == {"unknown"}:
+        findings.note("No number that the loop returns is a loss, so no logged loss was checked.")
 
 
 Verdict = tuple[str, str]

@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 Batch = tuple[Tensor, Tensor]
 """Images and labels of a micro-batch."""
 
-ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, (1, 4, 6)
+ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, (1, 24, 1)
 SMALL, LARGE = 2.0**-20, 1e3
 PROBES = {
     "full": ((4, 4, 4, 4, 4, 4), SMALL),
@@ -46,7 +46,7 @@ class Table(nn.Module):
         self.numbers = torch.empty(0, dtype=torch.int64)
 
     def forward(self, *images: Tensor, **named_images: Tensor) -> Tensor:
-        """Logits, shape (n, 3), of images, shape (n, 1, 4, 6), under any argument's name."""
+        """Logits, shape (n, 3), of images, shape (n, 1, 24, 1), under any argument's name."""
         found = [x for x in (*images, *named_images.values()) if isinstance(x, Tensor)]
         columns = self.weight.shape[1]
         if not found or found[0].flatten(1).shape[1] != columns:
@@ -78,7 +78,7 @@ class Probe:
 
     Attributes:
         model: Its weight, shape (3, 24), float64, is the only parameter.
-        batches: Micro-batches of images, shape (n, 1, 4, 6), float64, and labels from 0 to 2.
+        batches: Micro-batches of images, shape (n, 1, 24, 1), float64, and labels from 0 to 2.
         learning_rate: So small that an update hardly changes the logits.
     """
 
@@ -89,10 +89,16 @@ class Probe:
     accumulation_steps: int = ACCUMULATION_STEPS
 
     @property
+    def labels(self) -> Tensor:
+        """Of all images, shape (images,)."""
+        return torch.cat([labels for _, labels in self.batches])
+
+    @property
     def places(self) -> Tensor:
-        """The micro-batch of each image, from 0."""
+        """The micro-batch of each column of the table, from 0, shape (24,); -1 without an image."""
         sizes = torch.tensor([len(labels) for _, labels in self.batches])
-        return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        places = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+        return torch.cat([places, places.new_full((torch.Size(PIXELS).numel() - len(places),), -1)])
 
 
 def make_probe(name: str) -> Probe:

@@ -37,55 +37,10 @@ from torch.optim.optimizer import (
 )
 
 from nbutils.accumulation.check.probe import Batches, Probe
+from nbutils.accumulation.check.update import Backward, Update
 
 StepFunction = Callable[..., Any]
 """`step_function(model, optimizer, scheduler, batches, accumulation_steps)`; trains one epoch."""
-
-
-@dataclass
-class Backward:
-    """One backward pass that reached the weight.
-
-    Attributes:
-        epoch: From 0.
-        added: The gradient that it brought, shape (3, 24).
-        through_logits: The part of it that came through the model's output.
-        before: The gradient that was there already.
-        after: The gradient afterwards; None where `torch.autograd.grad` was called.
-        weight: The weight during the pass.
-    """
-
-    epoch: int
-    added: Tensor
-    through_logits: Tensor
-    before: Tensor
-    weight: Tensor
-    after: Tensor | None = None
-
-    @property
-    def images(self) -> Tensor:
-        """Numbers of the images whose loss had a gradient."""
-        return self.through_logits.abs().sum(0).nonzero().flatten()
-
-
-@dataclass
-class Update:
-    """One step of an optimizer: the backward passes since the last one, and what it used.
-
-    Attributes:
-        backwards: In their order.
-        gradient: What the optimizer used, shape (3, 24).
-        weight: The weight just before.
-        given: Whether it was the optimizer that the loop was given.
-        touched_before_unscaling: Whether the gradient changed between the last backward pass and
-            `GradScaler.unscale_`.
-    """
-
-    backwards: list[Backward]
-    gradient: Tensor
-    weight: Tensor
-    given: bool
-    touched_before_unscaling: bool
 
 
 @dataclass

@@ -90,6 +90,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a dataset's name, a folder with a folder of images a class, or the "
         "package.module:factory of a dataset",
     )
+    advise.add_argument(
+        "--losses",
+        help="the loss of every example, as package.module:losses, for a training that is no "
+        "classifier of images",
+    )
+    advise.add_argument("--collate", help="what makes a batch of items, as package.module:collate")
+    advise.add_argument(
+        "--columns",
+        type=lambda text: text.split(","),
+        metavar="IMAGE,LABEL",
+        help="the keys of image and label, where items are mappings with unusual keys",
+    )
     advise.add_argument("--memory-budget", help="such as 2GB (default: what is free)")
     advise.add_argument("--time-budget", default="10min", help="such as 90s (default: 10min)")
     advise.add_argument("--optimizer", default="adam", help="adam (default) or sgd")
@@ -226,6 +238,9 @@ def _advise(options: argparse.Namespace) -> int:
     advice = advise(
         options.model,
         options.dataset,
+        options.losses,
+        options.collate,
+        columns=options.columns,
         memory_budget=options.memory_budget,
         time_budget=options.time_budget,
         optimizer=options.optimizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,15 +10,15 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from nbutils.advise import reasons
+from nbutils.advise.costs import trial_costs, update_cost
 from nbutils.advise.entrants import choose, entrants, usual_row
-from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates, typical, update_cost
+from nbutils.advise.measurements import trial_noise, trial_rates, typical
 from nbutils.advise.race import Setting, run_race
 from nbutils.advise.reasons import Measured
-from nbutils.advise.task import Losses, Task, read_task
+from nbutils.advise.task import Losses, read_task
 from nbutils.advise.trials import Clock, recipe_for
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
@@ -162,7 +161,7 @@ def advise(
     model: Factory | str,
     dataset: Any,
     losses: Losses | str | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
+    collate: Callable[[list[Any]], Any] | str | None = None,
     *,
     columns: Sequence[str] | None = None,
     memory_budget: str | int | None = None,
@@ -225,53 +224,13 @@ def advise(
         optimizer=optimizer,
         device=str(place),
         memory_budget=memory,
-        **_from_race(task, measured),
-        **_from_tables(task, measured),
+        **reasons.from_race(task, measured),
+        **reasons.from_tables(task, measured),
         code=reasons.loop(task, measured, recipe, str(place)),
         seconds_taken=time.perf_counter() - began,
         time_budget=seconds,
         environment=environment(device_name(place)),
     )
-
-
-def _from_race(task: Task, measured: Measured) -> dict[str, Any]:
-    race, winner = measured.race, measured.race.winner
-    saved, low, high = measured.saved(str(race.usual))
-    return {
-        "batch_size": winner.batch_size,
-        "accumulation_steps": winner.accumulation_steps,
-        "effective_batch_size": winner.effective_batch_size,
-        "learning_rate": winner.learning_rate,
-        "usual": str(race.usual),
-        "saved": _finite(saved),
-        "saved_range": [_finite(low), _finite(high)],
-        "starts": race.starts,
-        "warnings": reasons.warnings(task, measured, low),
-        "reasons": reasons.reasons(task, measured),
-        "questions": reasons.questions(task, measured),
-        "not_checked": reasons.not_checked(task, measured),
-        "race": _rows(pd.DataFrame(race.points)),
-        "settings": race.settings,
-    }
-
-
-def _from_tables(task: Task, measured: Measured) -> dict[str, Any]:
-    row, (scale, low, high) = measured.row, typical(measured.noise)
-    speeds = row["images_per_second"], row["slowest"]
-    return {
-        "model": task.model_name,
-        "dataset": task.dataset_name,
-        "noun": task.noun,
-        "seconds_per_epoch": task.examples_per_epoch / speeds[0],
-        "seconds_per_epoch_range": [task.examples_per_epoch / speed for speed in speeds],
-        "peak_memory": int(row["peak_memory"]),
-        "noise_scale": _finite(scale),
-        "noise_scale_range": [_finite(low), _finite(high)],
-        "costs": _rows(measured.costs.assign(relative_time=measured.relative_times)),
-        "noise": _rows(measured.noise),
-        "rates": _rows(measured.rates),
-        "rates_at": int(measured.rates_at),
-    }
 
 
 def save_advice(advice: Advice, path: str | Path) -> None:
@@ -311,12 +270,3 @@ def write_report(advice: Advice, out: str | Path) -> list[Path]:
     save_advice(advice, paths[0])
     paths[1].write_text(html(advice), encoding="utf-8")
     return paths
-
-
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Plain values; those that are not finite become None."""
-    return json.loads(table.to_json(orient="records", double_precision=15))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

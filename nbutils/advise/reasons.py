@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 import jinja2
 import pandas as pd
@@ -231,3 +233,54 @@ def format_seconds(seconds: float) -> str:
 
 def _listed(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
+def from_race(task: Task, measured: Measured) -> dict[str, Any]:
+    """The fields of `Advice` that the race decides."""
+    race, winner = measured.race, measured.race.winner
+    saved, low, high = measured.saved(str(race.usual))
+    return {
+        "batch_size": winner.batch_size,
+        "accumulation_steps": winner.accumulation_steps,
+        "effective_batch_size": winner.effective_batch_size,
+        "learning_rate": winner.learning_rate,
+        "usual": str(race.usual),
+        "saved": _finite(saved),
+        "saved_range": [_finite(low), _finite(high)],
+        "starts": race.starts,
+        "warnings": warnings(task, measured, low),
+        "reasons": reasons(task, measured),
+        "questions": questions(task, measured),
+        "not_checked": not_checked(task, measured),
+        "race": _rows(pd.DataFrame(race.points)),
+        "settings": race.settings,
+    }
+
+
+def from_tables(task: Task, measured: Measured) -> dict[str, Any]:
+    """The fields of `Advice` that the measurements tell."""
+    row, (scale, low, high) = measured.row, typical(measured.noise)
+    speeds = row["images_per_second"], row["slowest"]
+    return {
+        "model": task.model_name,
+        "dataset": task.dataset_name,
+        "noun": task.noun,
+        "seconds_per_epoch": task.examples_per_epoch / speeds[0],
+        "seconds_per_epoch_range": [task.examples_per_epoch / speed for speed in speeds],
+        "peak_memory": int(row["peak_memory"]),
+        "noise_scale": _finite(scale),
+        "noise_scale_range": [_finite(low), _finite(high)],
+        "costs": _rows(measured.costs.assign(relative_time=measured.relative_times)),
+        "noise": _rows(measured.noise),
+        "rates": _rows(measured.rates),
+        "rates_at": int(measured.rates_at),
+    }
+
+
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Plain values; those that are not finite become None."""
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
-from torch.utils.data import default_collate
 
-from nbutils.advise.own_data import FEWEST_IMAGES, OwnImages, call, read_images, spread
+from nbutils.advise.examples import Examples, read_examples
+from nbutils.advise.own_data import OwnImages, call, read_images
 from nbutils.errors import InputError
 from nbutils.measure.factory import Factory, describe, find_factory
 
@@ -27,37 +27,6 @@ CHECKED = 64
 """Training examples whose loss must be finite before anything is measured."""
 
 HALF = (torch.float16, torch.bfloat16)
-
-
-class Examples(NamedTuple):
-    """Examples in memory.
-
-    Attributes:
-        items: With `collate`, a list of items. Without, one batch of them all: tensors of equal
-            length, in any nesting of tuples, lists and mappings.
-        collate: Makes a batch of some items.
-    """
-
-    items: Any
-    collate: Callable[[list[Any]], Any] | None = None
-
-    @property
-    def number(self) -> int:
-        """How many there are."""
-        return len(self.items) if self.collate else len(next(_tensors(self.items)))
-
-    def batch(self, chosen: Tensor, device: torch.device) -> Any:
-        """The batch of the examples with these indices, on `device`."""
-        if self.collate:
-            made = self.collate([self.items[index] for index in chosen.tolist()])
-            return mapped(made, lambda part: part.to(device))
-        return mapped(self.items, lambda part: part[chosen].to(device))
-
-    def first(self, number: int) -> Examples:
-        """Copies of the first ones; a slice would be pickled with all that it is part of."""
-        if self.collate:
-            return Examples(self.items[:number], self.collate)
-        return Examples(mapped(self.items, lambda part: part[:number].clone()))
 
 
 @dataclass(frozen=True)
@@ -162,7 +131,7 @@ def read_task(
     model: Factory | str,
     dataset: Any,
     losses: Losses | str | None = None,
-    collate: Callable[[list[Any]], Any] | None = None,
+    collate: Callable[[list[Any]], Any] | str | None = None,
     columns: Sequence[str] | None = None,
 ) -> Task:
     """Find the model, read the examples, and check that the one can learn the other.
@@ -176,7 +145,7 @@ def read_task(
         losses: `losses(model, batch)` returns the loss of every example, shape (n,), or a pair:
             these and a weight for each, such as its number of tokens. The batch is on the model's
             device. Without it the model is a classifier, learnt by cross-entropy.
-        collate: Makes a batch of a list of items, as for a `DataLoader`.
+        collate: Makes a batch of a list of items, as for a `DataLoader`; or where to find it.
         columns: As for `read_images`.
 
     Raises:
@@ -193,7 +162,9 @@ def read_task(
     else:
         images, notes = None, ()
         own = cast(Losses, find_factory(cast(Any, losses)))
-        train, validation, name, total = _any_examples(dataset, collate)
+        train, validation, name, total = read_examples(
+            dataset, cast(Any, collate and find_factory(cast(Any, collate)))
+        )
     maker = Maker(find_factory(model), own, train.first(2))
     output, with_weights = _check_losses(what, maker, train.first(CHECKED), images)
     if isinstance(own, ClassLosses):
@@ -235,27 +206,6 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
-def mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A batch with each of its tensors changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {key: mapped(part, change) for key, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(part, change) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(mapped(part, change) for part in batch)
-    return batch
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, (Mapping, tuple, list)):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(part)
-
-
 def _name_of(factory: Any) -> str:
     if isinstance(factory, str):
         return factory
@@ -291,39 +241,6 @@ def _scaling(images: Tensor) -> tuple[float, float] | None:
     return round(mean, 4), round(deviation, 4) or 1.0
 
 
-def _any_examples(
-    dataset: Any, collate: Callable[[list[Any]], Any] | None
-) -> tuple[Examples, Examples, str, int]:
-    name = dataset if isinstance(dataset, str) else type(dataset).__name__
-    if isinstance(dataset, str):
-        dataset = call(f"dataset = {name!r}", dataset)
-    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
-        raise InputError(f"dataset = {name}, but it must have a length, and items by index")
-    total = len(dataset)
-    if total < FEWEST_IMAGES:
-        raise InputError(f"dataset = {name} has {total} examples; it must have {FEWEST_IMAGES}")
-    try:
-        size = sum(t.numel() * t.element_size() for t in _tensors(dataset[0]))
-        items = [dataset[index] for index in spread(total, size).tolist()]
-        if collate is None:
-            together = default_collate(items)
-            if all(len(part) == len(items) for part in _tensors(together)):
-                order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
-                cut = max(1, len(items) // 10)
-                whole, cpu = Examples(together), torch.device("cpu")
-                train, held_out = (whole.batch(part, cpu) for part in (order[cut:], order[:cut]))
-                held = total * (len(items) - cut) // len(items)
-                return Examples(train), Examples(held_out), name, held
-    except Exception as error:  # whatever the reader's dataset raises
-        raise InputError(
-            f"dataset = {name}: {describe(error)}; items of unequal shapes need a collate function"
-        ) from error
-    random.Random(0).shuffle(items)
-    cut, make = max(1, len(items) // 10), collate or default_collate
-    held = total * (len(items) - cut) // len(items)
-    return Examples(items[cut:], make), Examples(items[:cut], make), name, held
-
-
 def _check_losses(
     what: str, make: Maker, examples: Examples, images: OwnImages | None
 ) -> tuple[str, bool]:
@@ -337,7 +254,8 @@ def _check_losses(
     except InputError:
         raise
     except Exception as error:  # whatever the reader's model raises
-        shown = f"images of shape {tuple(batch[0].shape)}" if images else "its first examples"
+        shape = images and (number, *images.train[0].shape[1:])
+        shown = f"images of shape {shape}" if images else "its first examples"
         raise InputError(f"{what} refuses {shown}: {describe(error)}") from error
     if each.shape != (number,) or (weights is not None and weights.shape != (number,)):
         raise InputError(

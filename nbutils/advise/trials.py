@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation.window import accumulate_gradient, windows
-from nbutils.advise.task import ClassLosses, Examples, Maker, Task, seeded, weighted
+from nbutils.advise.examples import Examples
+from nbutils.advise.task import ClassLosses, Maker, Task, seeded, weighted
 from nbutils.errors import InputError, suggest
 from nbutils.measure.cost import OptimizerFactory
 

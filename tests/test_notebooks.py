@@ -1,17 +1,15 @@
 """What every committed notebook must be, and that the README shows what the records say."""
 
 import re
-from dataclasses import fields
-from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 
 from nbutils import RunConfig
-from nbutils.paths import NOTEBOOKS
-from nbutils.report.readme import README, ROOT, renew_blocks
+from nbutils.paths import NOTEBOOKS, ROOT
 
+README = ROOT / "README.md"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
@@ -54,8 +52,16 @@ def test_it_begins_with_its_question_and_ends_with_a_link_onward(path):
 
 
 @every_notebook
-def test_logic_lives_in_the_package(path):
-    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 32
+def test_a_cell_is_read_at_a_glance(path):
+    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 40
+
+
+def test_functions_that_two_notebooks_share_live_in_the_package():
+    seen = {}
+    for path in PATHS:
+        source = "\n\n".join(cell.source for cell in code_cells(path))
+        for function in re.findall(r"^def .*:\n(?:(?: .*)?\n)+", source, re.MULTILINE):
+            assert seen.setdefault(function.strip(), path) == path, function
 
 
 @every_notebook
@@ -71,7 +77,7 @@ def test_its_parameters_are_declared_once_with_a_comment_each(path):
 def test_a_training_notebook_declares_every_setting_with_its_default(number):
     path = next(path for path in PATHS if path.stem.startswith(number))
     declared = papermill.inspect_notebook(str(path))
-    settings = {field.name for field in fields(RunConfig)}
+    settings = set(RunConfig.field_names())
     missing = {"accumulation_steps"} if number == "02" else set()
     assert set(declared) == settings - missing | {"out", "on_oom"}
     chosen = {"epochs", "accumulation_steps"}  # small here, so that the notebook runs in seconds
@@ -90,7 +96,9 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_readmes_numbers_are_those_of_the_records():
-    assert renew_blocks(README.read_text()) == README.read_text()
+    from nbutils.report.readme import render
+
+    assert render() == README.read_text(encoding="utf-8")
 
 
 def test_the_readmes_python_runs():
@@ -98,8 +106,8 @@ def test_the_readmes_python_runs():
         exec(block.replace("epochs=5", "epochs=1"), {})
 
 
-def test_the_readme_names_every_module_and_notebook():
-    text = README.read_text()
-    modules = [path for path in Path(ROOT, "nbutils").glob("*.py") if path.stem != "__init__"]
-    assert [path.name for path in modules if f"`{path.name}`" not in text] == []
+def test_the_readme_names_every_folder_and_notebook():
+    text = README.read_text(encoding="utf-8")
+    folders = [path.parent.name for path in ROOT.glob("nbutils/*/__init__.py")]
+    assert [name for name in folders if f"`{name}/`" not in text] == []
     assert [path.name for path in PATHS if f"notebooks/{path.name}" not in text] == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -11,9 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from numpy.typing import ArrayLike
 
-from nbutils.data.dataset import Dataset, Split
 from nbutils.errors import InputError
 from nbutils.plots.style import batch_size_colours
+
+if TYPE_CHECKING:
+    from nbutils.data.dataset import Dataset, Split
 
 
 def plot_digits(ax: Axes, images: Split, class_names: Sequence[str], columns: int = 16) -> None:

@@ -54,7 +54,7 @@ def check_batch_norm(
             f"{size} images of its micro-batch, so it couples them",
             change,
         )
-    elif layers:
+    elif layers and not any(steps):
         findings.note("The running statistics of the model's BatchNorm layers are frozen.")
-    else:
+    elif not layers:
         findings.note("The model has no BatchNorm layer.")

@@ -105,7 +105,8 @@ def check_clipping(runs: Mapping[str, Run], findings: Findings) -> None:
         before, after = small.factors, large.factors
         if before is not None and after is not None and close(after, before):
             continue
-        if large.changed_inside and not small.changed_inside:
+        unequal = after is not None and not close(after, after.mean().expand_as(after))
+        if unequal or (large.changed_inside and not small.changed_inside):
             findings.add(
                 "clipping",
                 "the gradient was clipped between the backward passes of one window",

@@ -134,7 +134,8 @@ def _judge_number(value: float, losses: EpochLosses, steps: int) -> Verdict:
             f"a loss of {value:.4f} was logged, the mean of the micro-batches' means, for a mean "
             f"over images of {losses.mean:.4f}"
         )
-    if _among(value, [total / divisor for total in sums for divisor in divisors]):
+    once_more = [total / divisor for total in sums for divisor in divisors]
+    if _among(value, [*once_more, means[-1] / steps, *(one / steps for one in windows[-1:])]):
         return "wrong", f"a loss of {value:.4f} was logged for a mean of {losses.mean:.4f}"
     return "unknown", ""
 

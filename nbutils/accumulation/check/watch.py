@@ -83,7 +83,12 @@ class Run:
         self.returned.append(returned)
 
     def record_update(self, gradient: Tensor | None = None, given: bool = True) -> None:
-        """Record that the weight is about to be updated, with its `.grad` or another gradient."""
+        """Record that the weight is about to be updated, with its `.grad` or another gradient.
+
+        A step after no backward pass and without a gradient does nothing and is no update.
+        """
+        if gradient is None and self._weight.grad is None and not self.open:
+            return
         used = self.gradient() if gradient is None else gradient.detach().clone()
         weight = self._weight.detach().clone()
         self.updates.append(Update(self.open, used, weight, given, self.touched))
@@ -156,7 +161,7 @@ def _watch_updates(run: Run, given: Optimizer | None) -> list[Any]:
         inside.append(given is None or optimizer is given)
         if len(inside) == 1:
             recorded[0] = False
-        elif recorded[0]:  # an optimizer that wraps the given one
+        elif recorded[0] and run.updates:  # an optimizer that wraps the given one
             run.updates[-1].given |= inside[-1]
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:

@@ -209,7 +209,8 @@ def advise(
     usual, accumulate = usual_row(costs), not task.batch_norms
     share = SHARES["noise"] * seconds
     sizes = min(32, usual["batch_size"]), usual["images_per_second"]
-    noise, missed = trial_noise(task, recipe, place, *sizes, limit, share)
+    fitting = int(costs["batch_size"].max())
+    noise, missed = trial_noise(task, recipe, place, *sizes, fitting, limit, share)
     left_out += missed
     scale = typical(noise)[0]
     first = choose(costs, scale, accumulate)

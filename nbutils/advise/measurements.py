@@ -42,6 +42,7 @@ def trial_noise(
     device: torch.device,
     batch_size: int,
     images_per_second: float,
+    fitting: int,
     limit: float,
     seconds: float,
 ) -> tuple[pd.DataFrame, list[str]]:
@@ -56,6 +57,7 @@ def trial_noise(
         device: Where.
         batch_size: Of an update.
         images_per_second: Of training.
+        fitting: The largest batch that is known to fit the memory.
         limit: Bytes that the gradients of a measurement may take.
         seconds: Time for all this.
 
@@ -71,6 +73,7 @@ def trial_noise(
     images = images_per_second * seconds / 2
     updates = int(min(images, EPOCHS * task.train.number) / batch_size)
     size = min(32, int(images / 3 / MICRO_BATCHES), task.train.number // PARTS)
+    size = min(size, fitting // PARTS if task.batch_norms else fitting)
     if updates < 3 or size < (16 if task.batch_norms else 1):
         return pd.DataFrame(), ["the noise scale, for want of time"]
     trial = Trial(task, partial(recipe.optimizer, lr=recipe.usual_rate), device, batch_size)

@@ -20,6 +20,7 @@ from nbutils.advise.examples import Examples, read_examples
 from nbutils.advise.own_data import OwnImages, call, read_images
 from nbutils.errors import InputError
 from nbutils.measure.factory import Factory, describe, find_factory
+from nbutils.training.out_of_memory import is_out_of_memory
 
 Losses = Callable[[nn.Module, Any], Any]
 
@@ -254,6 +255,8 @@ def _check_losses(
     except InputError:
         raise
     except Exception as error:  # whatever the reader's model raises
+        if is_out_of_memory(error) and number > 2:
+            return _check_losses(what, make, examples.first(number // 2), images)
         shape = images and (number, *images.train[0].shape[1:])
         shown = f"images of shape {shape}" if images else "its first examples"
         raise InputError(f"{what} refuses {shown}: {describe(error)}") from error

@@ -85,6 +85,7 @@ class Trial:
         model: As it is now.
         done: Updates made.
         seconds: Time that they took.
+        batch_size: Of a micro-batch.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Trial:
         start: int = 0,
     ) -> None:
         self.model = task.make(device, start)
-        self.done, self.seconds = 0, 0.0
+        self.done, self.seconds, self.batch_size = 0, 0.0, batch_size
         self._task, self._device = task, device
         self._optimizer = optimizer(self.model.parameters())
         self._windows = self._endless(batch_size, accumulation_steps, start)
@@ -135,7 +136,7 @@ def judge(trial: Trial, task: Task, device: torch.device, most: int) -> tuple[Te
     losses, right = [], 0
     trial.model.eval()
     with torch.no_grad(), seeded(device, 0):
-        for part in chosen.split(250):
+        for part in chosen.split(min(250, trial.batch_size)):
             batch = task.validation.batch(part, device)
             if isinstance(task.losses, ClassLosses):
                 logits = task.losses.logits(trial.model, batch[0])

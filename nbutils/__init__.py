@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nbutils.data.dataset import Dataset
     from nbutils.data.sources import load_dataset
     from nbutils.errors import InputError
-    from nbutils.measure.cost import largest_batch_size
+    from nbutils.measure.largest_batch import largest_batch_size
     from nbutils.measure.noise_scale import noise_scale
     from nbutils.studies.record import load_runs, save_run
     from nbutils.training.config import RunConfig
@@ -31,7 +31,7 @@ _HOME = {
     "accumulate_gradient": "accumulation.window",
     "advise": "advise.advice",
     "check_accumulation": "accumulation.check",
-    "largest_batch_size": "measure.cost",
+    "largest_batch_size": "measure.largest_batch",
     "load_dataset": "data.sources",
     "load_runs": "studies.record",
     "noise_scale": "measure.noise_scale",

@@ -1,1 +1,1 @@
-"""What an update costs and what it is worth, for any model."""
+"""What an update costs in memory and time, and how many images it is worth, for any model."""

@@ -1,4 +1,4 @@
-"""What BatchNorm's running averages are worth after micro-batches of a given size."""
+"""How well BatchNorm's running averages describe the training images, by size of micro-batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from nbutils.data.dataset import Dataset
 from nbutils.training.model import DigitCNN
 
 SETTLE, MEASURE = 30, 20
-"""Micro-batches before and while the averages are looked at; 0.9**30 is 4 %."""
+"""Micro-batches before the averages are compared, and while they are. The start then weighs
+0.9**30 = 4 % or less."""
 
 
 def running_statistics_error(
@@ -19,16 +20,16 @@ def running_statistics_error(
 ) -> dict[int, float]:
     """Error of the running variances of `DigitCNN(norm="batch")` at fixed, initial weights.
 
-    The averages start at the statistics of all training images, and then see micro-batches.
+    The averages start at the statistics of all training images, then see micro-batches.
 
     Args:
-        data: Its training images are drawn at random for the micro-batches.
+        data: The micro-batches are drawn at random from its training images.
         batch_sizes: Images in a micro-batch.
-        seed: Of the weights and of the draws.
+        seed: Decides the weights and the draws.
 
     Returns:
-        For each batch size the mean relative difference, over all channels and `MEASURE`
-        micro-batches, between the running variance and the variance over all training images.
+        For each batch size, the mean relative difference between the running variance and the
+        variance over all training images, over all channels and `MEASURE` micro-batches.
     """
     images = data.normalised(data.train.images, torch.device("cpu"), torch.float32)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -40,7 +41,7 @@ def running_statistics_error(
         errors = {}
         for size in batch_sizes:
             model = copy.deepcopy(settled)
-            _set_momentum(model, 0.1)  # what BatchNorm has by default
+            _set_momentum(model, 0.1)  # BatchNorm's default
             seen = []
             for _ in range(SETTLE + MEASURE):
                 model.features(images[torch.randperm(len(images))[:size]])

@@ -71,17 +71,17 @@ def draws_of_batches(problem, sizes, count):
 )
 def test_both_estimates_are_unbiased_whatever_the_sizes(problem, draw, sizes):
     *_, trace, squared = problem
-    table = pd.DataFrame([vars(scale) for scale in draw(problem, sizes, 400)])
+    table = pd.DataFrame([vars(scale) for scale in draw(problem, sizes, 300)])
     for column, exact in (("trace", trace), ("gradient_norm_squared", squared)):
         error = (table[column].mean() - exact) / table[column].sem()
         assert abs(error) < 3.5, column
         # And precise enough for the test to see a factor such as K / (K - 1), or |g|^2 for |G|^2.
-        assert table[column].sem() < 0.12 * exact
+        assert table[column].sem() < 0.14 * exact
 
 
 @pytest.mark.parametrize(
     ("draw", "sizes"),
-    [(draws, [16] * 16), (draws, [16] * 12 + [4] * 4), (draws_of_batches, [16] * 8)],
+    [(draws, [16] * 16), (draws, [16] * 12 + [4] * 4), (draws_of_batches, [16] * 6)],
 )
 def test_the_interval_covers_the_exact_ratio_about_as_often_as_it_says(problem, draw, sizes):
     *_, trace, squared = problem
@@ -207,7 +207,7 @@ class Flat(nn.Linear):
         ({"batches": 2}, "2 .*batches, but at least 3"),
         ({"confidence": 95}, r"confidence = 95, but it must be in \(0, 1\)"),
         ({"confidence": math.nan}, "confidence = nan"),
-        ({"model": Root(5, CLASSES).double()}, "a gradient is not finite although the loss is"),
+        ({"model": Root(5, CLASSES).double()}, "the gradient of weight is not finite"),
         ({"model": Flat(5, CLASSES).double()}, "all gradients are zero"),
     ],
 )
@@ -219,7 +219,7 @@ def test_what_gives_no_number_is_an_error(problem, settings, message, extra):
     batches = torch.arange(12).split(4)[: settings.get("batches", 3)]
     confidence = settings.get("confidence", 0.95)
     estimate = noise_scale_of_batches if extra else noise_scale
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         estimate(model, batches, losses, *extra, confidence=confidence)
 
 

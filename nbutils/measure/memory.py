@@ -1,0 +1,82 @@
+"""Memory: budgets as people write them, what a device has free, and the peak of a process."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import torch
+
+from nbutils.errors import InputError
+from nbutils.machine import peak_resident_memory
+from nbutils.training.setup import resolve_device
+
+UNITS = {"B": 1} | {
+    f"{letter}{suffix}": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("B", 1000), ("IB", 1024))
+}
+"""Bytes in each unit that a memory budget may be given in."""
+
+
+def parse_memory(text: str) -> int:
+    """The bytes in a text such as "500MB", "2 GB" or "1.5GiB".
+
+    Raises:
+        InputError: The text is of another form, or means less than a byte.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    size = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
+    if size < 1:
+        raise InputError(
+            f"memory {text!r}: it must be a number > 0 and a unit, such as 500MB, 2GB or 1.5GiB"
+        )
+    return int(size)
+
+
+def format_memory(size: float) -> str:
+    """Bytes as people read them, such as "1.25 GB"."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter("B", places=2)(size)
+
+
+def free_memory(device: str = "auto") -> int:
+    """Bytes that the device reports as free now. The limit of a container may be lower.
+
+    Raises:
+        InputError: This machine does not have the device.
+    """
+    resolved = resolve_device(device)
+    if resolved.type == "cuda":
+        return torch.cuda.mem_get_info(resolved)[0]
+    return psutil.virtual_memory().available
+
+
+def begin_peak(device: torch.device) -> int:
+    """Give free memory back and start a new peak; returns the bytes held now."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_reserved(device)
+    with suppress(OSError, AttributeError):  # only the GNU library has it
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # on Linux the peak starts anew, from the memory now resident
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """Bytes: the peak of torch's reserved memory on CUDA, else of the process's resident memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    try:  # on Linux this is more precise than getrusage
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return peak_resident_memory()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

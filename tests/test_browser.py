@@ -170,53 +170,41 @@ def take_screenshot(page, name):
     page.set_viewport_size({"width": WIDTH, "height": HEIGHT})
 
 
-def test_no_cell_fails_or_warns(notebook):
-    _, page = notebook
+def figures(path):
+    """How many figures each stored cell shows, but for those with controls."""
+    cells = nbformat.read(path, as_version=4).cells
+    plain = ["interactive" not in cell.metadata.get("tags", []) for cell in cells]
+    outputs = [
+        cell.get("outputs", []) if shown else [] for cell, shown in zip(cells, plain, strict=True)
+    ]
+    return [sum("image/png" in out.get("data", {}) for out in each) for each in outputs]
+
+
+def test_all_cells_run_and_everything_is_seen(notebook):
+    path, page = notebook
     bad = page.locator("[data-mime-type$='error'], [data-mime-type$='stderr']")
     assert bad.all_inner_texts() == []
-
-
-def test_every_stored_figure_is_drawn(notebook):
-    path, page = notebook
-    stored, drawn = [], []
-    for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
-        pictures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
-        stored.append((number, len(pictures)))
-        shown = page.locator(".jp-Notebook .jp-Cell").nth(number)
-        images = shown.locator(".jp-RenderedImage img")
+    drawn = []
+    for number in range(len(figures(path))):
+        images = page.locator(".jp-Notebook .jp-Cell").nth(number).locator(".jp-RenderedImage img")
         sizes = images.evaluate_all("all => all.map(i => [i.naturalWidth, i.naturalHeight])")
-        drawn.append((number, sum(min(size) > 100 for size in sizes)))
-    assert drawn == stored
-
-
-def test_every_picture_in_the_text_is_there(notebook):
-    _, page = notebook
-    images = page.locator(".jp-RenderedMarkdown img")
-    assert 0 not in images.evaluate_all("all => all.map(image => image.naturalWidth)")
-
-
-def test_nothing_is_clipped_or_scrolls_within_its_place(notebook):
-    _, page = notebook
+        drawn.append(sum(min(size) > 100 for size in sizes))
+    assert drawn == figures(path)
+    in_text = page.locator(".jp-RenderedMarkdown img")
+    assert 0 not in in_text.evaluate_all("all => all.map(image => image.naturalWidth)")
     assert page.evaluate(CLIPPED) == []
     assert page.evaluate(BROKEN_LINES) == []
     assert page.evaluate(CUT_CHOICES) == []
 
 
-def test_widgets_are_alive(notebook):
-    _, page = notebook
+def test_widgets_are_alive_and_bars_get_to_their_end(notebook):
+    path, page = notebook
     outputs = page.locator(".jp-OutputArea-output").all_inner_texts()
     for fallback in ("HBox(", "VBox(", "Loading widget", "Error displaying widget", "0%|"):
         assert [text for text in outputs if fallback in text] == []
-
-
-@pytest.mark.parametrize(
-    "notebook", sorted(NOTEBOOKS.glob("*_train_*.ipynb")), indirect=True, ids=lambda path: path.stem
-)
-def test_training_shows_a_bar_that_gets_to_its_end(notebook):
-    _, page = notebook
-    bar = page.locator(".jp-OutputArea-output:has(.widget-hprogress)")
-    assert bar.count() == 1
-    assert "100%" in bar.inner_text()
+    bars = page.locator(".jp-OutputArea-output:has(.widget-hprogress)").all_inner_texts()
+    assert all("100%" in bar for bar in bars)
+    assert bars or "_train_" not in path.stem
 
 
 def picture(page):
@@ -234,14 +222,22 @@ def next_picture(page, before):
 @pytest.mark.parametrize("notebook", [NOTEBOOKS / "04_summary.ipynb"], indirect=True)
 def test_the_explorer_draws_what_is_chosen(notebook):
     _, page = notebook
+    assert "Ctrl or Shift" in page.locator(".widget-hbox:has(img.widget-image)").inner_text()
+    settings, seeds = (f".widget-select-multiple select >> nth={n}" for n in (0, 1))
+    metric, against = (f".widget-dropdown select >> nth={n}" for n in (0, 1))
     seen = [picture(page)]
-    for choose in (
-        lambda: page.click(".widget-toggle-button:has-text('updates')"),
-        lambda: page.click(".widget-toggle-button:has-text('error')"),
-        lambda: page.select_option(".widget-dropdown select", index=0),
-        lambda: page.select_option(".widget-select-multiple select >> nth=0", index=[0, 1]),
-    ):
+    for name, choose in {
+        "updates": lambda: page.select_option(against, "updates"),
+        "error": lambda: page.click(".widget-toggle-button:has-text('error')"),
+        "training": lambda: page.select_option(metric, index=0),
+        "two-settings": lambda: page.select_option(settings, index=[0, 1]),
+        "nothing": lambda: page.select_option(seeds, []),
+    }.items():
         choose()
         seen.append(next_picture(page, seen[-1]))
-    take_screenshot(page, "04_summary-explored")
+        (SCREENSHOTS / f"04_explorer-{name}.png").write_bytes(seen[-1])
     assert len(set(seen)) == len(seen)
+    controls = page.locator(settings).bounding_box()
+    shown = page.locator("img.widget-image").bounding_box()
+    assert controls["x"] + controls["width"] <= shown["x"]  # beside each other
+    assert shown["x"] + shown["width"] <= WIDTH

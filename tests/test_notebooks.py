@@ -1,6 +1,7 @@
 """What every committed notebook must be, and that the README shows what the records say."""
 
 import re
+from urllib.parse import urlsplit
 
 import nbformat
 import papermill
@@ -85,14 +86,31 @@ def test_a_training_notebook_declares_every_setting_with_its_default(number):
         assert eval(declared[name]["default"]) == getattr(RunConfig(), name), name
 
 
+def markdown_of(path):
+    """The text of a page: of a notebook its cells of text, and tables that its code writes."""
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    texts = []
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "markdown":
+            texts.append(cell.source)
+        texts += [out.get("data", {}).get("text/markdown", "") for out in cell.get("outputs", [])]
+    return "\n".join(texts)
+
+
 @pytest.mark.parametrize("path", [*PATHS, README], ids=lambda path: path.stem)
 def test_links_lead_somewhere(path):
-    text = path.read_text()
-    if path.suffix == ".ipynb":
-        cells = nbformat.read(path, as_version=4).cells
-        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert (path.parent / target).exists(), target
+    text = markdown_of(path)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    for target in re.findall(r"\]\(([^)\n]+)\)", text):
+        address = urlsplit(target)
+        if address.scheme:  # outside: only its form
+            assert re.fullmatch(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/\S*)?", target), target
+        elif address.path:
+            assert (path.parent / address.path).exists(), target
+        else:
+            assert address.fragment in anchors, target
 
 
 def test_the_readmes_numbers_are_those_of_the_records():

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -125,7 +126,11 @@ def without_labels_on_rank_1(rank):
 def on_rank(rank, folder, names):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),  # a regression fails instead of waiting half an hour
     )
     seen = {name: list(gradients(MODELS[name](), rank)) for name in names}
     seen["synchronisations"] = synchronisations(rank)

@@ -136,15 +136,15 @@ def _rises(answers: Answers) -> Verdict:
         word = f"fails: from {sizes[0]} to {sizes[-1]} it changes by"
     else:
         word = "open:"
+    detectable = f"{100 * change.detectable:.2f} points" if change.seeds > 1 else "unknown"
     return Verdict(
         "1",
         "With all else equal, accuracy rises with the batch size.",
         f"from {sizes[0]} to {sizes[-1]} images: {change}",
         f"{word} {change.bound}",
         f"The change is that of a least-squares line over the logarithm of the batch size. Mean "
-        f"test accuracies: {_means(answers, 'test_accuracy')}. With as many seeds and images a "
-        f"change of {points(change.detectable)} points would be detected with a probability of "
-        f"80 %.",
+        f"test accuracies: {_means(answers, 'test_accuracy')}. Minimum detectable change, found "
+        f"with a probability of 80 %: {detectable}.",
     )
 
 

@@ -105,9 +105,13 @@ def describe_study(runs: pd.DataFrame) -> str:
     seeds = runs["seed"].nunique()
     same = [t.format(first[name]) for name, t in common.items() if len(runs[name].unique()) == 1]
     settings = name_settings(runs)["setting"].nunique()
+
+    def counted(number: int, thing: str) -> str:
+        return f"{number} {thing}{'s' if number > 1 else ''}"
+
     return (
-        f"**{runs['run_id'].nunique()} runs** on `{first['dataset']}`: {settings} settings, "
-        f"{seeds} seed{'s' if seeds > 1 else ''}, {epochs} epochs; "
+        f"**{counted(runs['run_id'].nunique(), 'run')}** on `{first['dataset']}`: "
+        f"{counted(settings, 'setting')}, {counted(seeds, 'seed')}, {epochs} epochs; "
         f"{first['images_per_epoch']:,} images to train on, {first['validation_images']:,} to "
         f"validate, {first['test_images']:,} to test. The same in all: {', '.join(same)}."
     )

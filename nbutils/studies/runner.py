@@ -1,15 +1,8 @@
 """Make the runs of a study, each a notebook that papermill executes, then sum them up.
 
 The runs go through any `concurrent.futures.Executor`. On this machine that is a pool of threads:
-the kernel of each notebook is a process of its own, so that a fault stays with its run.
-
-The folder of a study holds `study.json` (what is planned), the record of each finished run,
-`failures.json` (the cause of each failure, until the run is made), `summary.ipynb` and its
-figures. An unfinished run is in `.work/<run_id>/<N>/`, where N counts the attempts. An attempt
-goes on where the one before stopped, under a new name: a kernel that outlives its attempt knows
-only the old name, and what it still writes cannot reach the work that goes on.
-
-One command at a time works in the folder, and it alone puts records there.
+the kernel of each notebook is a process of its own, so that a fault stays with its run. One
+command at a time works in the folder of a study, and it alone puts records there.
 """
 
 from __future__ import annotations
@@ -23,13 +16,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -42,24 +29,8 @@ from tqdm.auto import tqdm
 from nbutils.errors import InputError
 from nbutils.machine import processors
 from nbutils.paths import CHECKPOINT, PROGRESS
+from nbutils.studies import notebook, status
 from nbutils.studies.files import locked, write_json
-from nbutils.studies.notebook import (
-    check_parameters,
-    declared_parameters,
-    execute_notebook,
-    notebook_path,
-)
-from nbutils.studies.status import (
-    SPARE,
-    SPARE_BYTES,
-    attempts,
-    cause,
-    check_record,
-    check_records,
-    epochs_done,
-    note,
-    take_over,
-)
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
 
 SIGHT = 90
@@ -79,8 +50,8 @@ def run_study(
     """Make the runs of `study` that `out` does not hold yet, then execute its summary.
 
     Interrupted at any instant and called again, it goes on: what is done is kept, and a run that
-    was under way goes on after its last whole epoch. The other runs go on when one fails; the
-    summary is executed only when none did, and when it is older than a record.
+    was under way goes on after its last whole epoch. The other runs go on when one fails. The
+    summary is executed when none failed, unless it is newer than all records.
 
     Args:
         study: From `load_study`.
@@ -105,37 +76,64 @@ def run_study(
     if time_limit is not None and not 0 < time_limit < math.inf:
         raise InputError(f"time_limit = {time_limit}, but it must be a number of seconds > 0")
     merge_with_folder(study, out)
-    waiting = [run for run in study.runs if not (out / run.config.run_id).exists()]
-    fingerprints = _check_runnable(study, waiting, on_oom, here=executor is None)
+    fingerprints = _check_runnable(study, status.missing(study, out), on_oom, executor is None)
     with locked(out):
         plan = merge_with_folder(study, out)  # now that no other command changes it
-        check_records(plan, out, fingerprints)
+        status.check_records(plan, out, fingerprints)
         _prepare(plan, out)
         failures = {}
-        if waiting := [run for run in waiting if not (out / run.config.run_id).exists()]:
-            print(f"{study.title}: {len(waiting)} runs to make in {out}", flush=True)
+        if runs := status.missing(study, out):
             # From the whole study, so that a run has as many threads when the rest goes on.
             jobs = min(jobs or _default_jobs(), len(study.runs))
             threads = None if executor else max(1, processors() // jobs)
             task = partial(make_run, out=str(out), on_oom=on_oom, threads=threads, limit=time_limit)
-            pool = executor or ThreadPoolExecutor(jobs)
-            failures = _make_runs(task, waiting, out, pool, fingerprints)
-        if not failures and (waiting or not _is_summed_up(study, plan, out)):
+            print(f"{study.title}: {len(runs)} runs to make in {out}", flush=True)
+            failures = _make_runs(
+                runs, out, executor or ThreadPoolExecutor(jobs), task, fingerprints
+            )
+        if not failures and (runs or not _is_summed_up(study, out)):
             failures = _sum_up(study, out)
-        if not failures and all((out / run.config.run_id).exists() for run in plan.runs):
+        if not failures and not status.missing(plan, out):
             shutil.rmtree(out / ".work", ignore_errors=True)
     return failures
 
 
+def _check_runnable(
+    study: Study, runs: list[PlannedRun], on_oom: str, here: bool
+) -> dict[str, str]:
+    """Refuse what cannot run; the fingerprint of each dataset by its name."""
+    if study.runs and not runs:
+        return {}  # without the import of torch
+    from nbutils.data.sources import load_dataset
+    from nbutils.training.out_of_memory import check_on_oom
+    from nbutils.training.setup import check_fits, resolve_device
+
+    datasets = {name: load_dataset(name) for name in study.datasets}
+    for run in runs:
+        check_on_oom(on_oom, run.config)
+        check_fits(run.config, datasets[run.config.dataset])
+        if here:
+            resolve_device(run.config.device)
+    for name in {run.notebook for run in runs if on_oom != "stop"}:
+        notebook.check_parameters(name, ["on_oom"])
+    return {name: data.fingerprint for name, data in datasets.items()}
+
+
 def _prepare(plan: Study, out: Path) -> None:
-    """Write the plan, and bring the folder in order after a command that was killed."""
-    done = [run.config.run_id for run in plan.runs if (out / run.config.run_id).exists()]
-    note(out, dict.fromkeys(done))
+    """Write the plan, and put the folder in order after a command that was killed."""
+    lacking = status.missing(plan, out)
+    status.note(out, {run.run_id: None for run in plan.runs if run not in lacking})
     for aside in out.glob(".*.json.*"):  # what it was writing
         aside.unlink(missing_ok=True)
     write_json(out / "study.json", asdict(plan))
     (out / ".work").mkdir(exist_ok=True)
-    (out / ".work" / SPARE).write_bytes(bytes(SPARE_BYTES))
+    (out / ".work" / status.SPARE).write_bytes(bytes(status.SPARE_BYTES))
+
+
+def _default_jobs() -> int:
+    import torch
+
+    return 1 if torch.cuda.is_available() else processors()
 
 
 def make_run(
@@ -148,36 +146,35 @@ def make_run(
         out: The study's folder.
         on_oom: As in `train`.
         threads: CPU threads of the kernel; None for the default.
-        limit: Seconds that a cell may take.
+        limit: Seconds that a cell may take; None for no limit.
 
     Returns:
         The folder of the whole record, in `.work/`.
     """
     if not Path(out, "study.json").exists():
         raise InputError(f"{platform.node()} does not see the folder {out}")
-    run_id = run.config.run_id
-    folder = take_over(Path(out), run)
+    folder = status.take_over(Path(out), run)
     for path in folder.iterdir():  # what an earlier attempt left half done
         if path.is_dir():
             shutil.rmtree(path)
         elif path.name not in (PROGRESS, CHECKPOINT):
             path.unlink()
     settings = run.config.to_dict() | {"on_oom": on_oom, "out": str(folder)}
-    known = declared_parameters(run.notebook)
-    parameters = {name: value for name, value in settings.items() if name in known}
-    notebook, record = folder / "notebook.ipynb", folder / run_id
-    execute_notebook(run.notebook, notebook, parameters, threads=threads, time_limit=limit)
+    names = notebook.declared_parameters(run.notebook)
+    given = {name: value for name, value in settings.items() if name in names}
+    executed, record = folder / "notebook.ipynb", folder / run.run_id
+    notebook.execute_notebook(run.notebook, executed, given, threads=threads, time_limit=limit)
     if not record.is_dir():
-        raise InputError(f"the notebook {run.notebook} ran but saved no record of {run_id}")
-    os.rename(notebook, record / "notebook.ipynb")
+        raise InputError(f"the notebook {run.notebook} ran but saved no record of {run.run_id}")
+    os.rename(executed, record / "notebook.ipynb")
     return str(record)
 
 
 def _make_runs(
-    task: Callable[[PlannedRun], str],
     runs: list[PlannedRun],
     out: Path,
     executor: Executor,
+    task: Callable[[PlannedRun], str],
     fingerprints: Mapping[str, str],
 ) -> dict[str, str]:
     """Have the runs made, showing how far they are; the cause of each failure by run id."""
@@ -191,20 +188,18 @@ def _make_runs(
         while pending:
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
-                run_id = futures[future].config.run_id
+                run_id = futures[future].run_id
                 error = _publish(future, futures[future], out, fingerprints)
-                note(out, {run_id: error})
+                status.note(out, {run_id: error})
                 if error:
-                    failures[run_id] = cause(error)
+                    failures[run_id] = status.cause(error)
                     bar.write(f"{run_id} failed: {failures[run_id]}")
                 else:
                     done += 1
-            epochs = {run: epochs_done(out, run) for run in runs}
-            if finished or sum(epochs.values()) > bar.n:
-                active = [run for run in runs if 0 < epochs[run] < run.config.epochs]
-                bar.n = sum(epochs.values())
-                bar.set_description(f"{done}/{len(runs)} runs done", refresh=False)
-                bar.set_postfix_str("; ".join(_progress(run, epochs[run]) for run in active))
+            epochs = sum(status.epochs_done(out, run) for run in runs)
+            if finished or epochs > bar.n:
+                bar.n = epochs
+                bar.set_description(f"{done}/{len(runs)} runs done")
     return failures
 
 
@@ -217,11 +212,11 @@ def _publish(
         end = time.monotonic() + SIGHT
         while not record.exists() and time.monotonic() < end:
             time.sleep(0.5)
-        check_record(record, run.config.dataset, fingerprints)
-        os.rename(record, out / run.config.run_id)
+        status.check_record(record, run, fingerprints)
+        os.rename(record, out / run.run_id)
     except Exception as error:
         return error
-    shutil.rmtree(out / ".work" / run.config.run_id, ignore_errors=True)
+    shutil.rmtree(out / ".work" / run.run_id, ignore_errors=True)
     return None
 
 
@@ -237,8 +232,8 @@ def _stopping(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> It
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # a second Ctrl-C
     for future, run in futures.items():
         future.cancel()
-        if run and attempts(out, run):
-            take_over(out, run)  # on another machine it ends when it finds its folder gone
+        if run and status.attempts(out, run):
+            status.take_over(out, run)  # elsewhere a run ends when it finds its folder gone
     end = time.monotonic() + 10
     while not all(future.done() for future in futures) and time.monotonic() < end:
         for process in psutil.Process().children(recursive=True):
@@ -251,20 +246,13 @@ def _stopping(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> It
     raise interruption
 
 
-def _progress(run: PlannedRun, epochs: int) -> str:
-    config = run.config
-    size = f"{config.accumulation_steps} x {config.batch_size}"
-    return f"{size} seed {config.seed}: epoch {epochs}/{config.epochs}"
-
-
-def _is_summed_up(study: Study, plan: Study, out: Path) -> bool:
+def _is_summed_up(study: Study, out: Path) -> bool:
     """Whether `summary.ipynb` is there and newer than all that it sums up."""
     summary = out / "summary.ipynb"
     if not study.runs or not summary.exists():
         return False
-    sources = [notebook_path(study.summary)]
-    sources += [out / run.config.run_id / "run.json" for run in plan.runs]
-    newest = max(path.stat().st_mtime_ns for path in sources if path.exists())
+    sources = [notebook.notebook_path(study.summary), *out.glob("*/run.json")]
+    newest = max(path.stat().st_mtime_ns for path in sources)
     content = json.loads(summary.read_text(encoding="utf-8"))
     given = content["metadata"].get("papermill", {}).get("parameters")
     return newest <= summary.stat().st_mtime_ns and given == _summary_parameters(study, out)
@@ -277,40 +265,13 @@ def _summary_parameters(study: Study, out: Path) -> dict[str, Any]:
 def _sum_up(study: Study, out: Path) -> dict[str, str]:
     """Execute the summary; the cause of its failure by its name."""
     print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-    aside, parameters = out / ".work" / "summary.ipynb", _summary_parameters(study, out)
+    aside, given = out / ".work" / "summary.ipynb", _summary_parameters(study, out)
     pool = ThreadPoolExecutor(1)
-    future = pool.submit(execute_notebook, study.summary, aside, parameters)
+    future = pool.submit(notebook.execute_notebook, study.summary, aside, given)
     with _stopping({future: None}, out):
         error = future.exception()
-    note(out, {study.summary: error})
+    status.note(out, {study.summary: error})
     if error:
-        return {study.summary: cause(error)}
+        return {study.summary: status.cause(error)}
     os.replace(aside, out / "summary.ipynb")
     return {}
-
-
-def _check_runnable(
-    study: Study, waiting: list[PlannedRun], on_oom: str, here: bool
-) -> dict[str, str]:
-    """Refuse what cannot run; the fingerprint of each dataset by its name."""
-    if study.runs and not waiting:
-        return {}  # and torch is not imported
-    from nbutils.data.sources import load_dataset
-    from nbutils.training.out_of_memory import check_on_oom
-    from nbutils.training.setup import check_fits, resolve_device
-
-    datasets = {name: load_dataset(name) for name in study.datasets}
-    for run in waiting:
-        check_on_oom(on_oom, run.config)
-        check_fits(run.config, datasets[run.config.dataset])
-        if here:
-            resolve_device(run.config.device)
-    for notebook in {run.notebook for run in waiting if on_oom != "stop"}:
-        check_parameters(notebook, ["on_oom"])
-    return {name: data.fingerprint for name, data in datasets.items()}
-
-
-def _default_jobs() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else processors()

@@ -1,4 +1,9 @@
-"""What the folder of a study tells: how far its runs are, and why some failed."""
+"""What the folder of a study tells: how far its runs are, and why some failed.
+
+It holds `study.json` (what is planned), the record of each finished run, `failures.json` (the
+cause of each failure, until the run is made), `summary.ipynb` and its figures. An unfinished run
+is in `.work/<run_id>/<N>/`, where N counts the attempts.
+"""
 
 from __future__ import annotations
 
@@ -29,42 +34,88 @@ def run_status(out: str | Path) -> dict[str, str]:
     """
     out = Path(out).absolute()
     plan, failures = read_plan(out), read_failures(out)
-    statuses = {run.config.run_id: _status(out, run, failures) for run in plan.runs}
+    statuses = {run.run_id: _status(out, run, failures) for run in plan.runs}
     if plan.summary in failures:
         statuses[plan.summary] = f"failed: {failures[plan.summary]}"
     return statuses
 
 
 def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
-    run_id = run.config.run_id
-    if (out / run_id).exists():
+    if (out / run.run_id).exists():
         try:
-            accuracy = read_record(out / run_id).final["test_accuracy"]
+            accuracy = read_record(out / run.run_id).final["test_accuracy"]
         except InputError as error:
             return f"damaged: {error}"
         return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
-    if run_id in failures:
-        return f"failed: {failures[run_id]}"
+    if run.run_id in failures:
+        return f"failed: {failures[run.run_id]}"
     epochs = epochs_done(out, run)
     return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
 
 
+def missing(study: Study, out: Path) -> list[PlannedRun]:
+    """The runs of a study of which `out` holds no record."""
+    return [run for run in study.runs if not (out / run.run_id).exists()]
+
+
+def epochs_done(out: Path, run: PlannedRun) -> int:
+    """Epochs that a run has made so far."""
+    if (out / run.run_id).exists():
+        return run.config.epochs
+    for folder in reversed(attempts(out, run)):
+        with suppress(OSError):
+            return max(0, (folder / PROGRESS).read_bytes().count(b"\n") - 1)
+    return 0
+
+
+def attempts(out: Path, run: PlannedRun) -> list[Path]:
+    """The folders of an unfinished run's attempts, the last one last."""
+    folders = Path(out, ".work", run.run_id).glob("*")
+    return sorted((f for f in folders if f.name.isdecimal()), key=lambda f: int(f.name))
+
+
+def take_over(out: Path, run: PlannedRun) -> Path:
+    """A folder for a new attempt: empty, or that of the attempt before under the next number.
+
+    A kernel that outlives its attempt knows only the old name. What it still writes cannot reach
+    the work that goes on.
+    """
+    *stale, last = attempts(out, run) or [Path(out, ".work", run.run_id, "0")]
+    for folder in stale:  # made anew by such a kernel
+        shutil.rmtree(folder, ignore_errors=True)
+    mine = last.with_name(str(int(last.name) + 1))
+    if last.exists():
+        return last.rename(mine)
+    mine.mkdir(parents=True)
+    return mine
+
+
 def check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a folder with a record that is damaged or does not belong, so that none is lost."""
-    planned = {run.config.run_id: run.config for run in plan.runs}
+    """Refuse a folder with a record that is damaged or does not belong, so that none is lost.
+
+    Raises:
+        InputError: There is one; the message names it.
+    """
+    planned = {run.run_id: run for run in plan.runs}
     for folder in sorted(out.iterdir()):
         if folder.is_dir() and not folder.name.startswith("."):
             if folder.name not in planned:
                 raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-            check_record(folder, planned[folder.name].dataset, fingerprints)
+            check_record(folder, planned[folder.name], fingerprints)
 
 
-def check_record(folder: Path, dataset: str, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a record that is damaged or was made on other images than `dataset` has here."""
-    made_on = read_record(folder).dataset["fingerprint"]
-    if fingerprints.get(dataset, made_on) != made_on:
+def check_record(folder: Path, run: PlannedRun, fingerprints: Mapping[str, str]) -> None:
+    """Refuse a record that is damaged, or made on other images than its dataset has here.
+
+    Args:
+        folder: The record.
+        run: What it should be of.
+        fingerprints: Of datasets, by name.
+    """
+    name, made_on = run.config.dataset, read_record(folder).dataset["fingerprint"]
+    if fingerprints.get(name, made_on) != made_on:
         raise InputError(
-            f"the record {folder} was made on other images than {dataset!r} has now; move it "
+            f"the record {folder} was made on other images than {name!r} has now; move it "
             f"elsewhere, or choose another --out"
         )
 
@@ -100,49 +151,14 @@ def note(out: Path, outcomes: Mapping[str, BaseException | None]) -> None:
     noted, path = read_failures(out), out / "failures.json"
     failures = {name: reason for name, reason in noted.items() if name not in outcomes}
     failures |= {name: cause(error) for name, error in outcomes.items() if error}
-    if failures == noted:
-        return
     if not failures:
-        path.unlink()
-        return
-    try:
-        write_json(path, failures)
-    except OSError:  # the disk may be full
+        path.unlink(missing_ok=True)
+    elif failures != noted:
         try:
-            (out / ".work" / SPARE).unlink(missing_ok=True)
             write_json(path, failures)
-        except OSError as error:
-            print(f"no room to note that {', '.join(outcomes)} failed: {error}", file=sys.stderr)
-
-
-def attempts(out: Path, run: PlannedRun) -> list[Path]:
-    """The folders of an unfinished run's attempts, the last one last."""
-    folders = Path(out, ".work", run.config.run_id).glob("*")
-    return sorted((f for f in folders if f.name.isdecimal()), key=lambda f: int(f.name))
-
-
-def take_over(out: Path, run: PlannedRun) -> Path:
-    """A folder for a new attempt: empty, or that of the attempt before under the next number.
-
-    A kernel that outlives its attempt knows only the old name. What it still writes cannot reach
-    the work that goes on.
-    """
-    earlier = attempts(out, run)
-    if not earlier:
-        first = Path(out, ".work", run.config.run_id, "1")
-        first.mkdir(parents=True)
-        return first
-    *stale, last = earlier
-    for folder in stale:  # made anew by such a kernel
-        shutil.rmtree(folder, ignore_errors=True)
-    return last.rename(last.with_name(str(int(last.name) + 1)))
-
-
-def epochs_done(out: Path, run: PlannedRun) -> int:
-    """Epochs that a run has made so far."""
-    if (out / run.config.run_id).exists():
-        return run.config.epochs
-    for folder in reversed(attempts(out, run)):
-        with suppress(OSError):
-            return max(0, (folder / PROGRESS).read_bytes().count(b"\n") - 1)
-    return 0
+        except OSError:  # the disk may be full
+            try:
+                (out / ".work" / SPARE).unlink(missing_ok=True)
+                write_json(path, failures)
+            except OSError as error:
+                print(f"not noted that {', '.join(outcomes)} failed: {error}", file=sys.stderr)

@@ -48,6 +48,11 @@ class PlannedRun:
     notebook: str
     config: RunConfig
 
+    @property
+    def run_id(self) -> str:
+        """The name of its record."""
+        return self.config.run_id
+
 
 @dataclass(frozen=True)
 class Study:
@@ -153,7 +158,7 @@ def _parse(name: str, content: Any, overrides: Overrides) -> Study:
         for values in itertools.product(*table.values()):
             config = RunConfig.from_dict(dict(zip(table, values, strict=True)))
             runs.append(PlannedRun(str(block["notebook"]), config))
-    ids = [run.config.run_id for run in runs]
+    ids = [run.run_id for run in runs]
     twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
     if twice:
         raise InputError(f"the same settings are planned twice: {', '.join(twice)}")

@@ -12,6 +12,7 @@ import pytest
 
 from nbutils import RunConfig, load_runs, save_run, train
 from nbutils.data import sources
+from nbutils.studies import notebook as notebooks
 from nbutils.studies import runner
 from nbutils.studies.record import load_late_predictions
 from nbutils.studies.study import PlannedRun, Study
@@ -105,7 +106,7 @@ def quick(few_digits, monkeypatch, capsys):
         runs = tuple(PlannedRun("02_train_batch_size", config) for config in configs)
         return Study("tiny", "Tiny", runs, "04_summary")
 
-    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(notebooks, "execute_notebook", execute)
     monkeypatch.setattr(sources, "load_dataset", lambda name: replace(tiny, name=name))
     held.study = study
     held.run = lambda study, out, **options: runner.run_study(

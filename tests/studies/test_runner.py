@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nbutils import InputError, load_runs
+from nbutils.studies import notebook as notebooks
 from nbutils.studies import runner
 from nbutils.studies.status import attempts, run_status
 
@@ -63,17 +64,17 @@ def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(quick, tmp_path
     ],
 )
 def test_a_record_that_is_not_whole_is_a_failure(quick, tmp_path, monkeypatch, damage, message):
-    study, out, execute = quick.study(0), tmp_path / "out", runner.execute_notebook
+    study, out, execute = quick.study(0), tmp_path / "out", notebooks.execute_notebook
 
     def execute_and_damage(notebook, output, parameters, **options):
         execute(notebook, output, parameters, **options)
         damage(Path(parameters["out"]) / ids(study)[0])
 
-    monkeypatch.setattr(runner, "execute_notebook", execute_and_damage)
+    monkeypatch.setattr(notebooks, "execute_notebook", execute_and_damage)
     failures = quick.run(study, out)
     assert message in failures[ids(study)[0]]
     assert run_status(out) == {ids(study)[0]: f"failed: {failures[ids(study)[0]]}"}
-    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(notebooks, "execute_notebook", execute)
     assert quick.run(study, out) == {}
 
 
@@ -184,7 +185,7 @@ def test_an_interruption_takes_their_folders_from_runs_elsewhere(quick, tmp_path
 
 
 def test_a_failed_summary_is_told_and_tried_again(quick, tmp_path, monkeypatch):
-    study, out, execute = quick.study(0), tmp_path / "out", runner.execute_notebook
+    study, out, execute = quick.study(0), tmp_path / "out", notebooks.execute_notebook
 
     def fail(notebook, output, parameters, **options):
         if notebook == "04_summary":
@@ -192,10 +193,10 @@ def test_a_failed_summary_is_told_and_tried_again(quick, tmp_path, monkeypatch):
             raise ValueError("no figure")
         execute(notebook, output, parameters, **options)
 
-    monkeypatch.setattr(runner, "execute_notebook", fail)
+    monkeypatch.setattr(notebooks, "execute_notebook", fail)
     assert quick.run(study, out) == {"04_summary": "ValueError: no figure"}
     assert run_status(out)["04_summary"] == "failed: ValueError: no figure"
-    monkeypatch.setattr(runner, "execute_notebook", execute)
+    monkeypatch.setattr(notebooks, "execute_notebook", execute)
     assert quick.run(study, out) == {}
     assert json.loads((out / "summary.ipynb").read_text())
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from nbutils.paths import NOTEBOOKS
-from nbutils.report.readme import ROOT
+from nbutils.paths import NOTEBOOKS, ROOT
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

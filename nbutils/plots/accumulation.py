@@ -58,23 +58,44 @@ def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
     label_ends(ax, ends, colours)
 
 
-def plot_damage(axes: Sequence[Axes], table: pd.DataFrame) -> None:
-    """What each pitfall does to the gradient (left) and to the test error (right).
+def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
+    """What each wrong loop does to the gradient (left) and to the test error (right).
+
+    The right loop is drawn in another colour. Errors of the gradient are on a log axis, one dot
+    per seed. The test error is shown as the difference to the right loop with the same start, in
+    points, with its mean and 95 % interval; beyond 1 point the axis is logarithmic.
 
     Args:
         axes: Two, side by side.
-        table: From `pitfalls.measure_damage`. Bars are means over seeds, with 95 % intervals.
+        damage: From `pitfalls.measure_damage`; its first loop is the right one.
     """
-    import seaborn as sns
-
-    table = table.assign(error=100 * (1 - table["accuracy"]))
-    labels = {
-        "gradient_error": "largest relative error of an update's gradient",
-        "error": "test error (%)",
-    }
-    for ax, (column, label) in zip(axes, labels.items(), strict=True):
-        sns.barplot(data=table, y="loop", x=column, errorbar=mean_interval, color="#2d708e", ax=ax)
-        ax.set(ylabel=None, xlabel=label)
-    reference = table.loc[table["loop"] == "correct", "error"].mean()
-    axes[1].axvline(reference, color="0.4", linestyle="--")
-    axes[1].tick_params(labelleft=False)
+    loops = list(damage["loop"].unique())
+    colours = ["#d1495b"] + ["#2d708e"] * (len(loops) - 1)
+    left, right = axes
+    errors = 100 * (1 - damage.pivot_table("accuracy", "seed", "loop"))
+    for place, (loop, colour) in enumerate(zip(loops, colours, strict=True)):
+        gradients = damage.loc[damage["loop"] == loop, "gradient_error"]
+        left.plot(gradients, [place] * len(gradients), "o", color=colour, alpha=0.6)
+        differences = (errors[loop] - errors[loops[0]]).tolist()
+        mean = float(np.mean(differences))
+        right.hlines(place, *mean_interval(differences), color=colour, linewidth=2)
+        right.plot(mean, place, "o", color=colour)
+        right.annotate(
+            f"{mean:+.1f}",
+            (1, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            xytext=(6, 0),
+            textcoords="offset points",
+            color=colour,
+        )
+    right.axvline(0, color="0.4", linestyle="--", zorder=0)
+    left.set(xscale="log", xlabel="largest relative error of an update's gradient")
+    left.set_title("The gradient")
+    left.set_yticks(range(len(loops)), loops)
+    right.set_xscale("symlog", linthresh=1, linscale=1)
+    right.set_xticks([-10, -1, 0, 1, 10, 90], ["-10", "-1", "0", "+1", "+10", "+90"])
+    right.set(xlabel="test error less the right loop's (points)", title="The result")
+    right.set_yticks(range(len(loops)), [""] * len(loops))
+    for ax in axes:
+        ax.invert_yaxis()

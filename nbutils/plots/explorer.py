@@ -36,7 +36,8 @@ class Explorer(widgets.HBox):
         self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=wide)
         self.against = widgets.Dropdown(options=get_args(Progress), layout=wide)
         self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
-        self.picture = widgets.Image(format="png", layout={"max_width": "700px"})
+        fits = {"width": "calc(100% - 240px)", "max_width": "760px", "height": "auto"}
+        self.picture = widgets.Image(format="png", layout={**fits, "object_fit": "contain"})
         controls: dict[str, Any] = {
             "settings (Ctrl or Shift and a click chooses several)": self.settings,
             "seeds (likewise)": self.seeds,
@@ -48,7 +49,7 @@ class Explorer(widgets.HBox):
         for name, control in controls.items():
             control.observe(self.draw, names="value")
             column += [widgets.HTML(f"<div style='line-height: 1.2'>{name}</div>"), control]
-        left = widgets.VBox(column, layout={"width": "230px", "flex": "0 0 auto"})
+        left = widgets.VBox(column, layout={"width": "230px", "flex": "none"})
         super().__init__([left, self.picture])
         self.draw()
 

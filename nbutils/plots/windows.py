@@ -89,8 +89,7 @@ def plot_gradient_sum(
     lower = {
         "their mean:\naccumulated": mean,
         "one batch of\nall images": whole,
-        f"difference: at most\n{apart / np.abs(whole).max():.0e} of the largest": mean
-        - whole,
+        f"difference: at most\n{apart / np.abs(whole).max():.0e} of the largest": mean - whole,
     }
     for ax, gradients in zip(axes, (upper, lower), strict=True):
         for place, (name, gradient) in enumerate(gradients.items()):

@@ -1,5 +1,6 @@
 import gzip
 import shutil
+from dataclasses import replace
 from urllib.error import URLError
 
 import pytest
@@ -30,23 +31,11 @@ def test_the_embedded_digits():
     for split, each in ((data.train, 360), (data.validation, 40), (data.test, 100)):
         assert torch.bincount(split.labels).tolist() == [each] * 10
     assert data.fingerprint.startswith("eaa6db8bda0a")
-    assert data.fingerprint == load_dataset("mnist-5k").fingerprint
-
-
-def test_the_splits_of_the_embedded_digits_share_no_image():
-    data = load_dataset("mnist-5k")
-    seen = [
-        {image.numpy().tobytes() for image in split.images}
-        for split in (data.train, data.validation, data.test)
-    ]
-    assert not seen[0] & seen[1]
-    assert not seen[0] & seen[2]
-    assert not seen[1] & seen[2]
+    splits = (data.train, data.validation, data.test)
+    assert len({image.numpy().tobytes() for split in splits for image in split.images}) == 5000
 
 
 def test_one_changed_pixel_changes_the_fingerprint(few_digits):
-    from dataclasses import replace
-
     images = few_digits.test.images.clone()
     images[-1, 0, 27, 27] ^= 1
     changed = replace(few_digits, test=few_digits.test._replace(images=images))
@@ -62,7 +51,7 @@ def test_normalised_training_pixels_have_mean_0_and_deviation_1(few_digits):
 
 
 @pytest.mark.mnist
-def test_all_of_mnist_against_torchvision(tmp_path):
+def test_mnist_equals_torchvisions_and_may_be_decompressed(tmp_path, monkeypatch):
     data = load_dataset("mnist")
     assert_splits_are_sound(data, 54_000, 6_000, 10_000)
     raw = tmp_path / "MNIST" / "raw"
@@ -78,17 +67,8 @@ def test_all_of_mnist_against_torchvision(tmp_path):
     assert torch.equal(data.validation.labels, train.targets[held_out])
     assert torch.equal(data.test.images[:, 0], test.data)
     assert torch.equal(data.test.labels, test.targets)
-
-
-@pytest.mark.mnist
-def test_compressed_and_decompressed_files_give_the_same_dataset(tmp_path, monkeypatch):
-    fingerprint = load_dataset("mnist").fingerprint
-    raw = tmp_path / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for path in sorted((data_folder() / "MNIST" / "raw").glob("*ubyte.gz")):
-        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
     monkeypatch.setenv("NBUTILS_DATA", str(tmp_path))
-    assert load_dataset("mnist").fingerprint == fingerprint
+    assert load_dataset("mnist").fingerprint == data.fingerprint
 
 
 @pytest.mark.mnist
@@ -120,10 +100,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, monkeypatch, damage):
         load_dataset("mnist")
 
 
-@pytest.mark.parametrize("error", [URLError("no such host"), RuntimeError("Error downloading")])
-def test_no_files_and_no_network_names_both_ways_out(tmp_path, monkeypatch, error):
+def test_no_files_and_no_network_names_both_ways_out(tmp_path, monkeypatch):
     def fail(*_, **__):
-        raise error
+        raise URLError("no such host")
 
     monkeypatch.setenv("NBUTILS_DATA", str(tmp_path))
     monkeypatch.setattr(datasets.MNIST, "download", fail)
@@ -141,7 +120,7 @@ def test_decompressed_files_without_a_known_checksum_are_refused(tmp_path, monke
         load_dataset("kmnist")
 
 
-@pytest.mark.parametrize("name", ["mnist5k", "", "../data", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist5k", ""])
 def test_an_unknown_dataset_is_refused_with_the_known_ones(name):
     with pytest.raises(InputError, match=f"no dataset '{name}'; .*{', '.join(DATASETS)}"):
         load_dataset(name)

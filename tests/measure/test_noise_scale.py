@@ -71,12 +71,12 @@ def draws_of_batches(problem, sizes, count):
 )
 def test_both_estimates_are_unbiased_whatever_the_sizes(problem, draw, sizes):
     *_, trace, squared = problem
-    table = pd.DataFrame([vars(scale) for scale in draw(problem, sizes, 300)])
+    table = pd.DataFrame([vars(scale) for scale in draw(problem, sizes, 100)])
     for column, exact in (("trace", trace), ("gradient_norm_squared", squared)):
         error = (table[column].mean() - exact) / table[column].sem()
         assert abs(error) < 3.5, column
         # And precise enough for the test to see a factor such as K / (K - 1), or |g|^2 for |G|^2.
-        assert table[column].sem() < 0.14 * exact
+        assert table[column].sem() < 0.05 * exact
 
 
 @pytest.mark.parametrize(
@@ -85,18 +85,18 @@ def test_both_estimates_are_unbiased_whatever_the_sizes(problem, draw, sizes):
 )
 def test_the_interval_covers_the_exact_ratio_about_as_often_as_it_says(problem, draw, sizes):
     *_, trace, squared = problem
-    inside = [scale.low <= trace / squared <= scale.high for scale in draw(problem, sizes, 150)]
+    inside = [scale.low <= trace / squared <= scale.high for scale in draw(problem, sizes, 120)]
     assert 0.88 < np.mean(inside) < 0.998
 
 
 def test_batches_of_two_sizes_agree_with_one_window(problem):
     *_, trace, squared = problem
-    (scale,) = draws(problem, [50] * 100, 1)
-    (other,) = draws_of_batches(problem, [100] * 50, 1)
+    (scale,) = draws(problem, [50] * 60, 1)
+    (other,) = draws_of_batches(problem, [100] * 30, 1)
     for each in (scale, other):
-        assert each.value == pytest.approx(trace / squared, rel=0.1)
-        assert each.low < trace / squared < each.high < 1.5 * each.low
-    assert scale.images == other.images == 5000
+        assert each.value == pytest.approx(trace / squared, rel=0.15)
+        assert each.low < trace / squared < each.high < 1.8 * each.low
+    assert scale.images == other.images == 3000
 
 
 def test_it_equals_the_formulas_applied_to_the_images_gradients():

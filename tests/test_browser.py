@@ -218,7 +218,7 @@ def next_picture(page, before):
     return now
 
 
-@pytest.mark.parametrize("notebook", [NOTEBOOKS / "04_summary.ipynb"], indirect=True)
+@pytest.mark.parametrize("notebook", [NOTEBOOKS / "04_summary.ipynb"], indirect=True, ids=["04"])
 def test_the_explorer_draws_what_is_chosen(notebook):
     _, page = notebook
     assert "Ctrl or Shift" in page.locator(".widget-hbox:has(img.widget-image)").inner_text()

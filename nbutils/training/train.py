@@ -62,16 +62,7 @@ def train(
         InputError: The device does not exist, an update needs more images than there are or than
             fit the memory, or `on_oom="split"` would change what the run computes.
     """
-    (result,) = train_many(
-        [config],
-        data,
-        log_folder=log_folder,
-        progress=progress,
-        on_oom=on_oom,
-        cuda_graph=cuda_graph,
-        after_update=after_update,
-    )
-    return result
+    return train_many([config], data, progress, on_oom, cuda_graph, log_folder, after_update)[0]
 
 
 def script(
@@ -136,18 +127,9 @@ def script(
         bar.set_postfix(epoch=epoch, validation_accuracy=f"{scores['validation_accuracy']:.4f}")
         if folder:
             checkpoint.save(folder, parts, done, conditions)
-    return RunResult(
-        config=config,
-        history=history_of(done.rows),
-        model=model.eval(),
-        late_predictions=torch.stack(done.predictions),
-        data=data,
-        images_per_epoch=images_per_epoch,
-        device=device,
-        micro_batch=micro_batch_size,
-        cuda_graph=in_graph,
-        peak_memory=setup.peak_memory(device),
-    )
+    history, late = history_of(done.rows), torch.stack(done.predictions)
+    where = device, micro_batch_size, in_graph, setup.peak_memory(device)
+    return RunResult(config, history, model.eval(), late, data, images_per_epoch, *where)
 
 
 def make_update(
@@ -186,7 +168,6 @@ def make_update(
 def train_many(
     configs: Sequence[RunConfig],
     data: Dataset,
-    *,
     progress: bool = True,
     on_oom: OnOom = "stop",
     cuda_graph: bool = True,
@@ -212,8 +193,5 @@ def train_many(
 
     groups = [configs] if device.type == "cuda" else [[config] for config in configs]
     hidden = not progress or no_progress()
-    return [
-        result
-        for group in groups
-        for result in run_within_memory(start, group, device, on_oom, folder, hidden)
-    ]
+    done = [run_within_memory(start, group, device, on_oom, folder, hidden) for group in groups]
+    return [result for results in done for result in results]

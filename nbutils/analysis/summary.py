@@ -133,8 +133,8 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     final = name_settings(outcomes(runs.assign(norm=runs["norm"].astype(str))))
     final["setting"] = final["setting"].str.partition(",")[0]
     whole = final[final["accumulation_steps"] == 1]
-    pieces = final[final["accumulation_steps"] > 1]
-    pairs = pieces.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
+    cut = final[final["accumulation_steps"] > 1]
+    pairs = cut.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
     for metric in metrics:
         pairs[metric] -= pairs[f"{metric}_whole"]
 

@@ -1,6 +1,17 @@
 """Figures from tidy tables: each function draws on the axes that it is given.
 
-Imported by `from nbutils import plots`. seaborn is imported only by the functions that need it.
+`from nbutils import plots; plots.use_style(); plots.plot_history(ax, result.history)`. One file
+per topic: `curves` (against epochs), `final` (outcomes), `windows` (accumulation as a picture),
+`accumulation` (equivalence and mistakes), `rates`, `noise`, `cost`, `images` (and the network),
+`advice`. The notebooks that teach use
+
+    plot_network(ax, layers)                            layers: `activations`, `weights` by name
+    plot_windows(ax, sizes)                             images of each micro-batch of each update
+    plot_gradient_sum((ax1, ax2), micro, total, large)  gradients of a convolution's filters
+    plot_overlay(ax, {name: history}, against)          against "epoch", "updates" or "seconds"
+    plot_misread(ax, images, labels, predictions)       predictions: (networks, n)
+
+seaborn and scipy are imported only by the functions that need them.
 """
 
 from nbutils.plots.accumulation import plot_damage, plot_drift, plot_ladder

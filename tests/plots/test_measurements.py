@@ -137,3 +137,24 @@ def test_updates_to_a_target_show_bounds_misses_and_regimes(ax):
     assert lines["not reached"].get_xdata() == [2048]
     texts = [text.get_text().replace("\n", " ") for text in ax.texts]
     assert texts == [*REGIMES, "fit", "fewest updates"]
+
+
+@pytest.mark.parametrize(
+    ("same", "where"), [(True, "advised"), (False, "advised, at another size")]
+)
+def test_the_advised_rate_is_marked_beside_the_best_one(ax, same, where):
+    tried = {
+        "learning_rate": [0.001, 0.003, 0.01, 0.03],
+        "validation_loss": [0.9, 0.5, 0.4, np.nan],
+    }
+    rates = pd.DataFrame(tried).assign(best=[False, False, True, False], outcome="learnt")
+    rates["low"], rates["high"] = rates["validation_loss"] - 0.05, rates["validation_loss"] + 0.05
+    rates.loc[3, "outcome"] = "diverged"
+    plots.plot_rates(ax, rates, advised=0.003, rates_at=128, same=same)
+    lines = {line.get_label(): line.get_xdata() for line in ax.lines}
+    assert list(lines[where]) == [0.003, 0.003]
+    assert list(lines["lowest here"]) == [0.01]
+    assert list(lines["diverged"]) == [0.03]
+    legend = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert {where, "lowest here", "diverged"} <= set(legend)
+    assert ax.get_title("left") == "Learning rates at 128 per update"

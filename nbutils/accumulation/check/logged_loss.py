@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,54 +65,44 @@ def epoch_losses(run: Run, epoch: int, loss: Loss) -> EpochLosses:
     )
 
 
+Verdict = tuple[str, str]
+"""What a number is ("right", "wrong", "note", or "unknown"), and a text about it."""
+
+
 def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, findings: Findings) -> None:
     """The rule "logged loss", on every value returned after every epoch of every run."""
-    verdicts = set()
+    kinds, returned_any = set(), False
     for run in runs.values():
         for epoch, returned in enumerate(run.returned):
             losses = epoch_losses(run, epoch, mean_loss(loss))
-            found = [
-                _judge(value, losses, run.probe.accumulation_steps) for value in _values(returned)
-            ]
-            kinds = {kind for kind, _ in found}
-            if "right" not in kinds and "wrong" in kinds:
-                findings.add(
-                    "logged loss", next(text for kind, text in found if kind == "wrong"), CHANGE
-                )
-            verdicts |= kinds
-            for _, text in found if "right" not in kinds and "wrong" not in kinds else ():
-                if text:
-                    findings.note(text)
-    if verdicts == {"unknown"}:
+            verdicts = dict(_verdicts(returned, losses, run.probe.accumulation_steps))
+            if "right" not in verdicts and "wrong" in verdicts:
+                findings.add("logged loss", verdicts["wrong"], CHANGE)
+            elif "right" not in verdicts and "note" in verdicts:
+                findings.note(verdicts["note"])
+            kinds |= set(verdicts)
+            returned_any |= returned is not None
+    if returned_any and kinds <= {"unknown"}:
         findings.note("No number that the loop returns is a loss, so no logged loss was checked.")
 
 
-Verdict = tuple[str, str]
-
-
-def _values(returned: Any) -> Iterator[float | list[float]]:
-    """The numbers in what a loop returned; a list of numbers as a whole and one by one."""
+def _verdicts(returned: Any, losses: EpochLosses, steps: int) -> list[Verdict]:
+    """About every number in what a loop returned; about a list of losses as a whole."""
     if isinstance(returned, Mapping):
         returned = list(returned.values())
     if hasattr(returned, "tolist"):  # a tensor or an array
         returned = returned.tolist()
-    if isinstance(returned, Iterable) and not isinstance(returned, str):
-        parts = [part for value in returned for part in _values(value)]
-        if parts and all(isinstance(part, float) for part in parts):
-            yield [part for part in parts if isinstance(part, float)]
-        yield from parts
-    elif isinstance(returned, int | float) and not isinstance(returned, bool):
-        yield float(returned)
-
-
-def _judge(value: float | list[float], losses: EpochLosses, steps: int) -> Verdict:
-    if isinstance(value, float):
-        return _judge_number(value, losses, steps)
-    for judge in (_judge_micro_batches, _judge_windows):
-        verdict = judge(value, losses, steps)
-        if verdict[0] != "unknown":
-            return verdict
-    return "unknown", ""
+    if isinstance(returned, int | float) and not isinstance(returned, bool):
+        return [_judge_number(float(returned), losses, steps)]
+    if isinstance(returned, str) or not isinstance(returned, Iterable):
+        return []
+    values = [value.tolist() if hasattr(value, "tolist") else value for value in returned]
+    if all(isinstance(value, float) for value in values):
+        for judge in (_judge_micro_batches, _judge_windows):
+            verdict = judge(values, losses, steps)
+            if verdict[0] != "unknown":
+                return [verdict]
+    return [verdict for value in values for verdict in _verdicts(value, losses, steps)]
 
 
 def _judge_number(value: float, losses: EpochLosses, steps: int) -> Verdict:
@@ -123,7 +113,7 @@ def _judge_number(value: float, losses: EpochLosses, steps: int) -> Verdict:
     if _among(value, right):
         return "right", ""
     if windows and _among(value, [sums[2] / len(windows)]):
-        return "soft", (
+        return "note", (
             "The logged loss is the mean over updates, so an image of a small last window weighs "
             "more in it than the others."
         )
@@ -171,7 +161,7 @@ def _judge_windows(values: list[float], losses: EpochLosses, steps: int) -> Verd
     if _same(values, truth) or _same(values, [m * n for m, n in zip(truth, images, strict=True)]):
         return "right", ""
     if _same(values, last):
-        return "soft", "The logged loss is that of the last micro-batch of each window only."
+        return "note", "The logged loss is that of the last micro-batch of each window only."
     sums = [sum(mean for mean, _ in window) for window in inside]
     means = [total / len(window) for total, window in zip(sums, inside, strict=True)]
     divided = [[v / steps for v in one] for one in (truth, sums, last)]

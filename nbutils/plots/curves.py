@@ -120,7 +120,9 @@ def plot_overlay(
         x, y = history[against], history["validation_accuracy"]
         ax.plot(x, y, label=name, color=shade, marker=marker, zorder=2 + accumulated, **style)
         ends[name] = (x.iloc[-1], y.iloc[-1])
-    _accuracy_axis(ax, np.concatenate([h["validation_accuracy"] for h in histories.values()]))
+    accuracies = np.concatenate([h["validation_accuracy"] for h in histories.values()])
+    _accuracy_axis(ax, accuracies)
+    _show_lowest(ax, accuracies)
     _progress_axis(ax, against, np.concatenate([h[against] for h in histories.values()]))
     ax.set_title(METRIC_NAMES["validation_accuracy"])
     if against == "epoch":
@@ -146,7 +148,7 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
             ends[name] = (history["epoch"].iloc[-1], curve.iloc[-1])
     accuracies = history[list(METRIC_NAMES)].to_numpy()
     _accuracy_axis(ax, accuracies)
-    ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))))  # no point is cut off
+    _show_lowest(ax, accuracies)
     _progress_axis(ax, "epoch", history["epoch"])
     label_ends(ax, ends, list(shades[: len(ends)]))
 
@@ -160,6 +162,11 @@ def _accuracy_axis(ax: Axes, accuracies: np.ndarray, scale: Scale = "accuracy") 
         ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
         plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
     ax.set_ylabel(scale)
+
+
+def _show_lowest(ax: Axes, accuracies: np.ndarray) -> None:
+    """Let the axis begin below the lowest point, for curves that are few and short."""
+    ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))))
 
 
 def _progress_axis(ax: Axes, against: Progress, values: Any) -> None:

@@ -58,6 +58,8 @@ def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]], first: int = 3, last:
             left += images
         short = left < whole
         text = f" {left:,} images" if len(sizes[update]) > 1 or short else ""
+        if odd and images < whole / 40:
+            text += f", the last block has {images}"
         ax.text(left, place, text, va="center", color=RED if short else "0.15")
     ax.set(xlim=(0, 1.2 * whole), ylim=(len(rows) - 0.5, -0.5), xlabel="images of one update")
     ax.set_yticks(range(len(rows)), names)
@@ -71,8 +73,8 @@ def plot_gradient_sum(
 ) -> None:
     """What the gradients of micro-batches add up to, beside the gradient of one large batch.
 
-    A gradient is drawn as the small images of its filters, all in one scale: purple (dark) is
-    negative, orange positive, white zero.
+    A gradient is drawn as the small images of its filters: purple is negative, orange positive,
+    white zero. Each row has a scale of its own, since the mean is smaller than what it is of.
 
     Args:
         axes: Two, one above the other, for the micro-batches and for their mean.
@@ -83,7 +85,6 @@ def plot_gradient_sum(
     """
     pieces = [np.asarray(gradient) for gradient in np.asarray(micro)]
     mean, whole = np.asarray(total), np.asarray(large)
-    limit = max(float(np.abs(gradient).max()) for gradient in [*pieces, mean, whole])
     apart = float(np.abs(mean - whole).max())
     upper = {f"micro-batch {n}": gradient for n, gradient in enumerate(pieces, start=1)}
     lower = {
@@ -92,6 +93,7 @@ def plot_gradient_sum(
         f"difference: at most\n{apart / np.abs(whole).max():.0e} of the largest": mean - whole,
     }
     for ax, gradients in zip(axes, (upper, lower), strict=True):
+        limit = max(float(np.abs(gradient).max()) for gradient in gradients.values())
         for place, (name, gradient) in enumerate(gradients.items()):
             tiles = _tiles(gradient[:, 0])
             side = max(tiles.shape)

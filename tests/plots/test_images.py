@@ -61,13 +61,18 @@ def test_windows_of_a_long_epoch_show_its_ends_and_what_is_odd(ax):
     assert texts[-1] == "608 images"
 
 
-def test_a_gradient_sum_draws_every_part_in_one_scale(ax):
+def test_a_block_too_small_for_its_number_is_told_beside_it(ax):
+    plots.plot_windows(ax, [[128] * 8, [128, 16]])
+    assert ax.texts[-1].get_text().strip() == "144 images, the last block has 16"
+
+
+def test_a_gradient_sum_draws_each_row_in_one_scale(ax):
     micro = np.random.default_rng(0).normal(size=(8, 16, 1, 3, 3))
     figure, axes = plt.subplots(2, 1)
     plots.plot_gradient_sum(axes, micro, micro.mean(0), micro.mean(0) + 1e-9)
     pictures = [*axes[0].images, *axes[1].images]
     assert len(pictures) == 11
-    assert {picture.get_clim() for picture in pictures} == {(-abs(micro).max(), abs(micro).max())}
+    assert [len({picture.get_clim() for picture in ax.images}) for ax in axes] == [1, 1]
     assert np.asarray(pictures[0].get_array())[1:4, 1:4] == pytest.approx(micro[0, 0, 0])
     assert "9e-10 of the largest" in axes[1].texts[-1].get_text()
     plt.close(figure)

@@ -11,7 +11,7 @@ per topic: `curves` (against epochs), `final` (outcomes), `windows` (accumulatio
     plot_overlay(ax, {name: history}, against)          against "epoch", "updates" or "seconds"
     plot_misread(ax, images, labels, predictions)       predictions: (networks, n)
 
-seaborn and scipy are imported only by the functions that need them.
+scipy is imported only by the functions that need it.
 """
 
 from nbutils.plots.accumulation import plot_damage, plot_drift, plot_ladder

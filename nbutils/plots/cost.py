@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
@@ -32,17 +34,22 @@ def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
         table: From `nbutils.measure.cost.measure_grid`.
         column: One of `COSTS`.
     """
-    import seaborn as sns
-
     name, factor = COSTS[column]
-    medians = table.pivot_table(
+    medians = factor * table.pivot_table(
         index="accumulation_steps", columns="batch_size", values=column, aggfunc="median"
-    ).sort_index(ascending=False)
-    style = {"annot": True, "fmt": ".3g", "annot_kws": {"size": 10}, "cbar": False}
-    sns.heatmap(medians * factor, norm="log", cmap="viridis_r", linewidths=1, ax=ax, **style)
+    )
+    values = medians.to_numpy()
+    shades = mpl.colors.LogNorm(np.nanmin(values), np.nanmax(values))
+    ax.pcolormesh(values, cmap="viridis_r", norm=shades, edgecolor="white", linewidth=1)
+    for (row, place), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            ink = "black" if shades(value) < 0.4 else "white"
+            text = f"{value:.3g}"
+            ax.text(place + 0.5, row + 0.5, text, color=ink, ha="center", va="center", size=10)
+    ax.set_xticks(np.arange(values.shape[1]) + 0.5, list(map(str, medians.columns)))
+    ax.set_yticks(np.arange(values.shape[0]) + 0.5, list(map(str, medians.index)))
     ax.set(xlabel="micro-batch (images)", ylabel="accumulation steps", title=name)
     ax.grid(False)
-    ax.tick_params(axis="y", rotation=0)
 
 
 def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:

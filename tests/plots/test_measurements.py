@@ -40,7 +40,7 @@ def test_cost_has_a_line_for_the_whole_batch_and_one_per_micro_batch(ax):
 def test_a_cost_map_shows_each_median_that_there_is(ax, column):
     plots.plot_cost_map(ax, costs(), column)
     assert len(ax.texts) == (5 if column == "peak_memory" else 6)
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["4", "2", "1"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "4"]
     if column == "seconds_per_update":
         assert {text.get_text() for text in ax.texts} == {"3", "6", "12"}
 

@@ -10,18 +10,20 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from nbutils.advise import reasons
-from nbutils.advise.costs import trial_costs, update_cost
+from nbutils.advise.costs import cost_table, trial_costs, update_cost
 from nbutils.advise.entrants import choose, entrants, usual_row
 from nbutils.advise.measurements import trial_noise, trial_rates, typical
-from nbutils.advise.race import Setting, run_race
+from nbutils.advise.race import Race, Setting, run_race
 from nbutils.advise.reasons import Measured
 from nbutils.advise.task import Losses, read_task
 from nbutils.advise.trials import Clock, recipe_for
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
+from nbutils.measure.cost import Cost
 from nbutils.measure.factory import Factory
 from nbutils.measure.memory import format_memory, free_memory, parse_memory
 from nbutils.measure.process import OutOfMemory
@@ -220,6 +222,9 @@ def advise(
     left_out += missed
     settings = entrants(costs, scale, rates, recipe, accumulate, bounded)
     race = run_race(task, recipe, place, settings, clock.left)
+    costs = _confirmed(
+        costs, race, lambda *sizes: update_cost(task, recipe.optimizer, place, *sizes)
+    )
     measured = Measured(costs, noise, rates, first["effective_batch_size"], bounded, left_out, race)
     return Advice(
         optimizer=optimizer,
@@ -232,6 +237,16 @@ def advise(
         time_budget=seconds,
         environment=environment(device_name(place)),
     )
+
+
+def _confirmed(costs: pd.DataFrame, race: Race, measure: Callable[..., Cost]) -> pd.DataFrame:
+    """The costs without assumed rows; the winner's is measured if need be."""
+    known = costs[costs["measurements"] > 0]
+    sizes = race.winner.batch_size, race.winner.accumulation_steps
+    if (known[["batch_size", "accumulation_steps"]] == sizes).all(axis=1).any():
+        return known
+    table = pd.concat([known, cost_table([measure(*sizes)])], ignore_index=True)
+    return table.sort_values("effective_batch_size", ignore_index=True)
 
 
 def save_advice(advice: Advice, path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -19,6 +20,9 @@ from nbutils.measure.cost import Cost, OptimizerFactory, Update, measure_updates
 from nbutils.measure.largest_batch import search
 from nbutils.measure.memory import format_memory
 from nbutils.measure.process import OutOfMemory
+
+USUAL = 128
+"""The batch size that most people take."""
 
 SMALLEST, LARGEST = 8, 8192
 """Batch sizes of the cost table, where there are examples and memory for them."""
@@ -70,8 +74,8 @@ def trial_costs(
 ) -> tuple[pd.DataFrame, bool, list[str]]:
     """Measure what updates cost, over batch sizes that fit the memory limit.
 
-    Sizes are tried upwards by factors of 4, until one does not fit or the time is over. If one
-    does not fit, the largest that does is searched, whatever the time, and is accumulated too. Then
+    Sizes in steps of 4 are tried, the usual one first, then those next to it. If one does not fit,
+    the largest that does is searched, whatever the time, and is accumulated too. Then
     come the sizes in between, an update of four micro-batches that was also made as one batch, and
     everything again.
 
@@ -85,8 +89,8 @@ def trial_costs(
     Returns:
         One row per setting that fits: `batch_size`, `accumulation_steps`, `effective_batch_size`,
         the largest `peak_memory`, the highest `images_per_second` (other work on the machine only
-        slows), the lowest as `slowest`, and `measurements`. Then whether memory was the limit, and
-        what was left out.
+        slows), the lowest as `slowest`, and `measurements`, 0 where they are assumed. Then whether
+        memory was the limit, and what was left out.
 
     Raises:
         InputError: Not even the smallest batch fits.
@@ -119,19 +123,20 @@ def trial_costs(
     def in_time(size: int) -> bool:
         return _expected(walls, size) <= clock.left
 
-    bounded, left_out = False, list[str]()
+    left_out: list[str] = []
     sizes = [SMALLEST * 4**power for power in range(6) if SMALLEST * 4**power <= largest]
-    for size in sizes or [largest]:
+    unfit = largest + 1
+    for size in sorted(sizes or [largest], key=lambda size: (abs(math.log(size / USUAL)), size)):
+        if size > unfit:
+            continue
         if walls and not in_time(size):
-            left_out.append(f"batch sizes from {size} on, for want of time")
-            break
-        if not fits(size):
-            bounded = True
-            smallest = 2 if task.batch_norms else 1  # one example has no deviation
-            if costs or fits(smallest):
-                begin = max(cost.batch_size for cost in costs)
-                search(peak, {begin: needed[begin]}, int(limit), size - 1)
-            break
+            left_out.append(f"batch size {size}, for want of time")
+        elif not fits(size):
+            unfit = size
+    bounded = unfit <= largest
+    if bounded and (costs or fits(2 if task.batch_norms else 1)):  # one example has no deviation
+        begin = max(cost.batch_size for cost in costs)
+        search(peak, {begin: needed[begin]}, int(limit), unfit - 1)
     if not costs:
         raise _too_little(task, limit, needed)
     whole = sorted(c.batch_size for c in costs if c.accumulation_steps == 1)
@@ -145,7 +150,7 @@ def trial_costs(
         if in_time(size * steps):
             fits(size, steps)
     bar.close()
-    return _cost_table(costs), bounded, left_out
+    return _with_assumed(cost_table(costs)), bounded, left_out
 
 
 def _too_little(task: Task, limit: float, needed: dict[int, int | None]) -> InputError:
@@ -165,7 +170,20 @@ def _expected(walls: dict[int, float], size: int) -> float:
     return overhead + (walls[smaller] - overhead) * max(1.0, size / smaller)
 
 
-def _cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
+def _with_assumed(costs: pd.DataFrame) -> pd.DataFrame:
+    """With a quarter of the usual size, if there was no time for it, so that it can race too.
+
+    It surely fits where more do. Its speed is taken for that of the next larger size.
+    """
+    small, larger = USUAL // 4, costs[costs["batch_size"] > USUAL // 4].head(1)
+    if larger.empty or small in set(costs["batch_size"]):
+        return costs
+    sizes = {"batch_size": small, "accumulation_steps": 1, "effective_batch_size": small}
+    return pd.concat([larger.assign(**sizes, measurements=0), costs], ignore_index=True)
+
+
+def cost_table(costs: Sequence[Cost]) -> pd.DataFrame:
+    """One row per setting, as `trial_costs` returns them."""
     table = pd.DataFrame([asdict(cost) for cost in costs])
     return (
         table.groupby(["effective_batch_size", "accumulation_steps", "batch_size"])

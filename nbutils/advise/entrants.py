@@ -18,14 +18,15 @@ from typing import Any
 
 import pandas as pd
 
+from nbutils.advise.costs import USUAL
 from nbutils.advise.race import Setting
 from nbutils.advise.trials import Recipe
 
 NEAR = 1.1
 """Times up to this factor of the least count as equal: measured times differ by about as much."""
 
-USUAL, ASSUMED = 128, 128
-"""The usual images per update; the noise scale that is assumed where it was not measured."""
+ASSUMED = 128
+"""The noise scale that is assumed where it was not measured."""
 
 SUPPORTED = 1024
 """Larger updates race only where the noise scale is at least as large."""
@@ -101,7 +102,9 @@ def entrants(
     """
     first, usual = choose(costs, noise_scale, accumulate), usual_row(costs)
     learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
-    best = [*learnt["learning_rate"], recipe.usual_rate]
+    usually = recipe.rates.index(recipe.usual_rate)
+    best = [*learnt["learning_rate"]]
+    best += [rate for rate in recipe.rates[usually : usually + 2] if rate not in best]
 
     def scaled(row: dict[str, Any]) -> float:
         factor = math.sqrt(row["effective_batch_size"] / first["effective_batch_size"])

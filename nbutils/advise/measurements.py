@@ -124,8 +124,8 @@ def trial_rates(
 ) -> tuple[pd.DataFrame, list[str]]:
     """Train with each rate for equally many updates from one start, and judge on validation.
 
-    The usual rate comes first, then those next to it, so that the outermost are left out if time
-    runs short.
+    The usual rate comes first and takes its share of the time, which gives the number of updates.
+    Then come those next to it, so that the outermost are left out if time runs short.
 
     Args:
         task: What to train.
@@ -147,13 +147,13 @@ def trial_rates(
         InputError: The loss was not finite at any rate.
     """
     size = batch_size * accumulation_steps
-    images = seconds / len(recipe.rates) * images_per_second
-    judged_images = int(min(max(images / 2, FEWEST_JUDGED), MOST_JUDGED))
+    share = seconds / len(recipe.rates)
+    judged_images = int(min(max(share * images_per_second / 2, FEWEST_JUDGED), MOST_JUDGED))
     setting = device, batch_size, accumulation_steps
     clock, took = Clock(seconds), 0.0
     untrained = Trial(task, partial(recipe.optimizer, lr=0.0), *setting)
     at_start = judge(untrained, task, device, judged_images)[0].mean().item()
-    updates = max(SHORTEST, int(min(0.75 * images, EPOCHS * task.train.number) / size))
+    updates = max(SHORTEST, EPOCHS * task.train.number // size)
     order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
     rows: list[dict[str, Any]] = []
     for rate in tqdm(order, "rates", unit="rate", leave=False, disable=no_progress()):
@@ -161,7 +161,10 @@ def trial_rates(
             break
         begun = time.perf_counter()
         trial = Trial(task, partial(recipe.optimizer, lr=rate), *setting)
-        finite = trial.train(updates)
+        while not rows and trial.done < updates and trial.seconds < 0.7 * share:
+            trial.train(max(1, SHORTEST // 2))
+        updates = updates if rows else max(SHORTEST, trial.done)
+        finite = trial.train(updates - trial.done)
         losses, accuracy = judge(trial, task, device, judged_images)
         low, high = mean_interval(losses.tolist())
         loss = losses.mean().item() if finite else math.nan

@@ -79,7 +79,6 @@ class _Racer:
         self.setting, self.start, self._task, self._device = setting, start, task, device
         self.trial = Trial(task, optimizer, device, *sizes, start)
         self.points: list[dict[str, Any]] = []
-        self.finite = True
 
     def look(self, most: int) -> None:
         """Note the validation loss."""
@@ -97,16 +96,16 @@ class _Racer:
 
     def go(self, until: float, most: int) -> None:
         """Train until so many seconds of training in all, at least one update, and look."""
-        if not self.finite or self.trial.seconds >= until:
+        if not self.trial.finite or self.trial.seconds >= until:
             return
         trial, size = self.trial, self.setting.effective_batch_size
-        while self.finite and trial.seconds < until:
+        while trial.finite and trial.seconds < until:
             speed = self.setting.images_per_second / size
             if trial.done:
                 speed = trial.done / trial.seconds
-            self.finite = trial.train(max(1, round((until - trial.seconds) * speed * 0.9)))
+            trial.train(max(1, round((until - trial.seconds) * speed * 0.9)))
         self.look(most)
-        self.finite &= math.isfinite(self.points[-1]["validation_loss"])
+        trial.finite &= math.isfinite(self.points[-1]["validation_loss"])
 
     @property
     def lowest(self) -> float:

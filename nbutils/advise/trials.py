@@ -85,6 +85,7 @@ class Trial:
         model: As it is now.
         done: Updates made.
         seconds: Time that they took.
+        finite: Whether the losses were finite where they were looked at.
         batch_size: Of a micro-batch.
     """
 
@@ -98,7 +99,8 @@ class Trial:
         start: int = 0,
     ) -> None:
         self.model = task.make(device, start)
-        self.done, self.seconds, self.batch_size = 0, 0.0, batch_size
+        self.done, self.seconds, self.finite = 0, 0.0, True
+        self.batch_size = batch_size
         self._task, self._device = task, device
         self._optimizer = optimizer(self.model.parameters())
         self._windows = self._endless(batch_size, accumulation_steps, start)
@@ -110,7 +112,9 @@ class Trial:
             yield from windows(order, batch_size, steps, "drop")
 
     def train(self, updates: int) -> bool:
-        """Make some updates; whether the last loss is finite."""
+        """Make some updates; whether all losses that were looked at, the last ones, are finite."""
+        if updates < 1:
+            return self.finite
         with seeded(self._device, self.done):
             started = time.perf_counter()
             for _ in range(updates):
@@ -118,10 +122,10 @@ class Trial:
                 task, window = self._task, next(self._windows)
                 loss = window_gradient(self.model, task.make, task.train, window, self._device)
                 self._optimizer.step()
-            finite = bool(loss.isfinite())  # waits for a GPU
+            self.finite &= bool(loss.isfinite())  # waits for a GPU
             self.seconds += time.perf_counter() - started
         self.done += updates
-        return finite
+        return self.finite
 
 
 def judge(trial: Trial, task: Task, device: torch.device, most: int) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""The command line: `python -m nbutils advise | run | status | export | figures | bench ...`."""
+"""The command line: `python -m nbutils COMMAND`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
     commands = parser.add_subparsers(title="commands", required=True)
+    _add_run(commands)
+    _add_advise(commands)
 
+    status = commands.add_parser("status", help="tell how far the runs of a study are")
+    status.add_argument("folder", type=Path)
+    status.set_defaults(command=_status)
+
+    export = commands.add_parser("export", help="write what a study left as a small reference")
+    export.add_argument("runs", type=Path)
+    export.add_argument("reference", type=Path)
+    export.set_defaults(command=_export)
+
+    figures = commands.add_parser(
+        "figures", help="make figures/ and the README's numbers from notebooks/reference/"
+    )
+    figures.set_defaults(command=_figures)
+
+    bench = commands.add_parser("bench", help="time the training against the usual loop")
+    bench.add_argument("--out", type=Path, help="JSON file to write the rows to")
+    bench.add_argument("--dataset", default="mnist", help="whose images (default: mnist)")
+    bench.add_argument("--images", type=int, default=13_500, help="images of a timed epoch")
+    bench.add_argument("--repeats", type=int, default=5, help="timed epochs of each loop")
+    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    bench.set_defaults(command=_bench)
+
+    libraries = commands.add_parser(
+        "libraries", help="put the accumulation of other libraries to the test (extra: peers)"
+    )
+    libraries.set_defaults(command=_libraries)
+
+    gpu = commands.add_parser("gpu-check", help="check and measure everything on a GPU")
+    gpu.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.txt")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
+    gpu.add_argument("--quick", action="store_true", help="shrink every stage")
+    gpu.set_defaults(command=_gpu_check)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="make the runs of a study, then sum them up")
     run.add_argument("study", help="a name in notebooks/studies/, or the path of a YAML file")
     run.add_argument("--dataset", help="train on this instead of the study's dataset")
@@ -54,32 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     where = run.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
     where.add_argument(
-        "--scheduler",
-        metavar="ADDRESS",
-        help="make the runs on the Dask cluster there (needs the extra: pip install -e .[cluster])",
+        "--scheduler", metavar="ADDRESS", help="make the runs on that Dask cluster (extra: cluster)"
     )
     run.add_argument("--out", type=Path, help="folder of the runs (default: runs/STUDY-DATASET)")
     run.add_argument(
-        "--time-limit", type=float, metavar="SECONDS", help="stop a run that takes longer"
+        "--time-limit", type=float, metavar="SECONDS", help="limit of a run's training"
     )
     run.add_argument(
         "--on-oom",
         default="stop",
         metavar="stop|split",
-        help="what to do when a batch does not fit the GPU's memory: stop the run, or split the "
-        "batch into more accumulation steps (default: stop)",
+        help="when a batch does not fit the memory: stop the run (default), or split the batch",
     )
     run.set_defaults(command=_run)
 
-    status = commands.add_parser("status", help="tell how far the runs of a study are")
-    status.add_argument("folder", type=Path)
-    status.set_defaults(command=_status)
 
-    export = commands.add_parser("export", help="write what a study left as a small reference")
-    export.add_argument("runs", type=Path)
-    export.add_argument("reference", type=Path)
-    export.set_defaults(command=_export)
-
+def _add_advise(commands: Any) -> None:
     advise = commands.add_parser(
         "advise", help="measure a classifier of yours and advise on its batch size"
     )
@@ -110,31 +138,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("runs/advice"), help="folder of the report"
     )
     advise.set_defaults(command=_advise)
-
-    figures = commands.add_parser(
-        "figures", help="make figures/ and the README's numbers from notebooks/reference/"
-    )
-    figures.set_defaults(command=_figures)
-
-    bench = commands.add_parser("bench", help="time the training against the usual loop")
-    bench.add_argument("--out", type=Path, help="JSON file to write the rows to")
-    bench.add_argument("--dataset", default="mnist", help="whose images (default: mnist)")
-    bench.add_argument("--images", type=int, default=13_500, help="images of a timed epoch")
-    bench.add_argument("--repeats", type=int, default=5, help="timed epochs of each loop")
-    bench.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    bench.set_defaults(command=_bench)
-
-    peers = commands.add_parser(
-        "peers", help="run other libraries' accumulation (needs the extra: pip install -e .[peers])"
-    )
-    peers.set_defaults(command=_peers)
-
-    gpu = commands.add_parser("gpu-check", help="check and measure everything on a GPU")
-    gpu.add_argument("--out", type=Path, required=True, help="folder of gpu.json and gpu.txt")
-    gpu.add_argument("--device", default="cuda", help="cuda, or cpu to try the command itself")
-    gpu.add_argument("--quick", action="store_true", help="shrink every stage")
-    gpu.set_defaults(command=_gpu_check)
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -283,7 +286,7 @@ def _gpu_check(options: argparse.Namespace) -> int:
     return int(not run_gpu_check(options.out, options.device, options.quick))
 
 
-def _peers(_: argparse.Namespace) -> int:
+def _libraries(_: argparse.Namespace) -> int:
     from nbutils.report.libraries import observe_all
 
     try:

@@ -9,11 +9,9 @@ import hashlib
 import json
 import os
 import uuid
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +53,12 @@ def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
         if not client.nthreads():
             print(f"Waiting for a worker; `dask worker {address}` starts one", flush=True)
             client.wait_for_workers(1)
-        gpu = _check_workers(client, out.absolute())
-        resources = {"GPU": 1} if gpu else None
+        resources = {"GPU": 1} if _check_workers(client, out.absolute()) else None
         yield _SameCode(client.get_executor(pure=False, resources=resources))
 
 
 def _check_workers(client: Any, out: Path) -> bool:
     """Refuse workers that cannot make runs of the study; whether any of them declares a GPU."""
-    code, torch, gpu, faults = code_version(), version("torch"), False, []
     folder = next(path for path in (out, *out.parents) if path.is_dir())
     mark = folder / f".seen-by-workers-{uuid.uuid4().hex}"
     mark.touch()
@@ -70,17 +66,16 @@ def _check_workers(client: Any, out: Path) -> bool:
         answers = client.run(_describe, str(mark), on_error="return")
     finally:
         mark.unlink(missing_ok=True)
+    code, gpu, faults = code_version(), False, []
     for worker, found in sorted(answers.items()):
         if isinstance(found, BaseException):
             faults.append(f"{worker} has no nbutils that works ({found!r})")
-            continue
-        gpu = gpu or found["gpu"]
-        if found["code"] != code:
+        elif found["code"] != code:
             faults.append(f"{worker} has the nbutils {found['code']}, not {code} as here")
         elif not found["sees"]:
             faults.append(f"{worker} does not see the folder {folder}")
-        elif found["torch"] != torch:
-            warnings.warn(f"{worker} has torch {found['torch']}, not {torch}", stacklevel=4)
+        else:
+            gpu = gpu or found["gpu"]
     if faults:
         raise InputError(
             f"{'; '.join(faults)}; all workers need the same code and a disk that they share"
@@ -89,10 +84,9 @@ def _check_workers(client: Any, out: Path) -> bool:
 
 
 def _describe(mark: str, dask_worker: Any) -> dict[str, Any]:
-    """What a worker has: its code of nbutils, its torch, a GPU, and whether it sees the folder."""
+    """What a worker has: its code of nbutils, a GPU, and whether it sees the folder."""
     gpu = "GPU" in dask_worker.state.total_resources
-    sees = os.access(mark, os.W_OK)
-    return {"code": code_version(), "torch": version("torch"), "gpu": gpu, "sees": sees}
+    return {"code": code_version(), "gpu": gpu, "sees": os.access(mark, os.W_OK)}
 
 
 def code_version() -> str:
@@ -107,7 +101,7 @@ def code_version() -> str:
 
 
 class _SameCode(Executor):
-    """Has tasks done by workers with the code of this machine; some may come later."""
+    """Has tasks done by workers that have the code of this machine; some may join later."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor, self._code = executor, code_version()
@@ -122,8 +116,6 @@ def _on_worker(code: str, task: Callable[..., Any], *args: Any, **kwargs: Any) -
 
     worker = get_worker()
     if code_version() != code:
-        raise InputError(
-            f"{worker.address} has the nbutils {code_version()}, not {code} as the command"
-        )
+        raise InputError(f"{worker.address} has the nbutils {code_version()}, not {code}")
     os.environ["OMP_NUM_THREADS"] = str(max(1, processors() // worker.state.nthreads))
     return task(*args, **kwargs)

@@ -37,9 +37,9 @@ def write_study(folder, **grid):
 
 def wait_for(condition):
     """What `condition` returns, once it is true."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (value := condition()):
-        assert time.monotonic() < end, "nothing happened within two minutes"
+        assert time.monotonic() < end, "nothing happened within five minutes"
         time.sleep(0.05)
     return value
 
@@ -196,7 +196,7 @@ def test_a_lost_scheduler_is_told(tmp_path, no_summary):
         wait_for(lambda: list(out.glob(".work/*/*/checkpoint.pt")))
         running = kernels(worker)
         frail.processes[0].send_signal(signal.SIGKILL)
-        assert command.result(timeout=120) == 1
+        assert command.result(timeout=300) == 1
         assert_end(running)
     assert list(run_status(out).values()) == ["failed: cancelled: the scheduler was lost"]
 

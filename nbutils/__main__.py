@@ -52,9 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("reference", type=Path)
     export.set_defaults(command=_export)
 
-    figures = commands.add_parser(
-        "figures", help="make figures/ and the README's numbers from notebooks/reference/"
-    )
+    figures = commands.add_parser("figures", help="make figures/ and the README's numbers")
     figures.set_defaults(command=_figures)
 
     bench = commands.add_parser("bench", help="time the training against the usual loop")
@@ -87,7 +85,7 @@ def _add_run(commands: Any) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE[,VALUE...]",
-        help="settings in place of the study's, each one or several values (may be repeated)",
+        help="one or several values in place of the study's (may be repeated)",
     )
     where = run.add_mutually_exclusive_group()
     where.add_argument("--jobs", type=int, help="runs side by side (default: from the machine)")
@@ -108,9 +106,7 @@ def _add_run(commands: Any) -> None:
 
 
 def _add_advise(commands: Any) -> None:
-    advise = commands.add_parser(
-        "advise", help="measure a classifier of yours and advise on its batch size"
-    )
+    advise = commands.add_parser("advise", help="advise on the batch size of a training of yours")
     advise.add_argument("--model", required=True, help="what makes it, as package.module:factory")
     advise.add_argument(
         "--dataset",
@@ -134,9 +130,8 @@ def _add_advise(commands: Any) -> None:
     advise.add_argument("--time-budget", default="10min", help="such as 90s (default: 10min)")
     advise.add_argument("--optimizer", default="adam", help="adam (default) or sgd")
     advise.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    advise.add_argument(
-        "--out", type=Path, default=Path("runs/advice"), help="folder of the report"
-    )
+    out = Path("runs/advice")
+    advise.add_argument("--out", type=Path, default=out, help=f"folder of the report ({out})")
     advise.set_defaults(command=_advise)
 
 

@@ -144,7 +144,7 @@ def check_whole(update: Update, findings: Findings) -> None:
     elif factors is not None and (factors == 0).any():
         findings.add(
             "whole gradient",
-            "an update had the gradient of its last micro-batch only",
+            "the gradient of earlier micro-batches of the window was lost before the update",
             "call optimizer.zero_grad() before the window, not before each micro-batch",
         )
 

@@ -108,7 +108,7 @@ def _verdicts(returned: Any, losses: EpochLosses, steps: int) -> list[Verdict]:
 def _judge_number(value: float, losses: EpochLosses, steps: int) -> Verdict:
     means = [mean for mean, _ in losses.batches]
     windows = [mean for mean, _ in losses.windows]
-    sums = [losses.mean * losses.images, sum(means), sum(windows)]
+    sums = [losses.every * losses.images, sum(means), sum(windows)]
     right = [losses.mean, losses.every, sums[0], means[-1], *windows[-1:]]
     if _among(value, right):
         return "right", ""

@@ -18,7 +18,7 @@ Batch = tuple[Tensor, Tensor]
 """Images and labels of a micro-batch."""
 
 ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, (1, 24, 1)
-SMALL, LARGE = 2.0**-20, 1e3
+SMALL, LARGE = 2.0**-20, 2.0**20
 PROBES = {
     "full": ((4, 4, 4, 4, 4, 4), SMALL),
     "unequal": ((4, 4, 4, 4, 4, 1), SMALL),

@@ -145,14 +145,8 @@ def _run(options: argparse.Namespace) -> int:
     study = load_study(options.study, overrides)
     out = options.out or study.default_folder
     with _executor(options.scheduler, out) as executor:
-        failures = run_study(
-            study,
-            out,
-            options.jobs,
-            executor,
-            time_limit=options.time_limit,
-            on_oom=options.on_oom,
-        )
+        limits = {"time_limit": options.time_limit, "on_oom": options.on_oom}
+        failures = run_study(study, out, options.jobs, executor, **limits)
     if failures:
         for run_id, cause in failures.items():
             print(f"failed: {run_id}: {cause}", file=sys.stderr)
@@ -293,6 +287,8 @@ def _libraries(_: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr] # not all print all text
     status = main()
     if status == INTERRUPTED:
         sys.stdout.flush()

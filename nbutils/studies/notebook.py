@@ -120,7 +120,7 @@ def execute_notebook(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     path = notebook_path(notebook)
     check_parameters(notebook, parameters)
-    environment = {"TQDM_DISABLE": "1"}
+    environment = {"TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_PIPE_FOLDER

@@ -1,6 +1,7 @@
 """What tests of studies share: a real finished study, and studies without notebooks."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import Executor, Future
@@ -50,9 +51,13 @@ def finished(tmp_path_factory, content_of):
     """A study that a real command has made, in a locale without UTF-8; to be left as it is."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "two.yaml").write_text(STUDY)
-    command = ["run", folder / "two.yaml", "--out", folder / "out", "--jobs", "2"]
+    arguments = ["run", folder / "two.yaml", "--out", folder / "out", "--jobs", "2"]
     run = subprocess.run(
-        [sys.executable, "-m", "nbutils", *command], capture_output=True, text=True, cwd=folder
+        [sys.executable, "-m", "nbutils", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
     )
     assert run.returncode == 0, run.stderr
     return SimpleNamespace(

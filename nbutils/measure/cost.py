@@ -26,13 +26,12 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
 from tqdm.auto import tqdm
 
 from nbutils.accumulation.window import accumulate_gradient
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress
-from nbutils.measure.factory import Factory, find_factory
+from nbutils.measure.factory import Factory, find_factory, make_model
 from nbutils.measure.memory import begin_peak, peak
 from nbutils.measure.process import OutOfMemory, in_own_process
 from nbutils.training.setup import resolve_device
@@ -120,53 +119,54 @@ def measure(
             f"image, and at least 1 image"
         )
     _check(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
-    make_model = find_factory(factory)
-    make_optimizer = options.get("optimizer", torch.optim.Adam)
-    losses_of = options.get("losses", cross_entropies)
     # A copy: pickling a slice takes along the whole tensor.
     used = torch.arange(min(batch_size * accumulation_steps, len(images)))
-    images, labels = images[used].detach().cpu(), labels[used].detach().cpu()
-
-    def prepare(device: torch.device) -> Callable[[], Update]:
-        on_device = images.to(device), labels.to(device)
-
-        def start() -> Update:
-            model = _made(make_model, device, on_device[0])
-            optimizer = make_optimizer(model.parameters())
-
-            def losses(chosen: Tensor) -> Tensor:
-                return losses_of(model, (on_device[0][chosen], on_device[1][chosen]))
-
-            def update(window: Sequence[Tensor]) -> None:
-                optimizer.zero_grad()
-                accumulate_gradient(model, window, losses)
-                optimizer.step()
-
-            return update
-
-        return start
-
+    prepare = partial(
+        _prepare,
+        find_factory(factory),
+        options.get("optimizer", torch.optim.Adam),
+        options.get("losses", cross_entropies),
+        images[used].detach().cpu(),
+        labels[used].detach().cpu(),
+    )
     device = options.get("device", "auto")
     return measure_updates(
         prepare, len(used), batch_size, accumulation_steps, device=device, updates=updates
     )
 
 
+def _prepare(
+    factory: Factory,
+    make_optimizer: OptimizerFactory,
+    losses_of: Losses,
+    images: Tensor,
+    labels: Tensor,
+    device: torch.device,
+) -> Callable[[], Update]:
+    """What `measure_updates` asks for, of a model that takes images."""
+    images, labels = images.to(device), labels.to(device)
+
+    def start() -> Update:
+        model = make_model(factory, device, images)
+        optimizer = make_optimizer(model.parameters())
+
+        def losses(chosen: Tensor) -> Tensor:
+            return losses_of(model, (images[chosen], labels[chosen]))
+
+        def update(window: Sequence[Tensor]) -> None:
+            optimizer.zero_grad()
+            accumulate_gradient(model, window, losses)
+            optimizer.step()
+
+        return update
+
+    return start
+
+
 def cross_entropies(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """The cross-entropy of each image, shape (n,)."""
     images, labels = batch
     return F.cross_entropy(model(images), labels, reduction="none")
-
-
-def _made(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
-    model.to(device)
-    if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
-        with torch.no_grad():  # a first pass gives lazy layers their weights
-            model.eval()(images[:2])
-    return model.train()
 
 
 def measure_updates(
@@ -201,16 +201,9 @@ def measure_updates(
     window = (torch.arange(size) % examples).split(batch_size)
     number = 1 + max(updates, math.ceil(PASSES / accumulation_steps))
     work = partial(_peak_and_seconds, prepare, window, number, resolved, torch.get_num_threads())
-    peak_memory, seconds = in_own_process(work)
-    return Cost(
-        batch_size,
-        accumulation_steps,
-        size,
-        peak_memory,
-        seconds,
-        size / seconds,
-        device_name(resolved),
-    )
+    memory, seconds = in_own_process(work)
+    name = device_name(resolved)
+    return Cost(batch_size, accumulation_steps, size, memory, seconds, size / seconds, name)
 
 
 def _peak_and_seconds(
@@ -260,12 +253,12 @@ def measure_grid(
     """Measure several settings in turn, and repeat, so that drift affects all of them alike.
 
     Args:
-        factory: As in `measure`, like all arguments that are not named here.
+        factory: As in `measure`, like `images`, `labels`, `updates` and `options`.
         images: The images.
         labels: Their classes.
         settings: Pairs of batch size and accumulation steps.
         repeats: Measurements of each setting, >= 1.
-        updates: The least number of timed updates in a measurement.
+        updates: The least number of timed updates.
         **options: As in `Options`.
 
     Returns:

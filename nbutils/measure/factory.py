@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from nbutils.errors import InputError
 
@@ -44,6 +46,22 @@ def find_factory(factory: Factory | str) -> Factory:
     if not callable(found):
         raise InputError(f"factory = {factory!r}, but it must be callable and return the model")
     return found
+
+
+def make_model(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:
+    """A new model on `device` in training mode, its lazy layers filled by a pass of two `images`.
+
+    Raises:
+        TypeError: The factory returned something else.
+    """
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
+    model.to(device)
+    if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
+        with torch.no_grad():
+            model.eval()(images[:2])
+    return model.train()
 
 
 def describe(error: BaseException) -> str:

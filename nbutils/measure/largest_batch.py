@@ -82,13 +82,7 @@ def largest_batch_size(
         except OutOfMemory:
             return None
 
-    def smallest() -> tuple[int, int | None]:
-        with suppress(InputError):
-            return 1, peak(1)
-        size = min(2, largest)
-        return size, peak(size)
-
-    size, needs = smallest()
+    size, needs = _smallest(peak, largest)
     if needs is None or needs > limit:
         found = "more than there is" if needs is None else format_memory(needs)
         raise InputError(
@@ -98,6 +92,14 @@ def largest_batch_size(
     tried = search(peak, {size: needs}, limit, largest)
     fitting = max(size for size, needs in tried.items() if needs is not None and needs <= limit)
     return LargestBatch(fitting, tried[fitting] or 0, limit, tried)
+
+
+def _smallest(peak: Callable[[int], int | None], largest: int) -> tuple[int, int | None]:
+    """The smallest size that can be trained, and its peak."""
+    with suppress(InputError):
+        return 1, peak(1)
+    size = min(2, largest)
+    return size, peak(size)
 
 
 def search(

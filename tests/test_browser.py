@@ -100,6 +100,7 @@ def lab(tmp_path_factory):
         "PYTHONPATH": str(ROOT),
     }
     arguments = [f"--notebook-dir={folder / 'notebooks'}", "--no-browser", "--port=0"]
+    arguments += ["--expose-app-in-browser"]
     arguments += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
     with (
         open(folder / "log.txt", "w") as log,
@@ -143,14 +144,14 @@ def notebook(request, lab, browser):
     page.wait_for_selector("text=| Idle")
     page.click(".lm-MenuBar-item:has-text('Run')")
     page.click("[data-command='runmenu:run-all']")
-    codes = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    # Collapsed cells show no count, so the application is asked.
     page.wait_for_function(
-        """count => {
-          const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')];
-          const done = prompts.filter(prompt => /\\d/.test(prompt.innerText)).length;
-          return done == count || document.querySelector('[data-mime-type$="error"]');
-        }""",
-        arg=len(codes),
+        """() => {
+          const cells = window.jupyterapp.shell.currentWidget.content.widgets;
+          const codes = cells.filter(cell => cell.model.type == 'code').map(cell => cell.model);
+          return codes.every(model => model.executionCount && model.executionState != 'running')
+            || document.querySelector('[data-mime-type$="error"]');
+        }"""
     )
     page.wait_for_timeout(1000)  # pictures and widgets are drawn after the last cell ends
     take_screenshot(page, path.stem)

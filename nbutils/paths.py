@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The repository: notebooks are read from it, so nbutils is installed in place (`pip install -e`)."""
+"""The repository. nbutils reads notebooks from it, so it is installed with `pip install -e`."""
 
 NOTEBOOKS = ROOT / "notebooks"
 STUDIES = NOTEBOOKS / "studies"

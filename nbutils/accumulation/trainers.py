@@ -1,0 +1,161 @@
+"""Loops that live in a trainer: adapters with which the checker watches them.
+
+A trainer runs all epochs itself and may make its own optimizer. So the adapter takes a function
+that trains the model of one run, and a callback that says where an epoch ends and which loss was
+logged:
+
+    def fit(run):
+        trainer = Trainer(accumulate_grad_batches=3, max_epochs=2,
+                          callbacks=[lightning_callback(run)])
+        trainer.fit(MyModule(run.probe.model), loader_of(run))
+
+    print(check_accumulation(TrainerLoop(fit)))
+
+Let the trainer accumulate 3 micro-batches for 2 epochs, keep the order of the batches, and use
+plain SGD at `run.probe.learning_rate`. There is a callback for Lightning, for transformers'
+Trainer, and for Keras on torch. A loop with Accelerate calls `watch_schedule(run, schedule)` before
+it begins, and `run.end_epoch(loss)` after each epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from nbutils.accumulation.check.probe import BATCH_SIZE, Probe
+from nbutils.accumulation.check.watch import Run, watch
+
+Fit = Callable[[Run], Any]
+"""Trains `run.probe.model` on `loader_of(run)` for `run.probe.epochs` epochs."""
+
+
+class TrainerLoop:
+    """A function that runs a whole training, as `check_accumulation` takes it.
+
+    Args:
+        fit: Called once for each probe; the module's text shows one.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+
+    def run_on(self, probe: Probe) -> Run:
+        """Train the model of a probe and watch.
+
+        Raises:
+            ValueError: The function did not tell where each epoch ends.
+        """
+        with watch(probe) as run:
+            self.fit(run)
+        if len(run.returned) != probe.epochs:
+            raise ValueError(
+                f"the trainer ended {len(run.returned)} epochs, not {probe.epochs}: train for "
+                f"run.probe.epochs epochs, and give the trainer the callback of this run, or call "
+                f"run.end_epoch(loss) after each epoch"
+            )
+        return run
+
+
+def loader_of(run: Run) -> DataLoader[Any]:
+    """The images and labels of a probe as a DataLoader, in micro-batches of 4, not shuffled."""
+    return DataLoader(run.probe.batches.dataset, batch_size=BATCH_SIZE)
+
+
+def watch_schedule(run: Run, schedule: Any) -> None:
+    """Record the steps of a torch schedule that a trainer or a loop has made."""
+    step = schedule.step
+
+    def recorded_step(*args: Any, **kwargs: Any) -> None:
+        if not args and not kwargs:  # a step with a metric is a plateau schedule's
+            run.schedule.append(len(run.updates))
+        step(*args, **kwargs)
+
+    schedule.step = recorded_step
+
+
+def lightning_callback(run: Run) -> Any:
+    """A callback for Lightning's Trainer; reads the first metric whose name has "loss" in it."""
+    from lightning.pytorch import Callback
+
+    class Watch(Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            for config in trainer.lr_scheduler_configs:
+                watch_schedule(run, config.scheduler)
+
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            metrics = trainer.callback_metrics
+            run.end_epoch(next((metrics[name] for name in metrics if "loss" in name), None))
+
+    return Watch()
+
+
+def transformers_callback(run: Run) -> Any:
+    """A callback for transformers' Trainer; reads what is logged as `loss`.
+
+    The Trainer must not shuffle: `train_sampling_strategy="sequential"`. Its model takes images
+    and labels under the names that the data collator gives them.
+    """
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        losses: list[float]
+
+        def on_train_begin(self, *_: Any, lr_scheduler: Any = None, **__: Any) -> None:
+            watch_schedule(run, lr_scheduler)
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.losses = []
+
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            if "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            run.end_epoch(self.losses)  # the loss of an epoch is logged into it after this call
+
+    return Watch()
+
+
+def keras_callback(run: Run) -> Any:
+    """A callback for Keras on torch, for a model that wraps `run.probe.model`.
+
+    Wrap it with `keras.layers.TorchModuleWrapper`, and before that set
+    `keras.config.set_floatx("float64")`.
+    """
+    import keras
+
+    class Counted(keras.optimizers.schedules.LearningRateSchedule):
+        """A schedule that records how far Keras has counted when it asks for the rate."""
+
+        def __init__(self, schedule: Any) -> None:
+            self.schedule, self.steps = schedule, 0
+
+        def __call__(self, step: Any) -> Any:
+            run.schedule.extend([len(run.updates)] * (int(step) - self.steps))
+            self.steps = int(step)
+            return self.schedule(step)
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_begin(self, logs: Any = None) -> None:
+            optimizer = self.model.optimizer
+            if isinstance(
+                optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
+            ):
+                optimizer._learning_rate = Counted(optimizer._learning_rate)
+            update = optimizer._backend_update_step
+
+            def recorded_update(gradients: Any, *args: Any) -> None:
+                run.record_update(gradients[0])  # hooks on torch's optimizers do not see Keras's
+                update(gradients, *args)
+
+            optimizer._backend_update_step = recorded_update
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            _ = self.model.optimizer.learning_rate  # asks the schedule
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            run.end_epoch((logs or {}).get("loss"))
+
+    return Watch()

@@ -1,0 +1,128 @@
+"""Accelerate, and transformers' Trainer with four kinds of model, as their documentation shows."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nbutils.accumulation.trainers import transformers_callback
+from nbutils.report.libraries.task import BATCH_SIZE, EPOCHS, STEPS, Task, constant_rate
+
+
+def accelerate(task: Task, prepare_loader: bool = True) -> None:
+    """`Accelerator.accumulate`."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=STEPS)
+    model, optimizer = accelerator.prepare(task.model, task.optimizer())
+    schedule = accelerator.prepare(task.schedule(optimizer.optimizer))
+    loader = accelerator.prepare(task.loader) if prepare_loader else task.loader
+    for _ in range(EPOCHS):
+        for images, labels in loader:
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(images), labels))
+                if task.clip and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), task.clip)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+        task.end_epoch()
+
+
+def accelerate_unprepared(task: Task) -> None:
+    """`Accelerator.accumulate` over a DataLoader that did not go through `prepare`."""
+    accelerate(task, prepare_loader=False)
+
+
+def _train(task: Task, model: nn.Module) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        images, labels = zip(*samples, strict=True)
+        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
+
+    optimizer = task.optimizer()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            use_cpu=True,
+            per_device_train_batch_size=BATCH_SIZE,
+            gradient_accumulation_steps=STEPS,
+            num_train_epochs=EPOCHS,
+            max_grad_norm=task.clip or 0.0,
+            train_sampling_strategy="sequential",
+            logging_strategy="epoch",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        Trainer(
+            *(model, arguments, collate, task.dataset),
+            optimizers=(optimizer, constant_rate(optimizer)),
+            callbacks=[transformers_callback(task.run)],
+        ).train()
+
+
+class _Classifier(nn.Module):
+    """Returns its own loss, as the Trainer wants it."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.table = task.model
+
+    def loss(self, pixel_values: Tensor, labels: Tensor, images: Any = None) -> dict[str, Tensor]:
+        logits = self.table(pixel_values)
+        if images is None:
+            return {"loss": F.cross_entropy(logits, labels)}
+        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / images}
+
+
+def transformers_plain(task: Task) -> None:
+    """The Trainer with a model that takes images and labels only."""
+
+    class Model(_Classifier):
+        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            return self.loss(pixel_values, labels)
+
+    _train(task, Model(task))
+
+
+def transformers_kwargs(task: Task) -> None:
+    """The Trainer with a model that takes `**kwargs` and does nothing with them."""
+
+    class Model(_Classifier):
+        def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+            return self.loss(pixel_values, labels)
+
+    _train(task, Model(task))
+
+
+def transformers_num_items(task: Task) -> None:
+    """The Trainer with a model that divides by `num_items_in_batch`."""
+
+    class Model(_Classifier):
+        def forward(
+            self, pixel_values: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any
+        ) -> dict[str, Tensor]:
+            return self.loss(pixel_values, labels, num_items_in_batch)
+
+    _train(task, Model(task))
+
+
+def transformers_resnet(task: Task) -> None:
+    """The Trainer with `ResNetForImageClassification`, whose last layer is the model to train."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
+
+    class Backbone(nn.Module):
+        def forward(self, pixel_values: Tensor, **_: Any) -> Any:
+            return BaseModelOutputWithPoolingAndNoAttention(pooler_output=pixel_values)
+
+    config = ResNetConfig(num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1])
+    model = ResNetForImageClassification(config)
+    model.resnet, model.classifier = Backbone(), task.model
+    _train(task, model)

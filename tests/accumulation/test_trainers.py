@@ -1,0 +1,61 @@
+from importlib.util import find_spec
+
+import pytest
+
+from nbutils.accumulation.check import PROBES, judge, make_probe
+from nbutils.accumulation.trainers import TrainerLoop, loader_of, watch_schedule
+from nbutils.report.libraries import hugging_face, others
+from nbutils.report.libraries.task import Task, this_project
+
+
+def rules_broken_by(fit):
+    loop = TrainerLoop(fit)
+    return set(judge({name: loop.run_on(make_probe(name)) for name in PROBES}).rules)
+
+
+def test_a_right_trainer_breaks_no_rule():
+    assert rules_broken_by(lambda run: this_project(Task(run))) == set()
+
+
+def test_steps_of_a_schedule_are_watched():
+    def fit(run):
+        task = Task(run)
+        optimizer = task.optimizer()
+        schedule = task.schedule(optimizer)
+        for _ in range(run.probe.epochs):
+            for images, _labels in loader_of(run):
+                task.model(images).sum().backward()
+                optimizer.step()
+                schedule.step()
+                schedule.step()
+            run.end_epoch()
+
+    assert "schedule" in rules_broken_by(fit)
+    assert watch_schedule.__doc__
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_an_epoch_that_is_not_told_is_an_error(epochs):
+    def fit(run):
+        for _ in range(epochs):
+            run.end_epoch()
+
+    with pytest.raises(ValueError, match=f"ended {epochs} epochs, not 2"):
+        TrainerLoop(fit).run_on(make_probe("full"))
+
+
+LIBRARIES = {
+    "lightning": (others.lightning, {"equal weight", "short window"}),
+    "transformers": (hugging_face.transformers_resnet, {"division", "equal weight", "logged loss"}),
+    "accelerate": (hugging_face.accelerate, {"equal weight", "short window"}),
+    "keras": (others.keras, {"equal weight", "one epoch", "schedule"}),
+}
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_the_mistakes_of_real_trainers_are_named(name, monkeypatch):
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed; it comes with the extra 'peers'")
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    train, rules = LIBRARIES[name]
+    assert rules_broken_by(lambda run: train(Task(run))) == rules

@@ -1,0 +1,113 @@
+from importlib.metadata import PackageNotFoundError, version
+
+import pandas as pd
+import pytest
+
+from nbutils.errors import InputError
+from nbutils.report.libraries import libraries_notes, libraries_table, measure, observe_all, table
+
+RECORD = pd.read_csv(table.FOLDER / "libraries.csv")
+VERSIONS = pd.read_csv(table.FOLDER / "versions.csv", dtype=str, index_col="package")
+PACKAGES = sorted({library.package for library in measure.LIBRARIES.values()} - {""})
+
+
+def recorded(library: str) -> pd.DataFrame:
+    return RECORD[RECORD["library"] == library].set_index("probe")
+
+
+def test_this_project_is_right_in_every_probe():
+    rows = measure.observe("this project")
+    assert {row["probe"]: row["verdict"] for row in rows} == dict.fromkeys(measure.PROBES, "right")
+
+
+def test_the_record_has_every_library_and_probe():
+    run = [name for name in measure.LIBRARIES if name in set(RECORD["library"])]
+    assert len({measure.LIBRARIES[name].package for name in run} - {""}) >= 8
+    for name in run:
+        assert recorded(name).index.tolist() == list(measure.PROBES)
+    for package in PACKAGES:
+        versions = VERSIONS.loc[package]
+        assert pd.notna(versions["not_run"]) or (versions[["version", "torch"]].notna().all())
+
+
+@pytest.mark.parametrize(
+    ("library", "probe", "verdict"),
+    [
+        ("accelerate", "short last window", "divided by a full window"),
+        ("accelerate, loader not prepared", "short last window", "carried over"),
+        ("transformers, ResNetForImageClassification", "full window", "not divided"),
+        ("transformers, ResNetForImageClassification", "logged loss", "multiplied by the steps"),
+        ("transformers, model with num_items_in_batch", "unequal tokens", "right"),
+        ("keras", "schedule", "each micro-batch"),
+        ("fastai", "unequal micro-batches", "carried over"),
+        ("poutyne", "clipping", "each micro-batch"),
+        ("torchtnt", "logged loss", "divided by the steps"),
+    ],
+)
+def test_the_notes_say_what_is_in_the_record(library, probe, verdict):
+    assert recorded(library).loc[probe, "verdict"] == verdict
+    assert library.partition(",")[0] in libraries_notes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_library_does_again_what_is_in_the_record(package):
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        pytest.skip(f"{package} is not installed; it comes with the extra 'peers'")
+    if installed != VERSIONS.loc[package, "version"]:
+        pytest.skip(f"the record is of {package} {VERSIONS.loc[package, 'version']}")
+    rows = pd.DataFrame(table._observe_in_process(package)["rows"])
+    expected = RECORD[RECORD["library"].isin(rows["library"])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(rows, expected, rtol=1e-4)
+
+
+def rows_of(package: str, verdict: str) -> list[dict[str, object]]:
+    return [
+        {"library": name, "probe": probe, "measured": 0.6667, "verdict": verdict}
+        for name, library in measure.LIBRARIES.items()
+        if library.package == package
+        for probe in measure.PROBES
+    ]
+
+
+def test_a_crash_is_recorded_and_a_missing_library_keeps_its_rows(tmp_path, monkeypatch):
+    found = {
+        "": {"torch": "2.0", "rows": rows_of("", "right")},
+        "keras": {"torch": "2.0", "rows": rows_of("keras", "carried over")},
+        "lightning": {"torch": "2.0", "rows": rows_of("lightning", "divided by a full window")},
+    }
+    monkeypatch.setattr(table, "_observe_in_process", lambda package: dict(found[package]))
+    monkeypatch.setattr(table, "_version", lambda package: "1.0" if package in found else None)
+    observe_all(tmp_path)
+    assert libraries_table(tmp_path).to_dict("index") == {
+        "this project 1.0": dict.fromkeys(measure.PROBES, "✓"),
+        "lightning 1.0": dict.fromkeys(measure.PROBES, "0.667")
+        | dict.fromkeys(["clipping", "schedule"], "divided by a full window"),
+        "keras 1.0": dict.fromkeys(measure.PROBES, "carried over"),
+    }
+    assert "Not run: fastai, because it is not installed." in libraries_notes(tmp_path)
+
+    found["lightning"] = {"not_run": "ValueError: no CPU"}
+    del found["keras"]
+    before = libraries_table(tmp_path)
+    observe_all(tmp_path)
+    after = libraries_table(tmp_path)
+    pd.testing.assert_frame_equal(after, before.drop("lightning 1.0"))
+    assert "Not run: lightning, because ValueError: no CPU." in libraries_notes(tmp_path)
+
+
+def test_a_failing_library_is_told_by_its_last_line():
+    if table._version("poutyne") is not None:
+        pytest.skip("poutyne is installed, so it does not fail")
+    assert table._observe_in_process("poutyne") == {
+        "not_run": "ModuleNotFoundError: No module named 'poutyne'"
+    }
+
+
+def test_without_any_library_the_record_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_version", lambda package: None if package else "")
+    with pytest.raises(InputError, match=r"pip install -e '\.\[peers\]'"):
+        observe_all(tmp_path)
+    assert not list(tmp_path.iterdir())

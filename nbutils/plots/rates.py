@@ -8,7 +8,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.patheffects import withStroke
 
 from nbutils.plots.style import MARKERS, RED, fixed_ticks, label_ends, plain_log_ticks
 
@@ -33,7 +32,9 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
     ax.pcolormesh(*edges, errors, cmap=colours, norm=shades, edgecolor="white")
     for _, row in table.iterrows():
         shade, learnt = float(shades(1 - row["validation_accuracy"])), row["outcome"] == "learnt"
-        text = ax.text(
+        # The box hides what is drawn over the map behind the number.
+        box = {"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5}
+        ax.text(
             row["effective_batch_size"],
             row["learning_rate"],
             f"{100 * row['validation_accuracy']:.1f}" if learnt else row["outcome"],
@@ -43,9 +44,8 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
             ha="center",
             va="center",
             zorder=4,
+            bbox=box,
         )
-        # What is drawn over the map passes behind the numbers.
-        text.set_path_effects([withStroke(linewidth=4, foreground=colours(shade))])
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="learning rate")
     fixed_ticks(ax.xaxis, sizes)
     fixed_ticks(ax.yaxis, rates)

@@ -1,6 +1,6 @@
 """The README and the figures, made from `notebooks/reference/`: `python -m nbutils figures`.
 
-The text of the README is the template `README.md.j2` beside this file; every number and table in
+The text of the README is the template `README.md.jinja` beside this file; every number and table in
 it is a variable that is computed here.
 """
 
@@ -35,7 +35,7 @@ from nbutils.report.libraries import libraries_notes, libraries_table
 from nbutils.studies.notebook import execute_notebook
 from nbutils.studies.reference import load_tables
 
-TEMPLATE = Path(__file__).with_name("README.md.j2")
+TEMPLATE = Path(__file__).with_name("README.md.jinja")
 FIGURE_NOTEBOOKS = (
     "01_data_and_model",
     "04_summary",

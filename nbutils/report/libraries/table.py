@@ -149,13 +149,16 @@ to one among four. *Unequal tokens*: the same for a token where the others are p
 Otherwise it carries the rest over into the next epoch without a warning.
 - transformers' Trainer does not divide if the model's `forward` takes `**kwargs`: it expects the \
 model to divide by `num_items_in_batch`. A model that does not, such as \
-`ResNetForImageClassification`, gets the gradient and logs the loss times the accumulation steps.
+`ResNetForImageClassification`, gets the gradient and logs the loss times the accumulation steps. \
+Otherwise the Trainer logs a mean over micro-batches or, with `num_items_in_batch`, over updates; \
+pytorch-ignite's `Average` is a mean over micro-batches.
 - Keras counts its schedule in micro-batches, so a schedule made for updates ends too early.
 - fastai counts images, so a smaller last micro-batch also leaves a window open. Its schedule is a \
 function of the fraction of training done, so asking it at each micro-batch does no harm. It logs \
 a smoothed loss.
 - poutyne clips after each micro-batch, before it divides by the number of images. \
-pytorch-accelerated clips after each micro-batch, by value.
+pytorch-accelerated clips after each micro-batch, by value. poutyne's schedules step once per \
+epoch by design.
 - torchtnt and pytorch-accelerated report the loss after its division by the accumulation steps.
 - composer was told to weight micro-batches by tokens (`accumulate_train_batch_on_tokens`). It \
 asks for a torch below 2.7.1, so it was run in an environment of its own."""

@@ -78,8 +78,8 @@ def assert_end(processes):
 def test_a_study_from_command_to_figure(finished):
     assert "2/2 runs done" in finished.progress
     assert "3 x 1200" in finished.printed
-    shown = [*finished.out.glob("*.png"), *finished.out.glob("*.svg")]
-    assert {path.suffix for path in shown} == {".png", ".svg"}
+    shown = list(finished.out.glob("*.svg"))
+    assert shown
     for path in [*shown, finished.out / "summary.ipynb"]:
         assert path.stat().st_size > 10_000
         assert str(path) in finished.printed

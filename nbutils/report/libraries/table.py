@@ -160,8 +160,8 @@ a smoothed loss.
 pytorch-accelerated clips after each micro-batch, by value. poutyne's schedules step once per \
 epoch by design.
 - torchtnt and pytorch-accelerated report the loss after its division by the accumulation steps.
-- composer was told to weight micro-batches by tokens (`accumulate_train_batch_on_tokens`). It \
-asks for a torch below 2.7.1, so it was run in an environment of its own."""
+- composer asks for a torch below 2.7.1, so it needs an environment of its own; there it is told \
+to weight micro-batches by tokens (`accumulate_train_batch_on_tokens`)."""
 
 
 def libraries_notes(folder: Path = FOLDER) -> str:

@@ -1,4 +1,4 @@
-"""What this machine and process have: processors, memory, a place to show progress."""
+"""What this machine and this process have: processors, memory, a terminal for progress bars."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def processors() -> int:
-    """Processors that this process may use; not every system tells."""
+    """Processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor_name() -> str:
-    """The processor's name as Linux tells it, else what Python knows."""
+    """The name of the processor, from Linux or else from Python."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,12 +41,12 @@ def device_name(device: torch.device) -> str:
 
 
 def no_progress() -> bool:
-    """Whether `$TQDM_DISABLE` asks for no progress: tqdm's bar for notebooks overlooks it."""
+    """Whether `$TQDM_DISABLE` is set, which tqdm's bar for notebooks ignores."""
     return bool(os.environ.get("TQDM_DISABLE"))
 
 
 def peak_resident_memory() -> int:
-    """Bytes: the most that this process has had resident so far."""
+    """The peak of the memory that this process has had resident so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -56,7 +56,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab"
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and hardware, for a record; `device` names what did the computing."""
+    """Versions and hardware, for a record; `device` is the name of what computed."""
     import torch
 
     return {

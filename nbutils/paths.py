@@ -24,7 +24,7 @@ def data_folder() -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write aside, wait for the disk, rename: at every instant `path` is the old file or the new.
+    """Replace a file so that at every instant it is the old one or the new one.
 
     A process that is killed meanwhile leaves a hidden file beside it, `.NAME.*`.
     """

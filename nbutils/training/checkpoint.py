@@ -19,11 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nbutils.paths import write_atomically
+from nbutils.paths import CHECKPOINT, PROGRESS, write_atomically
 from nbutils.training.result import KEPT_EPOCHS, history_of
-
-PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"
-"""Files of an unfinished run: its history so far, and its state."""
 
 UNREADABLE = (OSError, ValueError, pickle.UnpicklingError)
 """What reading a checkpoint raises when it is damaged."""

@@ -11,15 +11,6 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 
-def pytest_addoption(parser):
-    parser.addoption(
-        "--kills",
-        type=int,
-        default=0,
-        help="random instants at which tests/test_interrupted.py kills a study (default: none)",
-    )
-
-
 def pytest_configure(config):
     config.addinivalue_line("markers", "mnist: needs the full MNIST files in the data folder")
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
 from nbutils import InputError, load_runs
 from nbutils.studies import notebook as notebooks
@@ -35,18 +36,33 @@ def test_a_study_is_made_once_and_summed_up_only_when_a_record_is_newer(quick, t
     assert list(run_status(out)) == ids(quick.study(0, 1, 2))
 
 
-def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(quick, tmp_path):
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (MemoryError("no\nroom"), "MemoryError: no room"),
+        (
+            CellTimeoutError("A cell timed out, after 5 seconds.\nHere is a preview of it:\n..."),
+            "CellTimeoutError: A cell timed out, after 5 seconds.",
+        ),
+        (
+            DeadKernelError("Kernel died"),
+            "DeadKernelError: Kernel died; the system kills it when memory runs out",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_when_a_run_fails_the_others_go_on_and_it_is_tried_again(quick, tmp_path, error, cause):
     study, out = quick.study(0, 1), tmp_path / "out"
     bad, good = ids(study)
 
     def fail(parameters):
         if parameters["seed"] == 0:
-            raise MemoryError("no room")
+            raise error
 
     quick.before.append(fail)
-    assert quick.run(study, out) == {bad: "MemoryError: no room"}
+    assert quick.run(study, out) == {bad: cause}
     status = run_status(out)
-    assert status[bad] == "failed: MemoryError: no room"
+    assert status[bad] == f"failed: {cause}"
     assert status[good].startswith("done")
     assert "04_summary" not in quick.executed
     quick.before.clear()

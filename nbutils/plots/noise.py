@@ -87,7 +87,7 @@ def plot_updates_to_target(
         ax.plot(*places, "x", color=RED, transform=along, label="not reached")
     band = max(critical.low, x[0]), min(critical.high, x[-1])
     ax.axvspan(*band, color="0.9", zorder=0, label="critical batch size, 95 %")
-    ax.axvline(critical.value, color="0.5", linewidth=1)
+    ax.axvline(critical.value, ymax=0.86, color="0.5", linewidth=1)
     for border in regime_borders(critical.value):
         ax.axvline(border, color=RED, linewidth=1, linestyle="-.")
     borders = np.clip([x[0], *regime_borders(critical.value), x[-1]], x[0], x[-1])

@@ -137,6 +137,7 @@ def execute_notebook(
             execution_timeout=None if time_limit is None else math.ceil(time_limit),
             config=Config({"KernelManager": connection}),
             kernel_manager_class=_kernel_class(environment),
+            shutdown_kernel="immediate",  # else one that computes has 5 s to end by itself
         )
 
 

@@ -114,6 +114,7 @@ def assert_end(processes):
     assert alive == []
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_on_a_worker_is_told_and_the_others_are_made(one, tmp_path, no_summary):
     out = tmp_path / "out"
     assert one.run(write_study(tmp_path, device=["cpu", "cuda:77"]), out) == 1
@@ -142,6 +143,7 @@ def test_workers_with_other_code_are_refused_by_name_also_those_that_come_later(
     with new_cluster(tmp_path) as mixed:
         good = mixed.start_worker()
         with cluster(mixed.address, tmp_path) as executor:
+            assert executor.submit(os.getpid).result() == good.pid
             good.kill()
             mixed.start_worker(PYTHONPATH=str(other))
             (address,) = wait_for(lambda: set(mixed.client.nthreads()))

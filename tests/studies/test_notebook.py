@@ -108,7 +108,7 @@ def test_a_config_has_the_notebooks_variables_and_defaults():
         ("batch_size = 512", None),
     ],
 )
-def test_a_parameter_that_papermill_adds_by_itself_must_be_declared(monkeypatch, injected, message):
+def test_a_parameter_that_papermill_adds_must_be_declared(monkeypatch, injected, message):
     declared = 'batch_size: int = 128  # images\nout: str = ""  # folder'
     shell = SimpleNamespace(user_ns={"In": ["", declared, f"# Parameters\n{injected}\n"]})
     monkeypatch.setattr(import_module("IPython.core.getipython"), "get_ipython", lambda: shell)
@@ -118,3 +118,14 @@ def test_a_parameter_that_papermill_adds_by_itself_must_be_declared(monkeypatch,
     with pytest.raises(InputError) as error:
         config_from_parameters({})
     assert message in str(error.value)
+
+
+def test_papermill_by_itself_adds_the_cell_that_is_looked_for(probe, tmp_path):
+    path = tmp_path / "project" / "probe.ipynb"
+    content = nbformat.read(path, as_version=4)
+    content.cells[1].source = "from nbutils.studies import notebook\nnotebook." + (
+        "check_injected_parameters()"
+    )
+    nbformat.write(content, path)
+    with pytest.raises(papermill.PapermillExecutionError, match="no parameter 'batchsize'"):
+        papermill.execute_notebook(path, None, {"batchsize": 512}, progress_bar=False)

@@ -21,6 +21,7 @@ from nbutils.advise.race import Race, Setting, run_race
 from nbutils.advise.reasons import Measured
 from nbutils.advise.task import Losses, read_task
 from nbutils.advise.trials import Clock, recipe_for
+from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
 from nbutils.measure.cost import Cost
@@ -32,8 +33,8 @@ from nbutils.training.setup import resolve_device
 MARGIN = 0.1
 """Share of the memory budget that is to stay free."""
 
-SHARES = {"costs": 0.25, "noise": 0.1, "rates": 0.2}
-"""Of the time budget; the race has the rest."""
+SHARES = {"costs": 0.25, "noise": 0.1, "rates": 0.2, "race": 0.45}
+"""Of the time budget. The race has its share even if the others overran theirs."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def advise(
     with suppress(OutOfMemory):  # what takes long only once: starting the measuring processes
         update_cost(task, recipe.optimizer, place, 2)
     recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
+    mean_interval([0.0, 1.0])  # loads scipy
     clock, limit = Clock(seconds), memory * (1 - MARGIN)
 
     costs, bounded, left_out = trial_costs(
@@ -221,7 +223,8 @@ def advise(
     rates, missed = trial_rates(task, recipe, place, *sizes, first["images_per_second"], share)
     left_out += missed
     settings = entrants(costs, scale, rates, recipe, accumulate, bounded)
-    race = run_race(task, recipe, place, settings, clock.left)
+    share = max(clock.left, SHARES["race"] * seconds)
+    race = run_race(task, recipe, place, settings, share)
     costs = _confirmed(
         costs, race, lambda *sizes: update_cost(task, recipe.optimizer, place, *sizes)
     )
@@ -243,7 +246,7 @@ def _confirmed(costs: pd.DataFrame, race: Race, measure: Callable[..., Cost]) ->
     """The costs without assumed rows; the winner's is measured if need be."""
     known = costs[costs["measurements"] > 0]
     sizes = race.winner.batch_size, race.winner.accumulation_steps
-    if (known[["batch_size", "accumulation_steps"]] == sizes).all(axis=1).any():
+    if sizes in set(zip(known["batch_size"], known["accumulation_steps"], strict=True)):
         return known
     table = pd.concat([known, cost_table([measure(*sizes)])], ignore_index=True)
     return table.sort_values("effective_batch_size", ignore_index=True)

@@ -88,9 +88,10 @@ def entrants(
     """Who races, two to four settings.
 
     The usual setting; the size of the least time by the formula, at the best and the next best of
-    the rates tried; and another size, at least four times larger or smaller, at the best rate
-    scaled by the square root of the size. Where memory is the limit, that other size is an
-    accumulated one, so that the race tells what accumulation is worth.
+    the rates tried; and another size, at least four times larger or smaller, at the lower of those
+    rates scaled by the square root of the size: rates that win short trials tend to be too high for
+    longer ones. Where memory is the limit, that other size is an accumulated one, so that the race
+    tells what accumulation is worth.
 
     Args:
         costs: From `trial_costs`.
@@ -108,7 +109,7 @@ def entrants(
 
     def scaled(row: dict[str, Any]) -> float:
         factor = math.sqrt(row["effective_batch_size"] / first["effective_batch_size"])
-        return float(f"{best[0] * factor:.2g}")
+        return float(f"{min(best[:2]) * factor:.2g}")
 
     candidates = open_to_choice(costs, noise_scale, accumulate)
     candidates = candidates.assign(time=relative_time(candidates, noise_scale))

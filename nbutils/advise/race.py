@@ -1,7 +1,7 @@
 """The race that decides: a few settings train from one start for equal time.
 
 Successive halving: after each round the worse half stops, the rest goes on for as long again. The
-lowest validation loss so far judges. Turns are short and taken in rotation, so that other work on
+lowest validation loss so far judges, smoothed over three looks. Turns are short and taken in rotation, so that other work on
 the machine slows all alike; time spent on judging does not count. Then the winner meets the usual
 setting from further starts, where there is time.
 
@@ -35,8 +35,8 @@ JUDGING = 0.25
 EPOCHS = 30
 """The usual setting races for no longer: what more time tells is left to the reader's training."""
 
-ENOUGH = 100
-"""Updates of the first round that are worth more than a further start."""
+ENOUGH = 10
+"""Epochs of the usual setting. A longer race is worth more than further starts up to there."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class _Racer:
     @property
     def lowest(self) -> float:
         """The lowest validation loss so far."""
-        losses = [point["validation_loss"] for point in self.points]
-        return min((loss for loss in losses if math.isfinite(loss)), default=math.inf)
+        lowest = smooth(pd.DataFrame(self.points))["validation_loss"].min()
+        return lowest if math.isfinite(lowest) else math.inf
 
 
 @dataclass(frozen=True)
@@ -193,12 +193,11 @@ def _plan(
 ) -> tuple[float, int]:
     """Seconds of the first round for each setting, and the number of starts."""
     slowest = max(each.effective_batch_size / each.images_per_second for each in settings)
-    longest = EPOCHS * task.train.number / usual.images_per_second / 2 ** (rounds - 1)
+    end, epoch = 2 ** (rounds - 1), task.train.number / usual.images_per_second
     for starts in (3, 2, 1):
-        end = 2 ** (rounds - 1)
         turns = len(settings) + rounds + end / 2 + 2 * end * (starts - 1)
-        first = min(seconds * (1 - JUDGING) / turns, longest)
-        if first >= ENOUGH * slowest:
+        first = min(seconds * (1 - JUDGING) / turns, EPOCHS * epoch / end)
+        if first * end >= ENOUGH * epoch:
             break
     return max(first, SHORTEST * slowest), starts
 
@@ -245,7 +244,7 @@ def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, fl
     """
     ratios = []
     for _, of_start in points.groupby("start"):
-        mine, other = (of_start[of_start["setting"] == name] for name in (winner, usual))
+        mine, other = (smooth(of_start[of_start["setting"] == name]) for name in (winner, usual))
         if mine.empty or other.empty:
             continue
         target = max(mine["validation_loss"].min(), other["validation_loss"].min())
@@ -257,6 +256,12 @@ def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, fl
         return math.nan, math.nan, math.nan
     low, high = mean_interval(logs)
     return 1 - math.exp(sum(logs) / len(logs)), 1 - math.exp(high), 1 - math.exp(low)
+
+
+def smooth(points: pd.DataFrame) -> pd.DataFrame:
+    """With the mean loss of each look and the two before, so that no lucky look decides."""
+    losses = points["validation_loss"].astype(float).replace(math.inf, math.nan)
+    return points.assign(validation_loss=losses.rolling(3, min_periods=1).mean())
 
 
 def time_to(points: pd.DataFrame, target: float) -> float:

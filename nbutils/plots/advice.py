@@ -47,7 +47,7 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     first = high["validation_loss"].first().astype(float).max()
     if 0 < low < first:
         ax.set_ylim(low * 0.9, first * 1.05)
-        fixed_ticks(ax.yaxis, [float(f"{tick:.1g}") for tick in np.geomspace(low, first, 5)])
+        fixed_ticks(ax.yaxis, _round_ticks(low, first))
     ax.legend(title="images per update, rate", loc="upper left", bbox_to_anchor=(1, 1))
 
 
@@ -77,6 +77,8 @@ def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: st
     axes[0].set(ylabel=f"{noun} per second", ylim=(0, None), title="Speed")
     axes[1].set(ylabel="peak memory (MB)", yscale="log", title="Memory")
     axes[2].set(ylabel="time, advised = 1", ylim=(0, None), title="Time to get equally far")
+    memory = costs["peak_memory"] / 1e6
+    fixed_ticks(axes[1].yaxis, _round_ticks(memory.min(), memory.max()))
     for ax in axes:
         ax.set(xscale="log", xlabel=f"{noun} per update")
         ax.axvline(advised, color="0.5", linestyle=":", label="advised")
@@ -133,3 +135,8 @@ def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:
     fixed_ticks(ax.xaxis, noise["update"])
     decades = 10.0 ** np.arange(6)
     fixed_ticks(ax.yaxis, [t for d in decades for t in (d, 3 * d) if bottom <= t <= top])
+
+
+def _round_ticks(low: float, high: float) -> list[float]:
+    """Five ticks or fewer for a logarithmic axis, of one digit."""
+    return [float(f"{tick:.1g}") for tick in np.geomspace(low, high, 5)]

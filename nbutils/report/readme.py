@@ -167,8 +167,9 @@ def _agreement(answers: Answers) -> str:
 
 
 def _advice() -> str:
-    advice = load_advice(REFERENCE / "advice" / "mnist-5k.json")
-    return f"```\n{advice.answer}\n```"
+    """The recorded advice for this project's own network; nothing where none is recorded."""
+    path = REFERENCE / "advice" / "mnist-5k.json"
+    return f"```\n{load_advice(path).answer}\n```" if path.exists() else ""
 
 
 def notebooks_table() -> pd.DataFrame:

@@ -129,12 +129,13 @@ def test_time_saved_is_measured_where_both_reach_a_loss():
     rows = [
         {"setting": name, "start": start, "seconds": second, "validation_loss": loss}
         for start in (0, 1)
-        for name, losses in (("fast", (2, 1, 0.5)), ("slow", (2, 1.5, 1)))
+        for name, losses in (("fast", (3, 1, 1, 1)), ("slow", (3, 3, 3, 1)))
         for second, loss in enumerate(losses)
     ]
     saved, low, high = time_saved(pd.DataFrame(rows), "fast", "slow")
-    assert (saved, low, high) == pytest.approx((0.5, 0.5, 0.5))
-    assert time_saved(pd.DataFrame(rows), "slow", "fast")[0] == pytest.approx(-1)
+    # Means of three looks: 3, 2, 5/3, 1 and 3, 3, 3, 7/3; they reach 7/3 after 2/3 and 3 seconds.
+    assert (saved, low, high) == pytest.approx((7 / 9, 7 / 9, 7 / 9))
+    assert time_saved(pd.DataFrame(rows), "slow", "fast")[0] == pytest.approx(-3.5)
     curve = pd.DataFrame({"seconds": [0, 1, 2], "validation_loss": [2.0, 1.0, 3.0]})
     assert time_to(curve, 1.5) == 0.5
     assert time_to(curve, 0.5) == math.inf
@@ -204,7 +205,7 @@ def imagined(monkeypatch):
     ("limit", "seconds", "sizes", "bounded"),
     [
         (1e6, 60, {(8, 1), (16, 1), (32, 1), (8, 4)}, False),
-        (1e6, 0, {(8, 1)}, False),
+        (1e6, 0, {(32, 1)}, False),
         (20_000, 60, {(8, 1), (16, 1), (20, 1), (20, 2)}, True),
         (3000, 0, {(1, 1), (2, 1), (3, 1)}, True),
     ],
@@ -217,7 +218,7 @@ def test_costs_are_measured_as_time_images_and_memory_allow(
     assert sizes <= settings
     assert found == bounded
     assert table["peak_memory"].max() <= limit
-    assert bool(left_out) == (limit == 1e6 and not seconds)
+    assert bool(left_out) == (seconds == 0)
 
 
 def test_a_budget_too_small_for_the_smallest_batch_says_what_it_needs(task, few_digits, imagined):
@@ -342,13 +343,13 @@ def test_bad_input_on_the_command_line_ends_with_status_2(options, message, tmp_
 
 
 def test_the_advised_setting_is_near_the_best_of_six():
-    assert slowdown(mlp, "12s", 2.0) <= 1.25
+    assert slowdown(mlp, "12s") <= 1.25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["plain_cnn", "with_batch_norm", "cnn_norm", "resnet", "digit"])
+@pytest.mark.parametrize("name", ["cnn", "cnn_norm", "resnet", "digit"])
 def test_the_advised_setting_is_near_the_best_of_six_for_other_networks(name):
-    assert slowdown(NETWORKS[name], "2min", 15.0) <= 1.25
+    assert slowdown(NETWORKS[name], "2min") <= 1.25
 
 
 def cnn(norm=nn.Identity):
@@ -374,21 +375,20 @@ def digit_cnn():
 
 
 NETWORKS = {
-    "plain_cnn": cnn,
-    "with_batch_norm": with_batch_norm,
+    "cnn": cnn,
     "cnn_norm": lambda: cnn(nn.BatchNorm2d),
     "resnet": resnet,
     "digit": digit_cnn,
 }
 
 
-def slowdown(model, budget, seconds):
+def slowdown(model, budget):
     """Time that the advised setting needs to the best loss of six usual ones, the best's being 1.
 
     All train in turns, as in the race, so that other work on the machine slows them alike.
     """
     advice = advise(model, "mnist-5k", time_budget=budget)
-    task = read_task(model, "mnist-5k")
+    task, seconds = read_task(model, "mnist-5k"), max(row["seconds"] for row in advice.race)
     rivals = [(size, 1, rate) for size in (32, 128, 512) for rate in (1e-3, 3e-3)]
     advised = advice.batch_size, advice.accumulation_steps, advice.learning_rate
     settings = [*([] if advised in rivals else [advised]), *rivals]
@@ -408,8 +408,8 @@ def slowdown(model, budget, seconds):
         for number in range(len(trials)):
             go(number, seconds * turn / 10)
     tables = [pd.DataFrame(curve, columns=["seconds", "validation_loss"]) for curve in curves]
-    # Losses jitter from look to look: the mean of the last three is the target.
-    target = min(table["validation_loss"].tail(3).mean() for table in tables[-6:])
+    # Losses jitter from look to look: the target is the mean of the last three, to within 5 %.
+    target = 1.05 * min(table["validation_loss"].tail(3).mean() for table in tables[-6:])
     best = min(time_to(table, target) for table in tables[-6:])
     if advised in rivals:
         return time_to(tables[rivals.index(advised)], target) / best

@@ -21,10 +21,10 @@ from nbutils.studies.study import PlannedRun, Study
 CLOCK = ["seconds", "images_per_second", "peak_memory"]
 """Columns of runs that are not the same twice."""
 
-# Shrunken for speed: two runs of two epochs, with three updates or one in each.
+# Shrunken for speed: two runs of two epochs, with six updates or two in each.
 STUDY = """
 runs: [{notebook: 03_train_accumulation, grid: {accumulation_steps: [1, 3]}}]
-fixed: {epochs: 2, batch_size: 1200, device: cpu}
+fixed: {epochs: 2, batch_size: 600, device: cpu}
 summary: 04_summary
 """
 

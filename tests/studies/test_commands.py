@@ -76,7 +76,7 @@ def assert_end(processes):
 
 def test_a_study_from_command_to_figure(finished):
     assert "2/2 runs done" in finished.progress
-    assert "3 x 1200" in finished.printed
+    assert "3 x 600" in finished.printed
     shown = list(finished.out.glob("*.svg"))
     assert shown
     for path in [*shown, finished.out / "summary.ipynb"]:

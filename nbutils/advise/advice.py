@@ -55,7 +55,7 @@ class Advice:
         saved: Share of its time that the advice saves; negative if it needs more.
         saved_range: 95 % interval of `saved`; None with one start.
         starts: From which the advised and the usual setting both trained.
-        seconds_per_epoch: Of training alone, with the whole dataset.
+        seconds_per_epoch: Of training alone, with the whole dataset, at the speed of the race.
         seconds_per_epoch_range: At the highest and the lowest speed measured.
         peak_memory: Bytes that training adds.
         memory_budget: Bytes that it might have added.
@@ -146,15 +146,15 @@ class Advice:
     @property
     def answer(self) -> str:
         """The advice in a few lines."""
-        fast, slow = map(reasons.format_seconds, self.seconds_per_epoch_range)
-        times = f" (up to {slow} when slowed)" if fast != slow else ""
+        low, high = map(reasons.format_seconds, self.seconds_per_epoch_range)
+        times = f"{reasons.format_seconds(self.seconds_per_epoch)} ({low} to {high})"
         return "\n".join(
             [
                 self.headline,
                 f"  for               {self.model} on {self.dataset}, {self.optimizer}, "
                 f"{self.device}",
                 f"  against {self.usual:<9} {self.saving}",
-                f"  time per epoch    {fast}{times}",
+                f"  time per epoch    {times}",
                 f"  peak memory       {format_memory(self.peak_memory)}",
             ]
         )

@@ -1,9 +1,9 @@
 """The race that decides: a few settings train from one start for equal time.
 
 Successive halving: after each round the worse half stops, the rest goes on for as long again. The
-lowest validation loss so far judges, smoothed over three looks. Turns are short and taken in rotation, so that other work on
-the machine slows all alike; time spent on judging does not count. Then the winner meets the usual
-setting from further starts, where there is time.
+lowest validation loss so far judges, smoothed over three looks. Turns are short and taken in
+rotation, so that other work on the machine slows all alike; time spent on judging does not count.
+Then the winner meets the usual setting from further starts, where there is time.
 
 Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic best arm identification".
 """

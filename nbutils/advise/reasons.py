@@ -260,13 +260,18 @@ def from_race(task: Task, measured: Measured) -> dict[str, Any]:
 def from_tables(task: Task, measured: Measured) -> dict[str, Any]:
     """The fields of `Advice` that the measurements tell."""
     row, (scale, low, high) = measured.row, typical(measured.noise)
-    speeds = row["images_per_second"], row["slowest"]
+    raced = next(
+        point["updates"] * measured.race.winner.effective_batch_size / point["seconds"]
+        for point in reversed(measured.race.points)
+        if point["setting"] == str(measured.race.winner)
+    )
+    speeds = sorted((row["images_per_second"], row["slowest"], raced), reverse=True)
     return {
         "model": task.model_name,
         "dataset": task.dataset_name,
         "noun": task.noun,
-        "seconds_per_epoch": task.examples_per_epoch / speeds[0],
-        "seconds_per_epoch_range": [task.examples_per_epoch / speed for speed in speeds],
+        "seconds_per_epoch": task.examples_per_epoch / raced,
+        "seconds_per_epoch_range": [task.examples_per_epoch / each for each in speeds[::2]],
         "peak_memory": int(row["peak_memory"]),
         "noise_scale": _finite(scale),
         "noise_scale_range": [_finite(low), _finite(high)],

@@ -9,6 +9,7 @@ weight?
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import nn
@@ -64,6 +65,8 @@ def check_accumulation(
         ValueError: `model` comes without an `example`, the example has fewer than 6 images, or
             `loss` returns neither a mean nor one loss per image.
     """
+    if model is not None and not callable(step_function):
+        raise ValueError("model: batch norm can be looked at only with a loop that is a function")
     if model is not None and example is None:
         raise ValueError("to look at a model, an example of its images and labels is needed")
     if example is not None and len(example[1]) < 2 * ACCUMULATION_STEPS:
@@ -75,7 +78,8 @@ def check_accumulation(
     findings = Findings()
     if model is not None and example is not None:
         check_batch_norm(step_function, model, example, findings)
-    runs = {name: run_loop(step_function, make_probe(name)) for name in PROBES}
+    run_on = getattr(step_function, "run_on", None) or partial(run_loop, step_function)
+    runs = {name: run_on(make_probe(name)) for name in PROBES}
     return judge(runs, loss, findings)
 
 

@@ -342,6 +342,7 @@ def test_bad_input_on_the_command_line_ends_with_status_2(options, message, tmp_
     assert not out.exists()
 
 
+@pytest.mark.slow  # it trains against the clock, which other tests beside it disturb
 def test_the_advised_setting_is_near_the_best_of_six():
     assert slowdown(mlp, "12s") <= 1.25
 

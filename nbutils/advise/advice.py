@@ -20,7 +20,7 @@ from nbutils.advise.measurements import trial_noise, trial_rates, typical
 from nbutils.advise.race import Race, Setting, run_race
 from nbutils.advise.reasons import Measured
 from nbutils.advise.task import Losses, read_task
-from nbutils.advise.trials import Clock, recipe_for
+from nbutils.advise.trials import Clock, format_seconds, parse_time, recipe_for
 from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
@@ -146,8 +146,8 @@ class Advice:
     @property
     def answer(self) -> str:
         """The advice in a few lines."""
-        low, high = map(reasons.format_seconds, self.seconds_per_epoch_range)
-        times = f"{reasons.format_seconds(self.seconds_per_epoch)} ({low} to {high})"
+        low, high = map(format_seconds, self.seconds_per_epoch_range)
+        times = f"{format_seconds(self.seconds_per_epoch)} ({low} to {high})"
         return "\n".join(
             [
                 self.headline,
@@ -199,7 +199,7 @@ def advise(
     if isinstance(memory_budget, str):
         budget = parse_memory(memory_budget)
     memory = budget or free_memory(str(place))
-    seconds = reasons.parse_time(time_budget)
+    seconds = parse_time(time_budget)
     task = read_task(model, dataset, losses, collate, columns)
     with suppress(OutOfMemory):  # what takes long only once: starting the measuring processes
         update_cost(task, recipe.optimizer, place, 2)

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
 import pandas as pd
+import torch
 
 from nbutils.advise.entrants import relative_time
 from nbutils.advise.measurements import typical
 from nbutils.advise.race import Race, time_saved
-from nbutils.advise.task import ClassLosses, Task
-from nbutils.advise.trials import Recipe
-from nbutils.errors import InputError
-
-UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
-"""Seconds in each unit that a time budget may be given in."""
+from nbutils.advise.task import HALF, ClassLosses, Task
+from nbutils.advise.trials import Recipe, format_seconds
 
 
 @dataclass(frozen=True)
@@ -200,7 +196,8 @@ def loop(task: Task, measured: Measured, recipe: Recipe, device: str) -> str:
             optimizer=recipe.call.format(rate=race.winner.learning_rate),
             images=images,
             own=own,
-            dtype=str(own.dtype) if own else "",
+            cast=_cast(task, own),
+            half=own is not None and own.dtype in HALF,
             weighted=task.weighted,
             losses=task.losses_name.partition(":"),
             batch_norm=bool(task.batch_norms),
@@ -210,25 +207,12 @@ def loop(task: Task, measured: Measured, recipe: Recipe, device: str) -> str:
     )
 
 
-def parse_time(text: str | float) -> float:
-    """The seconds that a number, or a text like "90s", "10min" or "1.5 h", means.
-
-    Raises:
-        InputError: It is no such text, or not more than 0.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    unit = match and (match[2] or "s")
-    if not match or unit not in UNITS or float(match[1]) == 0:
-        raise InputError(
-            f"time budget {text!r}: it must be a number > 0 and a unit, such as 90s, 10min or 1h"
-        )
-    return float(match[1]) * UNITS[unit]
-
-
-def format_seconds(seconds: float) -> str:
-    """Seconds as people read them, to three digits: "1.25 min"."""
-    unit = "h" if seconds >= 3600 else "min" if seconds >= 60 else "s"
-    return f"{seconds / UNITS[unit]:.3g} {unit}"
+def _cast(task: Task, own: ClassLosses | None) -> str:
+    """The type that the loop must cast images to, as source; empty if it need not."""
+    if own is None or task.images is None:
+        return ""
+    given = torch.float32 if own.scaling else task.images.train[0].dtype
+    return str(own.dtype) if given.is_floating_point and given != own.dtype else ""
 
 
 def _listed(names: list[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -64,6 +65,31 @@ def recipe_for(optimizer: str) -> Recipe:
     if optimizer not in RECIPES:
         raise InputError(f"optimizer = {optimizer!r}; {suggest(optimizer, RECIPES)}")
     return RECIPES[optimizer]
+
+
+UNITS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600}
+"""Seconds in each unit that a time budget may be given in."""
+
+
+def parse_time(text: str | float) -> float:
+    """The seconds that a number, or a text like "90s", "10min" or "1.5 h", means.
+
+    Raises:
+        InputError: It is no such text, or not more than 0.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    unit = match and (match[2] or "s")
+    if not match or unit not in UNITS or float(match[1]) == 0:
+        raise InputError(
+            f"time budget {text!r}: it must be a number > 0 and a unit, such as 90s, 10min or 1h"
+        )
+    return float(match[1]) * UNITS[unit]
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as people read them, to three digits: "1.25 min"."""
+    unit = "h" if seconds >= 3600 else "min" if seconds >= 60 else "s"
+    return f"{seconds / UNITS[unit]:.3g} {unit}"
 
 
 class Clock:

@@ -11,19 +11,21 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from nbutils import InputError
 from nbutils.__main__ import main
+from nbutils.accumulation.window import windows
 from nbutils.advise import costs as costs_module
 from nbutils.advise.advice import advise, load_advice, save_advice
 from nbutils.advise.costs import trial_costs
 from nbutils.advise.entrants import NEAR, choose, entrants, relative_time
+from nbutils.advise.examples import Examples
 from nbutils.advise.measurements import trial_rates
-from nbutils.advise.race import Setting, run_race, time_saved, time_to
-from nbutils.advise.reasons import format_seconds, parse_time
+from nbutils.advise.race import Race, Setting, run_race, time_saved, time_to
+from nbutils.advise.reasons import Measured, loop
 from nbutils.advise.task import read_task
-from nbutils.advise.trials import RECIPES, Trial, judge, window_gradient
+from nbutils.advise.trials import RECIPES, Trial, format_seconds, judge, parse_time, window_gradient
 from nbutils.measure.cost import Cost
 from nbutils.measure.process import OutOfMemory
 
@@ -268,6 +270,49 @@ def test_batch_norm_is_never_accumulated_and_its_loop_leaves_out_a_lone_image(fe
     images, labels = few_digits.train
     lone = TensorDataset(images[: advice.batch_size + 1], labels[: advice.batch_size + 1])
     run_loop(advice, with_batch_norm(), lone)
+
+
+def settled(setting, task):
+    """What `loop` is told, of a race that `setting` won."""
+    race = Race(setting, setting, [], 1.0, 1, [])
+    empty = pd.DataFrame()
+    return loop(task, Measured(empty, empty, empty, 32, False, [], race), ADAM, "cpu")
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(
+    ("weights", "images", "item"),
+    [
+        (torch.float32, torch.uint8, tuple),
+        (torch.float32, torch.float64, tuple),
+        (torch.float64, torch.uint8, tuple),
+        (torch.bfloat16, torch.float32, tuple),
+        (torch.float32, torch.uint8, dict),
+    ],
+)
+def test_the_loop_runs_as_pasted_and_makes_the_updates_of_the_trials(steps, weights, images, item):
+    pixels, labels = torch.randint(256, (52, 1, 4, 4)).to(torch.uint8), torch.arange(52) % 3
+    pixels = pixels if images == torch.uint8 else pixels.to(images) / 255
+    names = ["ape", "bee", "cow"]
+    data = [
+        (x, int(y)) if item is tuple else {"img": x, "label": names[y]}
+        for x, y in zip(pixels, labels, strict=True)
+    ]
+    task = read_task(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(weights), data)
+    code = settled(Setting(16, steps, 1e-2, 1.0), task)
+    model, mine = task.make(CPU), task.make(CPU)
+    space = {}
+    exec(code, space)
+    space["DataLoader"] = lambda data, shuffle, **options: DataLoader(data, **options)
+    space["train"](model, data, 1)
+    order, optimizer = torch.arange(52), torch.optim.Adam(mine.parameters(), lr=1e-2)
+    raw = Examples((pixels, labels))
+    for window in windows(order, 16, steps):
+        optimizer.zero_grad()
+        window_gradient(mine, task.make, raw, window, CPU)
+        optimizer.step()
+    tolerance = 1e-2 if weights == torch.bfloat16 else 1e-5
+    assert torch.allclose(model[1].weight, mine[1].weight, rtol=tolerance, atol=tolerance)
 
 
 def token_losses(model, batch):

@@ -204,8 +204,8 @@ def test_widgets_are_alive_and_bars_get_to_their_end(notebook):
     for fallback in ("HBox(", "VBox(", "Loading widget", "Error displaying widget", "0%|"):
         assert [text for text in outputs if fallback in text] == []
     bars = page.locator(".jp-OutputArea-output:has(.widget-hprogress)").all_inner_texts()
-    assert all("100%" in bar for bar in bars)
-    assert bars or "_train_" not in path.stem
+    if "_train_" in path.stem:
+        assert ["100%" in bar for bar in bars] == [True]
 
 
 def picture(page):

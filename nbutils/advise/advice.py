@@ -19,8 +19,8 @@ from nbutils.advise.entrants import choose, entrants, usual_row
 from nbutils.advise.measurements import trial_noise, trial_rates, typical
 from nbutils.advise.race import Race, Setting, run_race
 from nbutils.advise.reasons import Measured
-from nbutils.advise.task import Losses, read_task
-from nbutils.advise.trials import Clock, format_seconds, parse_time, recipe_for
+from nbutils.advise.task import Losses, Task, read_task
+from nbutils.advise.trials import Clock, Recipe, format_seconds, parse_time, recipe_for
 from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
@@ -205,8 +205,25 @@ def advise(
         update_cost(task, recipe.optimizer, place, 2)
     recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
     mean_interval([0.0, 1.0])  # loads scipy
-    clock, limit = Clock(seconds), memory * (1 - MARGIN)
+    measured = _measured(task, recipe, place, memory * (1 - MARGIN), seconds)
+    return Advice(
+        optimizer=optimizer,
+        device=str(place),
+        memory_budget=memory,
+        **reasons.from_race(task, measured),
+        **reasons.from_tables(task, measured),
+        code=reasons.loop(task, measured, recipe, str(place)),
+        seconds_taken=time.perf_counter() - began,
+        time_budget=seconds,
+        environment=environment(device_name(place)),
+    )
 
+
+def _measured(
+    task: Task, recipe: Recipe, place: torch.device, limit: float, seconds: float
+) -> Measured:
+    """Everything in turn: costs, noise scale, rates, race."""
+    clock = Clock(seconds)
     costs, bounded, left_out = trial_costs(
         task, recipe.optimizer, place, limit, SHARES["costs"] * seconds
     )
@@ -228,18 +245,7 @@ def advise(
     costs = _confirmed(
         costs, race, lambda *sizes: update_cost(task, recipe.optimizer, place, *sizes)
     )
-    measured = Measured(costs, noise, rates, first["effective_batch_size"], bounded, left_out, race)
-    return Advice(
-        optimizer=optimizer,
-        device=str(place),
-        memory_budget=memory,
-        **reasons.from_race(task, measured),
-        **reasons.from_tables(task, measured),
-        code=reasons.loop(task, measured, recipe, str(place)),
-        seconds_taken=time.perf_counter() - began,
-        time_budget=seconds,
-        environment=environment(device_name(place)),
-    )
+    return Measured(costs, noise, rates, first["effective_batch_size"], bounded, left_out, race)
 
 
 def _confirmed(costs: pd.DataFrame, race: Race, measure: Callable[..., Cost]) -> pd.DataFrame:

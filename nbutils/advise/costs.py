@@ -65,6 +65,47 @@ def update_cost(
     return measure_updates(prepare, examples.number, *sizes, device=str(device))
 
 
+class _Measuring:
+    """Measurements of costs, and what they needed in time and memory."""
+
+    def __init__(
+        self, task: Task, optimizer: OptimizerFactory, device: torch.device, limit: float
+    ) -> None:
+        self.costs: list[Cost] = []
+        self.walls: dict[int, float] = {}
+        self.needed: dict[int, int | None] = {}
+        self.bar = tqdm(desc="cost", unit="measurement", leave=False, disable=no_progress())
+        self._setting, self._limit = (task, optimizer, device), limit
+
+    def fits(self, batch_size: int, steps: int = 1) -> bool:
+        """Measure one setting, and keep its cost if it fits."""
+        begun = time.perf_counter()
+        self.bar.set_postfix_str(f"{steps} x {batch_size}")
+        try:
+            cost = update_cost(*self._setting, batch_size, steps)
+        except OutOfMemory:
+            self.needed[batch_size] = None
+            return False
+        self.walls[batch_size * steps] = time.perf_counter() - begun
+        self.needed[batch_size] = cost.peak_memory
+        self.bar.update()
+        if cost.peak_memory > self._limit:
+            return False
+        self.costs.append(cost)
+        return True
+
+    def peak(self, size: int) -> int | None:
+        """The bytes that a size needs."""
+        self.fits(size)
+        return self.needed[size]
+
+    def expected(self, size: int) -> float:
+        """Seconds that a measurement will take: those of the next smaller one, in proportion."""
+        overhead = min(self.walls.values())
+        smaller = max((known for known in self.walls if known <= size), default=min(self.walls))
+        return overhead + (self.walls[smaller] - overhead) * max(1.0, size / smaller)
+
+
 def trial_costs(
     task: Task,
     optimizer: OptimizerFactory,
@@ -95,33 +136,12 @@ def trial_costs(
     Raises:
         InputError: Not even the smallest batch fits.
     """
-    clock, costs, walls = Clock(seconds), list[Cost](), dict[int, float]()
-    needed: dict[int, int | None] = {}
-    largest = min(LARGEST, max(2, task.train.number // FEWEST_UPDATES))
-    bar = tqdm(desc="cost", unit="measurement", leave=False, disable=no_progress())
-
-    def fits(batch_size: int, steps: int = 1) -> bool:
-        begun = time.perf_counter()
-        bar.set_postfix_str(f"{steps} x {batch_size}")
-        try:
-            cost = update_cost(task, optimizer, device, batch_size, steps)
-        except OutOfMemory:
-            needed[batch_size] = None
-            return False
-        walls[batch_size * steps] = time.perf_counter() - begun
-        needed[batch_size] = cost.peak_memory
-        bar.update()
-        if cost.peak_memory > limit:
-            return False
-        costs.append(cost)
-        return True
-
-    def peak(size: int) -> int | None:
-        fits(size)
-        return needed[size]
+    clock, largest = Clock(seconds), min(LARGEST, max(2, task.train.number // FEWEST_UPDATES))
+    measuring = _Measuring(task, optimizer, device, limit)
+    costs, fits = measuring.costs, measuring.fits
 
     def in_time(size: int) -> bool:
-        return _expected(walls, size) <= clock.left
+        return measuring.expected(size) <= clock.left
 
     left_out: list[str] = []
     sizes = [SMALLEST * 4**power for power in range(6) if SMALLEST * 4**power <= largest]
@@ -129,27 +149,21 @@ def trial_costs(
     for size in sorted(sizes or [largest], key=lambda size: (abs(math.log(size / USUAL)), size)):
         if size > unfit:
             continue
-        if walls and not in_time(size):
+        if measuring.walls and not in_time(size):
             left_out.append(f"batch size {size}, for want of time")
         elif not fits(size):
             unfit = size
     bounded = unfit <= largest
     if bounded and (costs or fits(2 if task.batch_norms else 1)):  # one example has no deviation
         begin = max(cost.batch_size for cost in costs)
-        search(peak, {begin: needed[begin]}, int(limit), unfit - 1)
+        first = {begin: measuring.needed[begin]}
+        search(measuring.peak, first, int(limit), unfit - 1)
     if not costs:
-        raise _too_little(task, limit, needed)
-    whole = sorted(c.batch_size for c in costs if c.accumulation_steps == 1)
-    plan: list[tuple[int, int]] = []
-    if bounded:
-        plan += [(whole[-1], steps) for steps in ACCUMULATED if whole[-1] * steps <= largest]
-    plan += [(2 * size, 1) for size in whole if 2 * size < whole[-1] and 2 * size not in whole]
-    plan += [(size, 4) for size in whole if 4 * size in whole][-1:]
-    plan += (REPEATS - 1) * [*((c.batch_size, 1) for c in costs), *plan]
-    for size, steps in plan:
+        raise _too_little(task, limit, measuring.needed)
+    for size, steps in _plan(costs, bounded, largest):
         if in_time(size * steps):
             fits(size, steps)
-    bar.close()
+    measuring.bar.close()
     return _with_assumed(cost_table(costs)), bounded, left_out
 
 
@@ -163,11 +177,15 @@ def _too_little(task: Task, limit: float, needed: dict[int, int | None]) -> Inpu
     )
 
 
-def _expected(walls: dict[int, float], size: int) -> float:
-    """Seconds that a measurement will take: those of the next smaller one, in proportion."""
-    overhead = min(walls.values())
-    smaller = max((known for known in walls if known <= size), default=min(walls))
-    return overhead + (walls[smaller] - overhead) * max(1.0, size / smaller)
+def _plan(costs: Sequence[Cost], bounded: bool, largest: int) -> list[tuple[int, int]]:
+    """What to measure after the first sizes: batch sizes and accumulation steps."""
+    whole = sorted(c.batch_size for c in costs if c.accumulation_steps == 1)
+    plan: list[tuple[int, int]] = []
+    if bounded:
+        plan += [(whole[-1], steps) for steps in ACCUMULATED if whole[-1] * steps <= largest]
+    plan += [(2 * size, 1) for size in whole if 2 * size < whole[-1] and 2 * size not in whole]
+    plan += [(size, 4) for size in whole if 4 * size in whole][-1:]
+    return plan + (REPEATS - 1) * [*((size, 1) for size in whole), *plan]
 
 
 def _with_assumed(costs: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,7 @@ from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import no_progress
 from nbutils.measure.memory import format_memory
-from nbutils.measure.noise_scale import noise_scale, noise_scale_of_batches
+from nbutils.measure.noise_scale import NoiseScale, noise_scale, noise_scale_of_batches
 
 MICRO_BATCHES, LARGE_BATCHES, PARTS = 24, 8, 4
 """Micro-batches of a measurement of the noise scale; with batch norm, large batches of 4 each."""
@@ -79,31 +79,35 @@ def trial_noise(
     trial = Trial(task, partial(recipe.optimizer, lr=recipe.usual_rate), device, batch_size)
     generator, clock = torch.Generator().manual_seed(1), Clock(1.5 * seconds)
     rows: list[dict[str, Any]] = []
+    for point in sorted({max(1, updates // 8), max(2, updates // 2), updates}):
+        if not clock.left or not trial.train(point - trial.done):
+            break
+        try:
+            found = _noise_now(trial, task, device, size, generator)
+        except ValueError as error:  # a gradient that is not finite
+            return pd.DataFrame(rows), [f"the noise scale at all points: {error}"]
+        rows.append({"update": point, **asdict(found)})
+    return pd.DataFrame(rows), [] if len(rows) == 3 else ["the noise scale at all points"]
+
+
+def _noise_now(
+    trial: Trial, task: Task, device: torch.device, size: int, generator: torch.Generator
+) -> NoiseScale:
+    """The noise scale of a trial's weights as they are, from examples drawn independently."""
 
     def losses(chosen: Tensor) -> Tensor:
         each, weights = weighted(task.losses(trial.model, task.train.batch(chosen, device)))
         return each if weights is None else each * weights / weights.mean().detach()
 
-    def draw(number: int) -> Sequence[Tensor]:
-        total = torch.randint(task.train.number, (number,), generator=generator)
-        return total.split(number // (LARGE_BATCHES if task.batch_norms else MICRO_BATCHES))
+    def draw(batches: int, size: int) -> Sequence[Tensor]:
+        number = (batches * size,)
+        return torch.randint(task.train.number, number, generator=generator).split(size)
 
-    for point in sorted({max(1, updates // 8), max(2, updates // 2), updates}):
-        if not clock.left or not trial.train(point - trial.done):
-            break
-        try:
-            with seeded(device, point):
-                if task.batch_norms:
-                    batches = draw(LARGE_BATCHES * PARTS * size)
-                    found = noise_scale_of_batches(
-                        trial.model, batches, losses, lambda batch: batch.split(size)
-                    )
-                else:
-                    found = noise_scale(trial.model, draw(MICRO_BATCHES * size), losses)
-        except ValueError as error:  # a gradient that is not finite
-            return pd.DataFrame(rows), [f"the noise scale at all points: {error}"]
-        rows.append({"update": point, **asdict(found)})
-    return pd.DataFrame(rows), [] if len(rows) == 3 else ["the noise scale at all points"]
+    with seeded(device, trial.done):
+        if task.batch_norms:
+            batches = draw(LARGE_BATCHES, PARTS * size)
+            return noise_scale_of_batches(trial.model, batches, losses, lambda b: b.split(size))
+        return noise_scale(trial.model, draw(MICRO_BATCHES, size), losses)
 
 
 def typical(noise: pd.DataFrame) -> tuple[float, float, float]:
@@ -149,8 +153,7 @@ def trial_rates(
     size = batch_size * accumulation_steps
     share = seconds / len(recipe.rates)
     judged_images = int(min(max(share * images_per_second / 2, FEWEST_JUDGED), MOST_JUDGED))
-    setting = device, batch_size, accumulation_steps
-    clock, took = Clock(seconds), 0.0
+    setting, clock, took = (device, batch_size, accumulation_steps), Clock(seconds), 0.0
     untrained = Trial(task, partial(recipe.optimizer, lr=0.0), *setting)
     at_start = judge(untrained, task, device, judged_images)[0].mean().item()
     updates = max(SHORTEST, EPOCHS * task.train.number // size)
@@ -168,14 +171,12 @@ def trial_rates(
         losses, accuracy = judge(trial, task, device, judged_images)
         low, high = mean_interval(losses.tolist())
         loss = losses.mean().item() if finite else math.nan
-        row = {"learning_rate": rate, "updates": updates, "validation_loss": loss}
-        rows.append(row | {"low": low, "high": high, "validation_accuracy": accuracy})
+        row = {"learning_rate": rate, "updates": updates, "validation_loss": loss, "low": low}
+        rows.append(row | {"high": high, "validation_accuracy": accuracy})
         took = max(took, time.perf_counter() - begun)
-    missing = ", ".join(f"{rate:g}" for rate in sorted(order[len(rows) :]))
+    missing = [f"the rate {rate:g}, for want of time" for rate in sorted(order[len(rows) :])]
     table = pd.DataFrame(rows).sort_values("learning_rate", ignore_index=True)
-    return _with_outcomes(table, at_start, task), [f"the rates {missing}, for want of time"] * bool(
-        missing
-    )
+    return _with_outcomes(table, at_start, task), missing
 
 
 def _with_outcomes(table: pd.DataFrame, at_start: float, task: Task) -> pd.DataFrame:

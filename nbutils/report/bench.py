@@ -183,7 +183,7 @@ class UsualLoop:
             pin_memory=device.type == "cuda",
         )
         torch.manual_seed(config.seed)
-        self.model = DigitCNN(config.norm, config.dropout, len(data.class_names))
+        self.model = DigitCNN(config.norm, config.dropout, len(data.class_names), config.model)
         self.model = self.model.to(device, self.dtype)
         self.model.dropout.generator = generator_for(device, config.seed, "dropout")
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.learning_rate)

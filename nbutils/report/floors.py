@@ -48,7 +48,7 @@ class _Traffic(TorchDispatchMode):
 def work_per_image(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, float]:
     """Operations, bytes and kernels per image of a micro-batch, forward and backward."""
     images = data.normalised(data.train.images[: config.batch_size], device, torch.float32)
-    model = DigitCNN(config.norm, config.dropout, len(data.class_names)).to(device)
+    model = DigitCNN(config.norm, config.dropout, len(data.class_names), config.model).to(device)
     with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
         model(images).sum().backward()
     totals = {

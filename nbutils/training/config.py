@@ -40,6 +40,7 @@ class RunConfig:
             in [0, 2**63).
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         precision: "float32", "float64", or "bfloat16" (autocast; the weights stay float32).
+        model: "small" (three convolutions) or "deep" (five), see `DigitCNN`.
 
     Raises:
         InputError: A field has the wrong type or a value that is not allowed.
@@ -61,6 +62,7 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    model: Literal["small", "deep"] = "small"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(RunConfig).items():

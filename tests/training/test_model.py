@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from nbutils.training.config import RunConfig
 from nbutils.training.model import GHOST_SIZE, DigitCNN, GhostBatchNorm2d, norm_layer
 
 
@@ -39,3 +40,15 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(images), model(images))
     model.eval()
     assert torch.equal(model(images), model(images))
+
+
+def test_the_deep_model_has_five_convolutions_and_the_same_interface():
+    deep = DigitCNN("batch", model="deep")
+    convolutions = [layer for layer in deep.modules() if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [16, 32, 32, 64, 64]
+    assert deep(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_run_ids_of_the_small_model_are_those_from_before_there_was_another():
+    assert RunConfig().run_id == "mnist-5k_128x1_group_seed0_44136fa3"
+    assert RunConfig(model="deep").run_id != RunConfig().run_id

@@ -58,9 +58,7 @@ def graphed_updates(
     if optimizer.state:
         raise ValueError("the optimizer has made steps; graphs are recorded before training")
     device = next(model.parameters()).device
-    drawn_from = [
-        generator for generator in generators.values() if generator.device.type == device.type
-    ]
+    drawn_from = [each for each in generators.values() if each.device.type == device.type]
     held_order = torch.arange(images, device=device)
     start = torch.zeros((), dtype=torch.int64, device=device)
     sizes = [sum(map(len, window)) for window in cut(held_order)]

@@ -108,10 +108,13 @@ def make_generators(seed: int, device: torch.device) -> dict[str, torch.Generato
     }
 
 
-def make_model(config: RunConfig, data: Dataset, device: torch.device) -> DigitCNN:
+def make_model(
+    config: RunConfig, data: Dataset, device: torch.device, dropout: torch.Generator
+) -> DigitCNN:
     """The network of `config`, its weights drawn on the CPU: one start per seed on any device."""
     torch.manual_seed(config.seed)
     model = DigitCNN(config.norm, config.dropout, len(data.class_names), config.model)
+    model.dropout.generator = dropout
     dtype = torch.float64 if config.precision == "float64" else torch.float32
     return model.to(device, dtype).to(memory_format=torch.channels_last)
 

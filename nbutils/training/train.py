@@ -81,9 +81,8 @@ def script(
     images_per_epoch = min(images, updates * config.effective_batch_size)
     in_graph = setup.uses_cuda_graph(device, cuda_graph)
 
-    model = setup.make_model(config, data, device)
     generators = setup.make_generators(config.seed, device)
-    model.dropout.generator = generators["dropout"]
+    model = setup.make_model(config, data, device, generators["dropout"])
     optimizer = setup.make_optimizer(config, model, in_graph)
     scheduler = setup.make_scheduler(config, optimizer, updates * config.epochs)
     sums = EpochSums(device)
@@ -93,26 +92,21 @@ def script(
         steps = config.effective_batch_size // micro_batch_size
         return windows(order, micro_batch_size, steps, config.last_window)
 
-    def plain_updates(order: Tensor) -> Iterator[None]:
-        return map(update, cut(order))
-
-    epoch_updates: Callable[[Tensor], Iterator[None]] = plain_updates
-    if in_graph:  # the same updates, replayed
-        epoch_updates = graphed_updates(update, cut, images, model, optimizer, generators)
+    # The same updates, as replays of CUDA graphs.
+    replayed = in_graph and graphed_updates(update, cut, images, model, optimizer, generators)
 
     parts = checkpoint.Parts(model, optimizer, scheduler, generators)
     conditions = setup.conditions(config, data, device, micro_batch_size, in_graph)
     done = checkpoint.resume(folder, parts, conditions) if folder else checkpoint.Progress()
     bar.total = (bar.total or 0) + updates * config.epochs
     bar.update(done.updates)
-    if done.rows and not bar.disable:
-        bar.write(f"resuming after epoch {len(done.rows)} of {config.epochs}")
+    bar.set_description(f"resumed after epoch {len(done.rows)}" if done.rows else None)
     for epoch in range(len(done.rows) + 1, config.epochs + 1):
         start = time.perf_counter()
         model.train()
         sums.clear()
         order = torch.randperm(images, generator=generators["order"]).to(device)
-        for _ in epoch_updates(order):
+        for _ in replayed(order) if replayed else map(update, cut(order)):
             if scheduler:
                 scheduler.step()
             done.updates += 1

@@ -77,7 +77,7 @@ def test_a_finished_run_is_not_trained_again(few_digits, tmp_path, capsys):
     again = train(TINY, few_digits, log_folder=tmp_path)
     assert_equal_results(again, first)
     assert again.history["seconds"].tolist() == first.history["seconds"].tolist()
-    assert "resuming after epoch 3 of 3" in "".join(capsys.readouterr())
+    assert "resumed after epoch 3" in "".join(capsys.readouterr())
 
 
 def flip(content, place):

@@ -1,57 +1,44 @@
-"""`Explorer`: the curves of a study to play with in JupyterLab."""
+"""Figures to play with in JupyterLab: `Explorer` and `LiveCurves`."""
 
 from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any, get_args
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from nbutils.analysis.outcomes import name_settings
 from nbutils.plots.curves import METRIC_NAMES, Progress, Scale, plot_accuracy
+from nbutils.plots.style import batch_size_colours, label_ends, stretch_towards_one
 
 
-class Explorer(widgets.HBox):
-    """Controls for the runs, the axis, the metric and the scale, beside the figure that they draw.
+class Playground(widgets.HBox):
+    """Controls beside the figure that they draw, in place of what was shown before.
 
     Where no kernel runs, such as on the web, the figure is shown without the controls.
 
     Args:
-        runs: From `load_runs`.
+        controls: The widgets, by the text above each.
 
     Attributes:
         figure: What is shown now.
     """
 
-    def __init__(self, runs: pd.DataFrame) -> None:
-        self.runs = name_settings(runs)
-        self.settings = _several(self.runs["setting"].unique().tolist(), rows=9)
-        self.seeds = _several(sorted(self.runs["seed"].unique().tolist()), rows=5)
-        metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
-        wide = {"width": "210px"}
-        self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=wide)
-        self.against = widgets.Dropdown(options=get_args(Progress), layout=wide)
-        self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
+    def __init__(self, controls: dict[str, Any]) -> None:
         fits = {"width": "calc(100% - 240px)", "max_width": "760px", "height": "auto"}
         self.picture = widgets.Image(format="png", layout={**fits, "object_fit": "contain"})
-        controls: dict[str, Any] = {
-            "settings (Ctrl or Shift and a click chooses several)": self.settings,
-            "seeds (likewise)": self.seeds,
-            "metric": self.metric,
-            "against": self.against,
-            "scale": self.scale,
-        }
         column = []
         for name, control in controls.items():
-            control.observe(self.draw, names="value")
             column += [widgets.HTML(f"<div style='line-height: 1.2'>{name}</div>"), control]
         left = widgets.VBox(column, layout={"width": "230px", "flex": "none"})
         super().__init__([left, self.picture])
-        self.draw()
 
     def __repr__(self) -> str:
         return "Run this cell in JupyterLab to choose what is drawn."
@@ -66,23 +53,95 @@ class Explorer(widgets.HBox):
             del data["application/vnd.jupyter.widget-view+json"]
         return data
 
-    def draw(self, *_: Any) -> None:
-        """Draw what the controls say, in place of what is shown."""
+    def show(self, plot: Callable[[Axes], None]) -> None:
+        """Show the figure that `plot` draws."""
+        self.figure, ax = plt.subplots(figsize=(7.6, 5.4), layout="constrained")
+        plt.close(self.figure)  # it is shown here, and not once more at the end of the cell
+        plot(ax)
+        picture = BytesIO()
+        self.figure.savefig(picture, format="png", dpi=100)
+        self.picture.value = picture.getvalue()
+
+
+class Explorer(Playground):
+    """The curves of a study, with controls for the runs, the axis, the metric and the scale.
+
+    Args:
+        runs: From `load_runs`.
+    """
+
+    def __init__(self, runs: pd.DataFrame) -> None:
+        self.runs = name_settings(runs)
+        self.settings = _several(self.runs["setting"].unique().tolist(), rows=9)
+        self.seeds = _several(sorted(self.runs["seed"].unique().tolist()), rows=5)
+        metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
+        wide = {"width": "210px"}
+        self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=wide)
+        self.against = widgets.Dropdown(options=get_args(Progress), layout=wide)
+        self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
+        controls: dict[str, Any] = {
+            "settings (Ctrl or Shift and a click chooses several)": self.settings,
+            "seeds (likewise)": self.seeds,
+            "metric": self.metric,
+            "against": self.against,
+            "scale": self.scale,
+        }
+        super().__init__(controls)
+        for control in controls.values():
+            control.observe(lambda _: self.show(self.plot), names="value")
+        self.show(self.plot)
+
+    def plot(self, ax: Axes) -> None:
+        """Draw what the controls say."""
         chosen = self.runs[
             self.runs["setting"].isin(self.settings.value)
             & self.runs["seed"].isin(self.seeds.value)
         ]
-        self.figure, ax = plt.subplots(figsize=(7.6, 5.4), layout="constrained")
-        plt.close(self.figure)  # it is shown here, and not once more at the end of the cell
         if len(chosen):
             plot_accuracy(ax, chosen, self.metric.value, self.against.value, self.scale.value)
         else:
             ax.set_axis_off()
             message = "Nothing is chosen:\nchoose one setting and one seed, or more."
             ax.text(0.5, 0.5, message, ha="center", size=14, transform=ax.transAxes)
-        picture = BytesIO()
-        self.figure.savefig(picture, format="png", dpi=100)
-        self.picture.value = picture.getvalue()
+
+
+class LiveCurves(Playground):
+    """A slider for the batch size, and a button that trains and adds a curve to the earlier ones.
+
+    Args:
+        train: Trains with a batch size; the columns `seconds` and `accuracy`, one row per look.
+        sizes: The batch sizes to choose from, ascending.
+        first: The one that is trained at once.
+    """
+
+    def __init__(
+        self, train: Callable[[int], pd.DataFrame], sizes: Sequence[int], first: int
+    ) -> None:
+        self.train, self.sizes, self.curves = train, sizes, dict[int, pd.DataFrame]()
+        self.size = widgets.SelectionSlider(options=sizes, value=first, layout={"width": "210px"})
+        self.button = widgets.Button(description="Train", button_style="primary")
+        self.button.on_click(self.add)
+        super().__init__({"batch size": self.size, "": self.button})
+        self.add()
+
+    def add(self, *_: Any) -> None:
+        """Train with the batch size of the slider, and show its curve."""
+        self.button.disabled = True
+        try:
+            self.curves[self.size.value] = self.train(self.size.value)
+            self.show(self.plot)
+        finally:
+            self.button.disabled = False
+
+    def plot(self, ax: Axes) -> None:
+        """Draw the curves so far."""
+        colours = batch_size_colours(self.sizes)
+        for size, curve in sorted(self.curves.items()):
+            ax.plot(curve["seconds"], curve["accuracy"], color=colours[size], label=str(size))
+        stretch_towards_one(ax, np.concatenate([c["accuracy"] for c in self.curves.values()]))
+        ax.set(xlabel="seconds of training", ylabel="validation accuracy")
+        ax.set_title("Which batch size learns most in the time?")
+        label_ends(ax)
 
 
 def _several(options: list[Any], rows: int) -> widgets.SelectMultiple:

@@ -1,9 +1,10 @@
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 from made_up_runs import runs_of
 
 from nbutils import RunConfig, plots
-from nbutils.plots.explorer import Explorer
+from nbutils.plots.explorer import Explorer, LiveCurves
 
 
 @pytest.fixture
@@ -44,3 +45,16 @@ def test_without_a_kernel_there_is_a_picture(explorer, monkeypatch, stored):
     bundle = explorer._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBORw0KGgo")
     assert ("application/vnd.jupyter.widget-view+json" in bundle) != stored
+
+
+def test_a_live_run_adds_its_curve_to_the_earlier_ones():
+    def train(size):
+        return pd.DataFrame({"seconds": [0.1, 2.0], "accuracy": [0.5, 1 - size / 1000]})
+
+    live = LiveCurves(train, [32, 64, 128], first=64)
+    live.size.value = 128
+    live.button.click()
+    (ax,) = live.figure.axes
+    ends = {line.get_label(): line.get_ydata()[-1] for line in ax.lines}
+    assert ends == {"64": 0.936, "128": 0.872}
+    assert not live.button.disabled

@@ -24,8 +24,7 @@ from nbutils.paths import NOTEBOOKS
 def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
     """The cluster of a scheduler as an executor for `run_study`.
 
-    A run whose worker dies is made by another. Where workers declare the resource `GPU`, each run
-    takes one.
+    Where workers declare the resource `GPU`, each run takes one.
 
     Args:
         address: The scheduler's, such as "tcp://10.0.0.7:8786".
@@ -38,12 +37,12 @@ def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
     """
     try:
         from distributed import Client
+
+        client = Client(address, timeout=timeout, set_as_default=False)
     except ModuleNotFoundError as error:
         raise InputError(
             f"a scheduler needs the extra cluster: pip install -e '.[cluster]' ({error})"
         ) from error
-    try:
-        client = Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError) as error:
         raise InputError(
             f"scheduler {address}: no Dask scheduler answers there within {timeout:g} s; "
@@ -84,7 +83,6 @@ def _check_workers(client: Any, out: Path) -> bool:
 
 
 def _describe(mark: str, dask_worker: Any) -> dict[str, Any]:
-    """What a worker has: its code of nbutils, a GPU, and whether it sees the folder."""
     gpu = "GPU" in dask_worker.state.total_resources
     return {"code": code_version(), "gpu": gpu, "sees": os.access(mark, os.W_OK)}
 
@@ -107,7 +105,6 @@ class _SameCode(Executor):
         self._executor, self._code = executor, code_version()
 
     def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Have a worker do the task."""
         return self._executor.submit(_on_worker, self._code, task, *args, **kwargs)
 
 

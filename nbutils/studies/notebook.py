@@ -23,11 +23,7 @@ LONGEST_PIPE_FOLDER = 70
 
 
 def notebook_path(name: str) -> Path:
-    """The file of the notebook called `name` in `notebooks/`.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The file of the notebook called `name` in `notebooks/`; InputError if there is none."""
     known = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
     if name not in known:
         raise InputError(f"no notebook {name!r}; {suggest(name, known)}")
@@ -43,20 +39,12 @@ def declared_parameters(notebook: str) -> list[str]:
 
 
 def check_parameters(notebook: str, names: Iterable[str]) -> None:
-    """Refuse parameters that the notebook does not declare; papermill would only log them.
-
-    Raises:
-        InputError: There is such a parameter.
-    """
+    """Raise InputError for parameters that a notebook lacks; papermill would only log them."""
     _check_declared(f"the notebook {notebook}", names, declared_parameters(notebook))
 
 
 def check_injected_parameters() -> None:
-    """In a notebook: refuse parameters that papermill added but the notebook does not declare.
-
-    Raises:
-        InputError: There is such a parameter.
-    """
+    """In a notebook: InputError for parameters that papermill added but it does not declare."""
     from IPython.core.getipython import get_ipython
 
     shell = get_ipython()
@@ -67,10 +55,7 @@ def check_injected_parameters() -> None:
 
 
 def config_from_parameters(variables: Mapping[str, Any]) -> RunConfig:
-    """In a notebook: the settings of a run, from the notebook's parameters of the same names.
-
-    Args:
-        variables: `globals()`. A setting that is not among them has its default.
+    """In a notebook: the settings of a run, from `globals()`; what is not there has its default.
 
     Raises:
         InputError: A value is not allowed, or papermill added an unknown parameter.
@@ -99,9 +84,9 @@ def execute_notebook(
     threads: int | None = None,
     time_limit: float | None = None,
 ) -> None:
-    """Run a notebook of the project with papermill, in a kernel of its own.
+    """Run a notebook of the project with papermill, in a kernel that ends with this process.
 
-    May be called from several threads at a time. The kernel ends when this process ends.
+    May be called from several threads at a time.
 
     Args:
         notebook: Its name in `notebooks/`.
@@ -111,15 +96,12 @@ def execute_notebook(
         time_limit: Seconds that a cell may take, rounded up; None for no limit.
 
     Raises:
-        InputError: It does not declare a parameter.
         Exception: What papermill raises when a cell fails or the kernel dies.
     """
     import papermill
     from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
-    path = notebook_path(notebook)
-    check_parameters(notebook, parameters)
     environment = {"TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
@@ -130,7 +112,7 @@ def execute_notebook(
             # Pipes, not TCP ports: kernels that start at the same time may claim the same port.
             connection |= {"transport": "ipc", "ip": str(Path(folder, "kernel"))}
         papermill.execute_notebook(
-            str(path),
+            str(notebook_path(notebook)),
             str(output.absolute()),
             parameters=dict(parameters),
             progress_bar=False,

@@ -7,7 +7,6 @@ command at a time works in the folder of a study, and it alone puts records ther
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -34,8 +33,7 @@ from nbutils.studies.files import locked, write_json
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
 
 SIGHT = 90
-"""Seconds after which a network disk shows what another machine wrote: for up to a minute it
-remembers that a name was not there."""
+"""Seconds after which a network disk surely shows what another machine wrote."""
 
 
 def run_study(
@@ -62,13 +60,11 @@ def run_study(
         on_oom: As in `train`.
 
     Returns:
-        The cause of each failure, by run id, or by the name of the summary notebook: empty when
-        all is done.
+        The cause of each failure, by run id, or by the name of the summary notebook.
 
     Raises:
-        InputError: `out` holds another study or a damaged record, or another command is at work
-            there, or a dataset is not there, or an update needs more images than there are, or,
-            without `executor`, this machine lacks a device. Nothing was run or changed.
+        InputError: The study does not fit the folder, the images, this machine (without
+            `executor`) or the options; nothing was run or changed.
     """
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
@@ -79,18 +75,16 @@ def run_study(
     fingerprints = _check_runnable(study, status.missing(study, out), on_oom, executor is None)
     with locked(out):
         plan = merge_with_folder(study, out)  # now that no other command changes it
-        status.check_records(plan, out, fingerprints)
-        _prepare(plan, out)
+        _prepare(plan, out, fingerprints)
         failures = {}
         if runs := status.missing(study, out):
             # From the whole study, so that a run has as many threads when the rest goes on.
             jobs = min(jobs or _default_jobs(), len(study.runs))
             threads = None if executor else max(1, processors() // jobs)
             task = partial(make_run, out=str(out), on_oom=on_oom, threads=threads, limit=time_limit)
+            check = partial(status.check_record, fingerprints=fingerprints)
             print(f"{study.title}: {len(runs)} runs to make in {out}", flush=True)
-            failures = _make_runs(
-                runs, out, executor or ThreadPoolExecutor(jobs), task, fingerprints
-            )
+            failures = _make_runs(runs, out, executor or ThreadPoolExecutor(jobs), task, check)
         if not failures and (runs or not _is_summed_up(study, out)):
             failures = _sum_up(study, out)
         if not failures and not status.missing(plan, out):
@@ -114,20 +108,25 @@ def _check_runnable(
         check_fits(run.config, datasets[run.config.dataset])
         if here:
             resolve_device(run.config.device)
-    for name in {run.notebook for run in runs if on_oom != "stop"}:
-        notebook.check_parameters(name, ["on_oom"])
+        if on_oom != "stop":
+            notebook.check_parameters(run.notebook, ["on_oom"])
     return {name: data.fingerprint for name, data in datasets.items()}
 
 
-def _prepare(plan: Study, out: Path) -> None:
-    """Write the plan, and put the folder in order after a command that was killed."""
-    lacking = status.missing(plan, out)
-    status.note(out, {run.run_id: None for run in plan.runs if run not in lacking})
+def _prepare(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
+    """Check the records, write the plan, put in order what a killed command left."""
+    planned = {run.run_id: run for run in plan.runs}
+    done = {path.name: path for path in out.iterdir() if path.is_dir() and path.name[0] != "."}
+    for name, folder in sorted(done.items()):
+        if name not in planned:
+            raise InputError(f"{folder} is not a run of this study; move it elsewhere")
+        status.check_record(folder, planned[name], fingerprints)
+    status.note(out, dict.fromkeys(done))
     for aside in out.glob(".*.json.*"):  # what it was writing
         aside.unlink(missing_ok=True)
     write_json(out / "study.json", asdict(plan))
     (out / ".work").mkdir(exist_ok=True)
-    (out / ".work" / status.SPARE).write_bytes(bytes(status.SPARE_BYTES))
+    (out / ".work" / status.SPARE).write_bytes(bytes(2**16))
 
 
 def _default_jobs() -> int:
@@ -139,17 +138,9 @@ def _default_jobs() -> int:
 def make_run(
     run: PlannedRun, out: str, on_oom: str, threads: int | None, limit: float | None
 ) -> str:
-    """Execute the notebook of a run; an executor's task.
+    """Execute the notebook of a run, with options of `run_study` and `execute_notebook`.
 
-    Args:
-        run: What to run.
-        out: The study's folder.
-        on_oom: As in `train`.
-        threads: CPU threads of the kernel; None for the default.
-        limit: Seconds that a cell may take; None for no limit.
-
-    Returns:
-        The folder of the whole record, in `.work/`.
+    An executor's task. It returns the folder of the whole record, in `.work/`.
     """
     if not Path(out, "study.json").exists():
         raise InputError(f"{platform.node()} does not see the folder {out}")
@@ -175,7 +166,7 @@ def _make_runs(
     out: Path,
     executor: Executor,
     task: Callable[[PlannedRun], str],
-    fingerprints: Mapping[str, str],
+    check: Callable[[Path, PlannedRun], None],
 ) -> dict[str, str]:
     """Have the runs made, showing how far they are; the cause of each failure by run id."""
     failures: dict[str, str] = {}
@@ -189,7 +180,7 @@ def _make_runs(
             finished, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
             for future in finished:
                 run_id = futures[future].run_id
-                error = _publish(future, futures[future], out, fingerprints)
+                error = _publish(future, futures[future], out, check)
                 status.note(out, {run_id: error})
                 if error:
                     failures[run_id] = status.cause(error)
@@ -204,15 +195,14 @@ def _make_runs(
 
 
 def _publish(
-    future: Future[str], run: PlannedRun, out: Path, fingerprints: Mapping[str, str]
-) -> BaseException | None:
+    future: Future[str], run: PlannedRun, out: Path, check: Callable[[Path, PlannedRun], None]
+) -> Exception | None:
     """Move the record of a finished run to where it belongs; what went wrong, if anything did."""
     try:
-        record = Path(future.result())
-        end = time.monotonic() + SIGHT
+        record, end = Path(future.result()), time.monotonic() + SIGHT
         while not record.exists() and time.monotonic() < end:
             time.sleep(0.5)
-        status.check_record(record, run, fingerprints)
+        check(record, run)
         os.rename(record, out / run.run_id)
     except Exception as error:
         return error
@@ -253,21 +243,15 @@ def _is_summed_up(study: Study, out: Path) -> bool:
         return False
     sources = [notebook.notebook_path(study.summary), *out.glob("*/run.json")]
     newest = max(path.stat().st_mtime_ns for path in sources)
-    content = json.loads(summary.read_text(encoding="utf-8"))
-    given = content["metadata"].get("papermill", {}).get("parameters")
-    return newest <= summary.stat().st_mtime_ns and given == _summary_parameters(study, out)
-
-
-def _summary_parameters(study: Study, out: Path) -> dict[str, Any]:
-    return study.parameters | {"runs" if study.runs else "out": str(out), "figures": str(out)}
+    return newest <= summary.stat().st_mtime_ns
 
 
 def _sum_up(study: Study, out: Path) -> dict[str, str]:
     """Execute the summary; the cause of its failure by its name."""
     print(f"Summing up in {out / 'summary.ipynb'}", flush=True)
-    aside, given = out / ".work" / "summary.ipynb", _summary_parameters(study, out)
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(notebook.execute_notebook, study.summary, aside, given)
+    aside, folder = out / ".work" / "summary.ipynb", "runs" if study.runs else "out"
+    given = study.parameters | {folder: str(out), "figures": str(out)}
+    future = ThreadPoolExecutor(1).submit(notebook.execute_notebook, study.summary, aside, given)
     with _stopping({future: None}, out):
         error = future.exception()
     status.note(out, {study.summary: error})

@@ -22,16 +22,12 @@ from nbutils.studies.files import write_json
 from nbutils.studies.record import read_record
 from nbutils.studies.study import PlannedRun, Study, read_plan
 
-SPARE, SPARE_BYTES = "spare", 2**16
+SPARE = "spare"
 """A file in `.work/` that is given up to note a failure when the disk is full."""
 
 
 def run_status(out: str | Path) -> dict[str, str]:
-    """How far each planned run of a study's folder is, by run id; and a summary that failed.
-
-    Raises:
-        InputError: `out` holds no study.
-    """
+    """How far each planned run of a study's folder is, by run id; and a summary that failed."""
     out = Path(out).absolute()
     plan, failures = read_plan(out), read_failures(out)
     statuses = {run.run_id: _status(out, run, failures) for run in plan.runs}
@@ -43,7 +39,7 @@ def run_status(out: str | Path) -> dict[str, str]:
 def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
     if (out / run.run_id).exists():
         try:
-            accuracy = read_record(out / run.run_id).final["test_accuracy"]
+            accuracy = read_record(out / run.run_id)["final"]["test_accuracy"]
         except InputError as error:
             return f"damaged: {error}"
         return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
@@ -90,29 +86,9 @@ def take_over(out: Path, run: PlannedRun) -> Path:
     return mine
 
 
-def check_records(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a folder with a record that is damaged or does not belong, so that none is lost.
-
-    Raises:
-        InputError: There is one; the message names it.
-    """
-    planned = {run.run_id: run for run in plan.runs}
-    for folder in sorted(out.iterdir()):
-        if folder.is_dir() and not folder.name.startswith("."):
-            if folder.name not in planned:
-                raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-            check_record(folder, planned[folder.name], fingerprints)
-
-
 def check_record(folder: Path, run: PlannedRun, fingerprints: Mapping[str, str]) -> None:
-    """Refuse a record that is damaged, or made on other images than its dataset has here.
-
-    Args:
-        folder: The record.
-        run: What it should be of.
-        fingerprints: Of datasets, by name.
-    """
-    name, made_on = run.config.dataset, read_record(folder).dataset["fingerprint"]
+    """Refuse a record that is damaged, or made on other images than its dataset has here."""
+    name, made_on = run.config.dataset, read_record(folder)["dataset"]["fingerprint"]
     if fingerprints.get(name, made_on) != made_on:
         raise InputError(
             f"the record {folder} was made on other images than {name!r} has now; move it "
@@ -131,18 +107,13 @@ def cause(error: BaseException) -> str:
 
 
 def read_failures(out: Path) -> dict[str, str]:
-    """The cause of each failure noted in `out`, by the name of what failed.
-
-    Raises:
-        InputError: `failures.json` is damaged.
-    """
+    """The cause of each failure noted in `out`, by the name of what failed."""
     path = out / "failures.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): str(reason) for name, reason in content.items()}
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged, remove it: {error}") from error
 
 
@@ -153,12 +124,12 @@ def note(out: Path, outcomes: Mapping[str, BaseException | None]) -> None:
     failures |= {name: cause(error) for name, error in outcomes.items() if error}
     if not failures:
         path.unlink(missing_ok=True)
-    elif failures != noted:
+        return
+    for _ in range(2):
         try:
             write_json(path, failures)
-        except OSError:  # the disk may be full
-            try:
-                (out / ".work" / SPARE).unlink(missing_ok=True)
-                write_json(path, failures)
-            except OSError as error:
-                print(f"not noted that {', '.join(outcomes)} failed: {error}", file=sys.stderr)
+            return
+        except OSError as error:  # the disk may be full
+            reason = error
+        (out / ".work" / SPARE).unlink(missing_ok=True)
+    print(f"not noted that {', '.join(outcomes)} failed: {reason}", file=sys.stderr)

@@ -22,7 +22,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from nbutils.studies.notebook import check_parameters
 from nbutils.training.config import RunConfig
 
 STUDY_KEYS = ("title", "fixed", "runs", "summary")
-MEASURING_STUDY_KEYS = ("title", "parameters", "summary")
+MEASURING_KEYS = ("title", "parameters", "summary")
 BLOCK_KEYS = ("notebook", "grid", "fixed")
 
 Overrides = Mapping[str, list[Any]]
@@ -56,14 +56,9 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A named set of runs and the notebook that sums them up.
+    """A named set of runs, none where the summary measures, and the notebook that sums them up.
 
-    Attributes:
-        name: That of its file.
-        title: One line.
-        runs: Empty where the summary does the measuring.
-        summary: Name of that notebook.
-        parameters: What the summary gets besides folders.
+    `parameters` are what that notebook gets besides folders.
     """
 
     name: str
@@ -84,19 +79,9 @@ class Study:
         names = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in self.datasets]
         return Path("runs") / "-".join([self.name, *names])
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Study:
-        """The study whose `dataclasses.asdict` is `content`."""
-        runs = (PlannedRun(r["notebook"], RunConfig(**r["config"])) for r in content["runs"])
-        return cls(**{**content, "runs": tuple(runs)})
-
 
 def load_study(name: str, overrides: Overrides | None = None) -> Study:
-    """Read and check a study; nothing is run.
-
-    Args:
-        name: A study in `notebooks/studies/`, or the path of a YAML file.
-        overrides: Values in place of the file's.
+    """Read and check a study in `notebooks/studies/`, or a YAML file by its path.
 
     Raises:
         InputError: The study, a key, a notebook, a parameter or a value is unknown or not allowed.
@@ -104,22 +89,12 @@ def load_study(name: str, overrides: Overrides | None = None) -> Study:
     path = _study_path(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        study = _parse(path.stem, content, overrides or {})
+        _check_notebooks(study)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"study {path}: cannot be read: {reason}") from error
-    try:
-        measuring = isinstance(content, dict) and not {"runs", "fixed"} & content.keys()
-        parse = _parse_measuring if measuring else _parse
-        study = parse(path.stem, content, overrides or {})
-        needed = {run.notebook: {"out": None} for run in study.runs}
-        for run in study.runs:
-            needed[run.notebook] |= dict.fromkeys(_changed_settings(run.config))
-        for notebook, names in needed.items():
-            check_parameters(notebook, names)
-        folder = "runs" if study.runs else "out"
-        check_parameters(study.summary, [folder, "figures", *study.parameters])
-    except InputError as error:
-        raise InputError(f"study {path.name}: {error}") from error
+        found = reason if isinstance(error, InputError) else f"cannot be read: {reason}"
+        raise InputError(f"study {path.name}: {found}") from error
     return study
 
 
@@ -134,27 +109,34 @@ def _study_path(name: str) -> Path:
     return STUDIES / f"{name}.yaml"
 
 
-def _changed_settings(config: RunConfig) -> list[str]:
-    """The settings that differ from the defaults, so that the notebook must take them."""
-    defaults = asdict(RunConfig())
-    return [name for name, value in asdict(config).items() if value != defaults[name]]
-
-
 def _parse(name: str, content: Any, overrides: Overrides) -> Study:
-    _check_mapping("a study", content, STUDY_KEYS, required=("runs", "summary"))
-    if not isinstance(content["runs"], list) or not content["runs"]:
+    makes_runs = isinstance(content, dict) and bool({"runs", "fixed"} & content.keys())
+    keys = STUDY_KEYS if makes_runs else MEASURING_KEYS
+    _check_mapping("a study", content, keys, required=["summary"])
+    title, summary = str(content.get("title", name)), str(content["summary"])
+    if makes_runs:
+        return Study(name, title, tuple(_runs(content, overrides)), summary)
+    parameters = dict(content.get("parameters") or {})
+    _check_mapping("--set", overrides, parameters)
+    for key, values in overrides.items():
+        parameters[key] = _like(key, values, parameters[key])
+    return Study(name, title, (), summary, parameters)
+
+
+def _runs(content: Mapping[str, Any], overrides: Overrides) -> list[PlannedRun]:
+    blocks = content.get("runs")
+    if not isinstance(blocks, list) or not blocks:
         raise InputError("runs must be a list of blocks, each with a notebook and a grid")
     _check_mapping("--set", overrides, RunConfig.field_names())
-    fixed = _settings("fixed", content)
     runs = []
-    for block in content["runs"]:
-        _check_mapping("a block of runs", block, BLOCK_KEYS, required=("notebook",))
+    for block in blocks:
+        _check_mapping("a block of runs", block, BLOCK_KEYS, required=["notebook"])
         grid = _settings("grid", block)
         for setting, values in grid.items():
             if not isinstance(values, list) or not values:
                 raise InputError(f"grid: {setting} = {values!r}, but it must be a list of values")
-        settings = fixed | _settings("fixed", block)
-        table = {key: [value] for key, value in settings.items()} | grid | dict(overrides)
+        fixed = _settings("fixed", content) | _settings("fixed", block)
+        table = {key: [value] for key, value in fixed.items()} | grid | dict(overrides)
         for values in itertools.product(*table.values()):
             config = RunConfig.from_dict(dict(zip(table, values, strict=True)))
             runs.append(PlannedRun(str(block["notebook"]), config))
@@ -162,39 +144,35 @@ def _parse(name: str, content: Any, overrides: Overrides) -> Study:
     twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
     if twice:
         raise InputError(f"the same settings are planned twice: {', '.join(twice)}")
-    return Study(name, str(content.get("title", name)), tuple(runs), str(content["summary"]))
-
-
-def _parse_measuring(name: str, content: Any, overrides: Overrides) -> Study:
-    """A study without runs."""
-    _check_mapping("a study without runs", content, MEASURING_STUDY_KEYS, required=("summary",))
-    parameters = content.get("parameters") or {}
-    _check_mapping("parameters", parameters, list(parameters))
-    _check_mapping("--set", overrides, list(parameters))
-    for parameter, values in overrides.items():
-        given = parameters[parameter]
-        several = isinstance(given, list)
-        if not several and len(values) > 1:
-            raise InputError(f"{parameter} = {values}, but it must be one value")
-        for value in values:
-            _check_kind(parameter, value, given[0] if several and given else given)
-        parameters[parameter] = values if several else values[0]
-    return Study(name, str(content.get("title", name)), (), str(content["summary"]), parameters)
-
-
-def _check_kind(name: str, value: Any, like: Any) -> None:
-    """Refuse a value of another kind than the study file's."""
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    wanted = type(like)
-    fits = type(value) is wanted or (wanted is float and type(value) is int)
-    if wanted in kinds and not fits:
-        raise InputError(f"{name} = {value!r}, but it must be {kinds[wanted]}")
+    return runs
 
 
 def _settings(key: str, content: Mapping[str, Any]) -> dict[str, Any]:
     settings = content.get(key) or {}
     _check_mapping(key, settings, RunConfig.field_names())
     return settings
+
+
+def _like(name: str, values: list[Any], before: Any) -> Any:
+    """Values in place of a parameter's: a list where it was one, of the same kind."""
+    several = isinstance(before, list)
+    kind = type(before[0] if several and before else before)
+    kinds = (int, float) if kind is float else (kind,)
+    if not all(type(value) in kinds for value in values) or (len(values) > 1 and not several):
+        raise InputError(f"{name} = {values}, but it must be of the kind of {before!r}")
+    return values if several else values[0]
+
+
+def _check_notebooks(study: Study) -> None:
+    """Refuse notebooks that lack a parameter for what they get."""
+    defaults, names = RunConfig().to_dict(), {run.notebook: set[str]() for run in study.runs}
+    for run in study.runs:
+        settings = run.config.to_dict().items()
+        names[run.notebook] |= {name for name, value in settings if value != defaults[name]}
+    for notebook, needed in names.items():
+        check_parameters(notebook, ["out", *sorted(needed)])
+    folder = "runs" if study.runs else "out"
+    check_parameters(study.summary, [folder, "figures", *study.parameters])
 
 
 def _check_mapping(
@@ -211,13 +189,11 @@ def _check_mapping(
 
 
 def read_plan(out: Path) -> Study:
-    """The study whose runs `out` holds.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The study whose runs `out` holds, from its `study.json`."""
     try:
-        return Study.from_dict(json.loads((out / "study.json").read_text(encoding="utf-8")))
+        content = json.loads((out / "study.json").read_text(encoding="utf-8"))
+        runs = (PlannedRun(r["notebook"], RunConfig(**r["config"])) for r in content["runs"])
+        return Study(**{**content, "runs": tuple(runs)})
     except FileNotFoundError as error:
         raise InputError(f"{out} holds no study: it has no study.json") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -230,9 +206,8 @@ def merge_with_folder(study: Study, out: Path) -> Study:
     Raises:
         InputError: `out` holds something else, or runs that no summary could compare.
     """
-    held = _held_study(study, out)
-    added = [run for run in study.runs if run not in held.runs]
-    plan = replace(study, runs=(*held.runs, *added))
+    held = _held_runs(study, out)
+    plan = replace(study, runs=(*held, *(run for run in study.runs if run not in held)))
     datasets = list(dict.fromkeys(run.config.dataset for run in plan.runs))
     if len(datasets) > 1:
         raise InputError(
@@ -242,17 +217,14 @@ def merge_with_folder(study: Study, out: Path) -> Study:
     return plan
 
 
-def _held_study(study: Study, out: Path) -> Study:
-    """The study in `out`, which must be `study` as well; without runs where there is none."""
-    nothing = replace(study, runs=())
-    if not out.exists():
-        return nothing
-    if not out.is_dir():
+def _held_runs(study: Study, out: Path) -> tuple[PlannedRun, ...]:
+    """The runs of the study in `out`, which must be `study` as well."""
+    if out.exists() and not out.is_dir():
         raise InputError(f"{out} is not a folder; choose another --out")
     if not (out / "study.json").exists():
-        if all(path.name.startswith(".") for path in out.iterdir()):  # a lock, at most
-            return nothing
-        raise InputError(f"{out} is not empty and holds no study; choose another --out")
+        if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
+            raise InputError(f"{out} is not empty and holds no study; choose another --out")
+        return ()
     held = read_plan(out)
     if held.name != study.name:
         raise InputError(
@@ -266,4 +238,4 @@ def _held_study(study: Study, out: Path) -> Study:
                 f"{out} holds the study {study.name!r} with {name} = {before.pop()!r}, "
                 f"not {now.pop()!r}; choose another --out"
             )
-    return held
+    return held.runs

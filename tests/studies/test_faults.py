@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from nbutils import InputError, RunConfig, load_runs, save_run, train
-from nbutils.studies.reference import export_runs
+from nbutils.studies.reference import export as export_runs
 from nbutils.studies.status import run_status
 from nbutils.training import train as training
 
@@ -25,7 +25,7 @@ STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.scandir",
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 sample_and_all = pytest.mark.parametrize(
-    "stride", [13, pytest.param(1, marks=pytest.mark.slow)], ids=["sample", "all"]
+    "stride", [17, pytest.param(1, marks=pytest.mark.slow)], ids=["sample", "all"]
 )
 
 
@@ -105,23 +105,12 @@ def test_killed_at_any_step_nothing_is_lost_or_done_twice(
         out = tmp_path / f"out-{step}"
         reached, outcome = faulty(lambda out=out: quick.run(study, out), out, step, kill)
         assert outcome in (None, {})
-        for text in run_status(out).values() if (out / "study.json").exists() else ():
-            assert text.startswith(("waiting", "started", "done"))
         assert quick.run(study, out) == {}
         assert content_of(out) == expected
         if log.exists():
             assert len(log.read_text()) <= 2 * 2 + 1  # at most the epoch under way
         step += stride
     assert step > 60
-
-
-def test_killed_again_and_again_it_ends_the_same(study, quick, expected, content_of, tmp_path):
-    out, step, reached = tmp_path / "out", 10, True
-    while reached:
-        reached, _ = faulty(lambda: quick.run(study, out), out, step, kill)
-        step += 5
-    assert step > 40
-    assert content_of(out) == expected
 
 
 @sample_and_all

@@ -17,7 +17,6 @@ from nbformat.v4 import new_code_cell, new_notebook
 from nbutils import InputError, RunConfig
 from nbutils.studies import notebook as notebooks
 from nbutils.studies.notebook import (
-    check_injected_parameters,
     config_from_parameters,
     declared_parameters,
     execute_notebook,
@@ -79,15 +78,6 @@ def test_a_cell_has_a_time_limit_which_may_be_of_months(probe):
     assert probe(time_limit=1e7)
 
 
-def test_unknown_names_are_refused_before_anything_is_executed(tmp_path):
-    output = tmp_path / "out.ipynb"
-    with pytest.raises(InputError, match="no notebook '02_train'; did you mean '02_train_batch"):
-        execute_notebook("02_train", output, {})
-    with pytest.raises(InputError, match="02_train_batch_size has no parameter 'on_om'; did you"):
-        execute_notebook("02_train_batch_size", output, {"on_om": "split"})
-    assert not output.exists()
-
-
 def test_the_declared_parameters_are_those_that_papermill_finds():
     for path in sorted(notebooks.NOTEBOOKS.glob("*.ipynb")):
         assert declared_parameters(path.stem) == list(papermill.inspect_notebook(str(path)))
@@ -96,28 +86,17 @@ def test_the_declared_parameters_are_those_that_papermill_finds():
 def test_a_config_has_the_notebooks_variables_and_defaults():
     variables = {"batch_size": 7, "norm": "none", "out": "", "figures": 3}
     assert config_from_parameters(variables) == RunConfig(batch_size=7, norm="none")
-    with pytest.raises(InputError, match="batch_size = '7', but it must be a whole number"):
-        config_from_parameters({"batch_size": "7"})
 
 
-@pytest.mark.parametrize(
-    ("injected", "message"),
-    [
-        ("batchsize = 512", "this notebook has no parameter 'batchsize'; did you mean 'batch_"),
-        ("batch_size = 1\nBatch_Size = 1", "this notebook has no parameter 'Batch_Size'"),
-        ("batch_size = 512", None),
-    ],
-)
-def test_a_parameter_that_papermill_adds_must_be_declared(monkeypatch, injected, message):
+@pytest.mark.parametrize("injected", ["batchsize = 512", "batch_size = 1\nbatchsize = 1"])
+def test_a_parameter_that_papermill_adds_must_be_declared(monkeypatch, injected):
     declared = 'batch_size: int = 128  # images\nout: str = ""  # folder'
-    shell = SimpleNamespace(user_ns={"In": ["", declared, f"# Parameters\n{injected}\n"]})
+    shell = SimpleNamespace(user_ns={"In": ["", declared, "# Parameters\nbatch_size = 512\n"]})
     monkeypatch.setattr(import_module("IPython.core.getipython"), "get_ipython", lambda: shell)
-    if message is None:
-        check_injected_parameters()
-        return
-    with pytest.raises(InputError) as error:
+    config_from_parameters({})
+    shell.user_ns["In"][2] = f"# Parameters\n{injected}\n"
+    with pytest.raises(InputError, match="this notebook has no parameter 'batchsize'; did you"):
         config_from_parameters({})
-    assert message in str(error.value)
 
 
 def test_papermill_by_itself_adds_the_cell_that_is_looked_for(probe, tmp_path):

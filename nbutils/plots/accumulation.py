@@ -1,94 +1,164 @@
-"""How far accumulation is from the large batch: rounding, drift, and the damage of mistakes."""
+"""Accumulation as a picture: windows, sums of gradients, rounding, and the damage of mistakes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from numpy.typing import ArrayLike
 
 from nbutils.analysis.intervals import mean_interval
-from nbutils.plots.style import MARKERS, label_ends
+from nbutils.plots import style
+
+FIRST, LAST = 3, 2
+"""Updates that `plot_windows` draws from the beginning and from the end of an epoch."""
+
+
+def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
+    """The windows of an epoch: one row of blocks per update, one block per micro-batch.
+
+    A block is as wide as its micro-batch has images, and says how many. Blocks of a size that
+    differs from the first one, and the sum of a window that is smaller than the first one, are
+    red and hatched. The axes should be about 0.5 inches high for each row.
+    """
+    rows: list[int | None] = list(range(len(sizes)))
+    usual, whole = sizes[0][0], sum(sizes[0])
+    if len(sizes) > FIRST + LAST:
+        rows[FIRST:-LAST] = [None]
+        text = f"{len(sizes) - FIRST - LAST:,} more updates of {whole:,} images"
+        ax.text(whole / 2, FIRST, text, ha="center", va="center", color="0.4")
+    for place, update in enumerate(rows):
+        if update is None:
+            continue
+        left, note = 0, ""
+        for images in sizes[update]:
+            odd = images != usual
+            face, edge, hatch = ("white", style.RED, "///") if odd else ("#7fb8c4", "white", None)
+            ax.barh(place, images, 0.76, left, color=face, ec=edge, hatch=hatch, lw=1.5)
+            if images < whole / 40:
+                note = f", the last block has {images}"
+            else:
+                middle, box = left + images / 2, {"facecolor": face, "edgecolor": "none", "pad": 1}
+                ax.text(middle, place, str(images), ha="center", va="center", size=9, bbox=box)
+            left += images
+        short = left < whole
+        text = f" {left:,} images{note if odd else ''}" if len(sizes[update]) > 1 or short else ""
+        ax.text(left, place, text, va="center", color=style.RED if short else "0.15")
+    ax.set(xlim=(0, 1.2 * whole), ylim=(len(rows) - 0.5, -0.5), xlabel="images of one update")
+    names = ["..." if update is None else f"update {update + 1:,}" for update in rows]
+    ax.set_yticks(range(len(rows)), names)
+    ax.set_xticks([0, whole])
+    ax.grid(False)
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def plot_gradient_sum(
+    axes: Sequence[Axes], micro: ArrayLike, total: ArrayLike, large: ArrayLike
+) -> None:
+    """What the gradients of micro-batches add up to, beside the gradient of one large batch.
+
+    A gradient is drawn as the small images of its filters: purple is negative, orange positive,
+    white zero. Each row has a scale of its own, since the mean is smaller than what it is of.
+
+    Args:
+        axes: Two, one above the other, for the micro-batches and for their mean.
+        micro: The gradient of the mean loss of each micro-batch, shape (micro-batches, filters,
+            channels, height, width); only the first channel is drawn.
+        total: The accumulated gradient, shape (filters, channels, height, width).
+        large: The gradient of all these images in one batch, the same shape.
+    """
+    mean, whole = np.asarray(total), np.asarray(large)
+    difference = mean - whole
+    apart = np.abs(difference).max() / np.abs(whole).max()
+    upper = {f"micro-batch {n}": piece for n, piece in enumerate(np.asarray(micro), start=1)}
+    lower = {
+        "their mean:\naccumulated": mean,
+        "one batch of\nall images": whole,
+        f"difference: at most\n{apart:.0e} of the largest": difference,
+    }
+    for ax, gradients in zip(axes, (upper, lower), strict=True):
+        limit = max(np.abs(gradient).max() for gradient in gradients.values())
+        for place, (name, gradient) in enumerate(gradients.items()):
+            tiles = _tiles(gradient[:, 0])
+            side = max(tiles.shape)
+            left, width, height = 1.25 * side * place, tiles.shape[1], tiles.shape[0]
+            extent = (left, left + width, height, 0)
+            ax.imshow(tiles, cmap="PuOr_r", vmin=-limit, vmax=limit, extent=extent)
+            ax.text(left + width / 2, 1.05 * height, name, ha="center", va="top", size=9)
+        ax.set(xlim=(0, 1.25 * side * len(gradients)), ylim=(1.4 * side, 0))
+        ax.set_axis_off()
+
+
+def _tiles(filters: np.ndarray) -> np.ndarray:
+    """One image of all `filters`, shape (n, height, width), about as high as it is wide."""
+    columns = int(np.ceil(np.sqrt(len(filters))))
+    padded = np.pad(filters, ((0, -len(filters) % columns), (1, 0), (1, 0)))
+    number, height, width = padded.shape
+    rows = padded.reshape(-1, columns, height, width).swapaxes(1, 2)
+    return np.pad(rows.reshape(number // columns * height, -1), ((0, 1), (0, 1)))
 
 
 def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> None:
     """Differences of each rung on a log axis, and the limit that each must stay below.
 
-    Args:
-        ax: Where to draw.
-        table: From `nbutils.accumulation.equivalence.ladder`; one mark per row and rung.
-        limits: The limit of each rung.
+    `table` is from `nbutils.accumulation.equivalence.ladder`; it has one mark per row and rung.
     """
-    by_optimizer = table.reset_index().groupby("optimizer")
-    shades = mpl.colormaps["viridis"](np.linspace(0, 0.8, len(by_optimizer)))
+    by_optimizer = table.groupby("optimizer")
     for number, (optimizer, rows) in enumerate(by_optimizer):
         places = np.arange(len(limits)) + 0.2 * (number - (len(by_optimizer) - 1) / 2)
-        values = rows[list(limits)].to_numpy(float)
-        style = {"marker": MARKERS[number], "color": shades[number], "alpha": 0.7}
-        ax.plot(
-            np.tile(places, len(values)), values.ravel(), linestyle="", label=optimizer, **style
-        )
+        look = {"color": style.shades(len(by_optimizer), 1, 0.2)[number], "alpha": 0.7}
+        look |= {"marker": style.MARKERS[number], "linestyle": ""}
+        label = [optimizer, *[None] * (len(rows) - 1)]
+        ax.plot(places, rows[list(limits)].to_numpy(float).T, label=label, **look)
     for place, limit in enumerate(limits.values()):
-        name = "limit" if place == 0 else "_limit"
+        name = "_limit" if place else "limit"
         ax.hlines(limit, place - 0.4, place + 0.4, color="0.4", linestyle="--", label=name)
     ax.set_xticks(range(len(limits)), list(limits))
     ax.set(yscale="log", ylabel="relative difference to the large batch")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    style.legend_beside(ax)
 
 
 def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
     """How the weights of two trainings drift apart: one line per precision and optimizer.
 
-    Args:
-        ax: Where to draw.
-        table: From `equivalence.drift`, with columns `precision` and `optimizer`; where it has
-            several rows per update, their mean is drawn.
+    `table` is from `nbutils.accumulation.equivalence.drift`, with columns `precision` and
+    `optimizer`; where it has several rows per update, their mean is drawn.
     """
-    ax.set(yscale="log", xlabel="updates", ylabel="relative difference of the weights")
-    shades = dict(zip(table["precision"].unique(), ("#440154", "#2d9e8f", "#8a8a00"), strict=False))
+    colours = dict(
+        zip(table["precision"].unique(), (style.PURPLE, "#2d9e8f", "#8a8a00"), strict=False)
+    )
     dashes = dict(zip(table["optimizer"].unique(), ("-", "--", ":"), strict=False))
-    ends, colours = {}, []
     for (precision, optimizer), rows in table.groupby(["precision", "optimizer"], sort=False):
-        line = rows.groupby("update")["weights"].mean()
-        ax.plot(line, color=shades[precision], linestyle=dashes[optimizer], linewidth=2)
-        ends[f"{precision}, {optimizer}"] = (line.index[-1], line.iloc[-1])
-        colours.append(shades[precision])
-    label_ends(ax, ends, colours)
+        look = {"color": colours[precision], "linestyle": dashes[optimizer], "linewidth": 2}
+        means = rows.groupby("update")["weights"].mean()
+        ax.plot(means, label=f"{precision}, {optimizer}", **look)
+    ax.set(yscale="log", xlabel="updates", ylabel="relative difference of the weights")
+    style.label_ends(ax)
 
 
 def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
     """What each wrong loop does to the gradient (left) and to the test error (right).
 
-    The right loop is drawn in another colour. Errors of the gradient are on a log axis, one dot
-    per seed. The test error is shown as the difference to the right loop with the same start, in
-    points, with its mean and 95 % interval; beyond 1 point the axis is logarithmic.
-
-    Args:
-        axes: Two, side by side.
-        damage: From `pitfalls.measure_damage`; its first loop is the right one.
+    `damage` is from `pitfalls.measure_damage`; its first loop is the right one, which is drawn in
+    another colour. Errors of the gradient are on a log axis, one dot per seed. The test error is
+    shown as the difference to the right loop with the same start, in points, with its mean and
+    95 % interval; beyond 1 point the axis is logarithmic.
     """
-    loops = list(damage["loop"].unique())
-    colours = ["#d1495b"] + ["#2d708e"] * (len(loops) - 1)
     left, right = axes
+    loops = damage["loop"].unique()
     errors = 100 * (1 - damage.pivot_table("accuracy", "seed", "loop"))
-    for place, (loop, colour) in enumerate(zip(loops, colours, strict=True)):
+    differences = errors.sub(errors[loops[0]], axis=0)
+    for place, loop in enumerate(loops):
+        colour = "#2d708e" if place else style.RED
         gradients = damage.loc[damage["loop"] == loop, "gradient_error"]
         left.plot(gradients, [place] * len(gradients), "o", color=colour, alpha=0.6)
-        differences = (errors[loop] - errors[loops[0]]).tolist()
-        mean = float(np.mean(differences))
-        right.hlines(place, *mean_interval(differences), color=colour, linewidth=2)
+        mean = differences[loop].mean()
+        right.hlines(place, *mean_interval(differences[loop].tolist()), color=colour, linewidth=2)
         right.plot(mean, place, "o", color=colour)
-        right.annotate(
-            f"{mean:+.1f}",
-            (1, place),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            xytext=(6, 0),
-            textcoords="offset points",
-            color=colour,
-        )
+        beside = right.get_yaxis_transform()
+        right.text(1.01, place, f"{mean:+.1f}", transform=beside, va="center", color=colour)
     right.axvline(0, color="0.4", linestyle="--", zorder=0)
     left.set(xscale="log", xlabel="largest relative error of an update's gradient")
     left.set_title("The gradient")

@@ -1,26 +1,18 @@
-"""How runs develop: accuracy or error against epochs, updates or seconds."""
+"""How runs develop, against epochs, updates or seconds, and how they end, by setting."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from nbutils.analysis.intervals import mean_interval
-from nbutils.analysis.outcomes import name_settings
-from nbutils.plots.style import (
-    MARKERS,
-    batch_size_colours,
-    fixed_ticks,
-    label_ends,
-    plain_log_ticks,
-    stretch_towards_one,
-)
+from nbutils.analysis.outcomes import name_settings, outcomes, setting_name
+from nbutils.plots import style
 
 Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
 Progress = Literal["epoch", "updates", "seconds"]
@@ -45,58 +37,44 @@ def plot_accuracy(
     against: Progress = "epoch",
     scale: Scale = "accuracy",
 ) -> None:
-    """How a metric develops: one line per setting, its mean over seeds.
+    """How a metric of the runs of `load_runs` develops: one line per setting, its mean over seeds.
 
     The darker a line, the more images per update; accumulated settings are dashed. Marks with
-    bars, 95 % intervals of the mean from `BAR_SEEDS` seeds on, take turns: at each epoch only
-    some lines have one, so that bars do not cover each other.
-
-    Args:
-        ax: Where to draw.
-        runs: From `load_runs`.
-        metric: The column to draw.
-        against: The horizontal axis. Seconds are those of the fastest seed at each epoch.
-        scale: "accuracy", on an axis stretched towards 100 % so that curves near 99 % can be
-            compared; or "error", the percentage of wrong answers on a log axis.
+    bars, 95 % intervals of the mean from `BAR_SEEDS` seeds on, take turns: at each epoch only some
+    lines have one. Seconds are those of the fastest seed at each epoch. Accuracies are on an axis
+    stretched towards 100 %, errors (wrong answers in percent) on a log axis.
     """
     runs = name_settings(runs)
-    settings = runs.drop_duplicates("setting").set_index("setting")
-    shades = batch_size_colours(settings["effective_batch_size"])
     runs["value"] = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
-    bars = runs.groupby("setting")["seed"].nunique().min() >= BAR_SEEDS
-    ends, colours = {}, []
-    for number, (setting, row) in enumerate(settings.iterrows()):
-        epochs = runs[runs["setting"] == setting].groupby("epoch")
-        x, mean = epochs[against].min(), epochs["value"].mean()
-        turn = (number % len(x), len(settings))
-        name, colour = str(setting), shades[row["effective_batch_size"]]
-        spread = None
-        if bars:
-            low, high = np.transpose([mean_interval(list(v)) for _, v in epochs["value"]])
-            spread = [mean - low, high - mean]
+    settings = runs.groupby("setting", sort=False)
+    colours = style.batch_size_colours(runs["effective_batch_size"])
+    bars = settings["seed"].nunique().min() >= BAR_SEEDS
+    for number, (setting, rows) in enumerate(settings):
+        epochs = rows.groupby("epoch")
+        mean, spread = means_with_bars(epochs["value"])
+        turn = (number % len(mean), len(settings))
+        whole = rows["accumulation_steps"].iloc[0] == 1
         ax.errorbar(
-            x,
+            epochs[against].min(),
             mean,
-            yerr=spread,
+            yerr=spread if bars else None,
             errorevery=turn,
             markevery=turn,
-            label=name,
-            color=colour,
-            marker=MARKERS[number % len(MARKERS)],
-            linestyle="-" if row["accumulation_steps"] == 1 else (0, (4, 1.5)),
+            label=setting,
+            color=colours[rows["effective_batch_size"].iloc[0]],
+            marker=style.MARKERS[number % len(style.MARKERS)],
+            linestyle="-" if whole else style.ACCUMULATED,
             linewidth=1.8,
             elinewidth=1.2,
         )
-        ends[name] = (x.iloc[-1], mean.iloc[-1])
-        colours.append(colour)
     # The limits come from all metrics, so that panels side by side have one scale.
     _accuracy_axis(ax, runs[list(METRIC_NAMES)].to_numpy(), scale)
     _progress_axis(ax, against, runs[against])
     ax.set_title(METRIC_NAMES[metric].replace("accuracy", scale))
-    if against == "epoch" and len(ends) <= len(MARKERS):
-        label_ends(ax, ends, colours)
+    if against == "epoch" and len(settings) <= len(style.MARKERS):
+        style.label_ends(ax)
     else:
-        ax.legend(title="images per update", loc="upper left", bbox_to_anchor=(1, 1))
+        style.legend_beside(ax, title="images per update")
 
 
 def plot_overlay(
@@ -104,78 +82,132 @@ def plot_overlay(
 ) -> None:
     """Validation accuracy of a few runs, one over the other, so that equal ones can be seen.
 
-    Args:
-        ax: Where to draw.
-        histories: `RunResult.history` by name, such as "128", "1024", "8 x 128". A name with
-            " x " is drawn dashed and thin, over the thick line that it should coincide with.
-        against: The horizontal axis.
+    `histories` are `RunResult.history` by name, such as "128", "1024", "8 x 128". A name with
+    " x " is drawn dashed and thin, over the thick line that it should coincide with.
     """
-    shades = mpl.colormaps["viridis_r"](np.linspace(0.3, 1, len(histories)))
-    ends = {}
-    for marker, shade, (name, history) in zip(MARKERS, shades, histories.items(), strict=False):
-        accumulated = " x " in name
-        style: dict[str, Any] = {"linewidth": 4, "alpha": 0.7, "markersize": 8}
-        if accumulated:
-            style = {"linewidth": 1.8, "linestyle": (0, (4, 1.5)), "markerfacecolor": "white"}
-        x, y = history[against], history["validation_accuracy"]
-        ax.plot(x, y, label=name, color=shade, marker=marker, zorder=2 + accumulated, **style)
-        ends[name] = (x.iloc[-1], y.iloc[-1])
-    accuracies = np.concatenate([h["validation_accuracy"] for h in histories.values()])
-    _accuracy_axis(ax, accuracies)
-    _show_lowest(ax, accuracies)
-    _progress_axis(ax, against, np.concatenate([h[against] for h in histories.values()]))
-    ax.set_title(METRIC_NAMES["validation_accuracy"])
+    metric = "validation_accuracy"
+    colours = style.shades(len(histories), 0.3)
+    for marker, colour, (name, history) in zip(
+        style.MARKERS, colours, histories.items(), strict=False
+    ):
+        look: dict[str, Any] = {"linewidth": 4, "alpha": 0.7, "markersize": 8}
+        if " x " in name:
+            look = {"linewidth": 1.8, "linestyle": style.ACCUMULATED, "markerfacecolor": "white"}
+            look["zorder"] = 3
+        ax.plot(history[against], history[metric], color=colour, marker=marker, label=name, **look)
+    together = pd.concat(list(histories.values()))
+    _accuracy_axis(ax, together[metric].to_numpy())
+    _show_lowest(ax, together[metric])
+    _progress_axis(ax, against, together[against])
+    ax.set_title(METRIC_NAMES[metric])
     if against == "epoch":
-        label_ends(ax, ends, list(shades))
+        style.label_ends(ax)
     else:
         ax.legend(title="images per update", loc="lower right")
 
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
-    """Training, validation and, where it is known, test accuracy of one run against epoch.
-
-    Args:
-        ax: Where to draw.
-        history: `RunResult.history`.
-    """
-    ends = {}
-    shades = mpl.colormaps["viridis"](np.linspace(0, 0.75, len(METRIC_NAMES)))
-    for (metric, title), marker, shade in zip(METRIC_NAMES.items(), MARKERS, shades, strict=False):
-        curve = history[metric]
-        if curve.notna().all():
+    """Training, validation and, where it is known, test accuracy of a `RunResult.history`."""
+    colours = style.shades(3, 1, 0.25)
+    for (metric, title), marker, colour in zip(
+        METRIC_NAMES.items(), style.MARKERS, colours, strict=False
+    ):
+        if history[metric].notna().all():
             name = title.partition(" ")[0]
-            ax.plot(history["epoch"], curve, marker=marker, color=shade, label=name)
-            ends[name] = (history["epoch"].iloc[-1], curve.iloc[-1])
-    accuracies = history[list(METRIC_NAMES)].to_numpy()
-    _accuracy_axis(ax, accuracies)
+            ax.plot(history["epoch"], history[metric], color=colour, marker=marker, label=name)
+    accuracies = history[list(METRIC_NAMES)]
+    _accuracy_axis(ax, accuracies.to_numpy())
     _show_lowest(ax, accuracies)
     _progress_axis(ax, "epoch", history["epoch"])
-    label_ends(ax, ends, list(shades[: len(ends)]))
+    style.label_ends(ax)
 
 
 def _accuracy_axis(ax: Axes, accuracies: np.ndarray, scale: Scale = "accuracy") -> None:
     if scale == "accuracy":
-        stretch_towards_one(ax, accuracies)
+        style.stretch_towards_one(ax, accuracies)
     else:
         errors = 100 * (1 - accuracies)
         lowest = errors.min(initial=100, where=errors > 0)
         ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
-        plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
+        style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
     ax.set_ylabel(scale)
 
 
-def _show_lowest(ax: Axes, accuracies: np.ndarray) -> None:
+def _show_lowest(ax: Axes, accuracies: pd.DataFrame | pd.Series) -> None:
     """Let the axis begin below the lowest point, for curves that are few and short."""
     ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))))
 
 
-def _progress_axis(ax: Axes, against: Progress, values: Any) -> None:
+def _progress_axis(ax: Axes, against: Progress, values: pd.Series) -> None:
     if against == "epoch":
-        last = max(values)
+        last = values.max()
         ax.set_xlim(1 - 0.02 * last, 1.02 * last)
         steps = MaxNLocator(6, integer=True).tick_values(1, last)
-        fixed_ticks(ax.xaxis, [1, *(step for step in steps if 1 < step <= last)])
+        style.fixed_ticks(ax.xaxis, [1, *(step for step in steps if 1 < step <= last)])
     else:
         ax.set_xscale("log")
-        plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
+        style.plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
     ax.set_xlabel(PROGRESS_NAMES[against])
+
+
+SETTINGS = "images per update; accumulated: steps x micro-batch"
+
+
+def means_with_bars(groups: Any) -> tuple[pd.Series, np.ndarray]:
+    """Means of a column grouped by something; how far 95 % intervals reach down and up (2, n)."""
+    mean = groups.mean()
+    low, high = np.transpose([mean_interval(values.tolist()) for _, values in groups])
+    return mean, np.array([mean - low, high - mean])
+
+
+def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
+    """A value in [0, 1] of each of the runs: pale dots, and each setting's mean with its interval.
+
+    A setting's mark is a circle without accumulation and a diamond with it. `runs` has one row per
+    run, `values` are in its order.
+    """
+    table = name_settings(runs.assign(value=values))
+    settings = table.groupby("setting", sort=False)
+    colours = style.batch_size_colours(table["effective_batch_size"])
+    mean, spread = means_with_bars(settings["value"])
+    for place, (_, rows) in enumerate(settings):
+        size, steps = rows[["effective_batch_size", "accumulation_steps"]].iloc[0]
+        look: dict[str, Any] = {"color": colours[size], "marker": "o" if steps == 1 else "D"}
+        beside = place + 0.18 * np.linspace(-1, 1, len(rows))
+        ax.plot(beside, rows["value"], linestyle="", alpha=0.35, ms=4, **look)
+        bar = spread[:, [place]]
+        ax.errorbar([place], [mean.iloc[place]], yerr=bar, capsize=4, ms=8, **look)
+    longest = max(map(len, mean.index))
+    ax.set_xticks(range(len(mean)), mean.index, rotation=0 if longest < 8 else 25)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.5g} %")
+    ax.set(xlabel=SETTINGS, ylabel=None)
+
+
+def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
+    """The mean outcome of each kind of normalisation, with its 95 % interval.
+
+    `runs` of `load_runs` have one effective batch size. Accuracies are drawn as errors in percent.
+    """
+    final = outcomes(runs).sort_values("batch_size", ascending=False)
+    is_accuracy = metric.endswith("accuracy")
+    final["value"] = 100 * (1 - final[metric]) if is_accuracy else final[metric]
+    sizes = zip(final["batch_size"], final["accumulation_steps"], strict=True)
+    final["setting"] = [setting_name(*size) for size in sizes]
+    norms = final.groupby("norm")
+    for number, (norm, rows) in enumerate(norms):
+        mean, spread = means_with_bars(rows.groupby("setting", sort=False)["value"])
+        ax.errorbar(
+            np.arange(len(mean)) + 0.12 * (number - (len(norms) - 1) / 2),
+            mean,
+            yerr=spread,
+            label=norm,
+            color=style.shades(len(norms))[number],
+            marker=style.MARKERS[number],
+            linestyle=["-", "--", "-.", ":"][number],
+            ms=7,
+            capsize=4,
+        )
+    ax.set_xticks(range(len(mean)), mean.index)
+    name = metric.replace("_", " ").replace("accuracy", "error (%)")
+    ax.set(xlabel=SETTINGS, ylabel=name)
+    style.label_ends(ax)

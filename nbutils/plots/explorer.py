@@ -10,25 +10,20 @@ from typing import Any, get_args
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
 from nbutils.analysis.outcomes import name_settings
+from nbutils.plots import style
 from nbutils.plots.curves import METRIC_NAMES, Progress, Scale, plot_accuracy
-from nbutils.plots.style import batch_size_colours, label_ends, stretch_towards_one
+
+WIDE = {"width": "210px"}
 
 
 class Playground(widgets.HBox):
-    """Controls beside the figure that they draw, in place of what was shown before.
+    """Controls, by the text above each, beside the `figure` that the subclass's `plot` draws.
 
     Where no kernel runs, such as on the web, the figure is shown without the controls.
-
-    Args:
-        controls: The widgets, by the text above each.
-
-    Attributes:
-        figure: What is shown now.
     """
 
     def __init__(self, controls: dict[str, Any]) -> None:
@@ -39,6 +34,7 @@ class Playground(widgets.HBox):
             column += [widgets.HTML(f"<div style='line-height: 1.2'>{name}</div>"), control]
         left = widgets.VBox(column, layout={"width": "230px", "flex": "none"})
         super().__init__([left, self.picture])
+        self.draw()
 
     def __repr__(self) -> str:
         return "Run this cell in JupyterLab to choose what is drawn."
@@ -53,31 +49,35 @@ class Playground(widgets.HBox):
             del data["application/vnd.jupyter.widget-view+json"]
         return data
 
-    def show(self, plot: Callable[[Axes], None]) -> None:
-        """Show the figure that `plot` draws."""
+    def plot(self, ax: Axes) -> None:
+        """Draw what the controls say."""
+        raise NotImplementedError
+
+    def draw(self, *_: Any) -> None:
+        """Show what `plot` draws now, in place of what was shown before."""
         self.figure, ax = plt.subplots(figsize=(7.6, 5.4), layout="constrained")
         plt.close(self.figure)  # it is shown here, and not once more at the end of the cell
-        plot(ax)
+        self.plot(ax)
         picture = BytesIO()
         self.figure.savefig(picture, format="png", dpi=100)
         self.picture.value = picture.getvalue()
 
 
 class Explorer(Playground):
-    """The curves of a study, with controls for the runs, the axis, the metric and the scale.
-
-    Args:
-        runs: From `load_runs`.
-    """
+    """The curves of the runs of `load_runs`: which runs, axis, metric and scale is to choose."""
 
     def __init__(self, runs: pd.DataFrame) -> None:
         self.runs = name_settings(runs)
-        self.settings = _several(self.runs["setting"].unique().tolist(), rows=9)
-        self.seeds = _several(sorted(self.runs["seed"].unique().tolist()), rows=5)
+
+        def several(options: list[Any], rows: int) -> widgets.SelectMultiple:
+            rows = min(rows, len(options))
+            return widgets.SelectMultiple(options=options, value=options, rows=rows, layout=WIDE)
+
         metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
-        wide = {"width": "210px"}
-        self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=wide)
-        self.against = widgets.Dropdown(options=get_args(Progress), layout=wide)
+        self.settings = several(self.runs["setting"].unique().tolist(), rows=9)
+        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), rows=5)
+        self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE)
+        self.against = widgets.Dropdown(options=get_args(Progress), layout=WIDE)
         self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
         controls: dict[str, Any] = {
             "settings (Ctrl or Shift and a click chooses several)": self.settings,
@@ -88,15 +88,12 @@ class Explorer(Playground):
         }
         super().__init__(controls)
         for control in controls.values():
-            control.observe(lambda _: self.show(self.plot), names="value")
-        self.show(self.plot)
+            control.observe(self.draw, names="value")
 
     def plot(self, ax: Axes) -> None:
         """Draw what the controls say."""
-        chosen = self.runs[
-            self.runs["setting"].isin(self.settings.value)
-            & self.runs["seed"].isin(self.seeds.value)
-        ]
+        settings, seeds = self.settings.value, self.seeds.value
+        chosen = self.runs[self.runs["setting"].isin(settings) & self.runs["seed"].isin(seeds)]
         if len(chosen):
             plot_accuracy(ax, chosen, self.metric.value, self.against.value, self.scale.value)
         else:
@@ -108,43 +105,35 @@ class Explorer(Playground):
 class LiveCurves(Playground):
     """A slider for the batch size, and a button that trains and adds a curve to the earlier ones.
 
-    Args:
-        train: Trains with a batch size; the columns `seconds` and `accuracy`, one row per look.
-        sizes: The batch sizes to choose from, ascending.
-        first: The one that is trained at once.
+    `train(batch_size)` returns columns `seconds` and `accuracy`, one row per look. Of the `sizes`,
+    which ascend, `first` is trained at once.
     """
 
     def __init__(
         self, train: Callable[[int], pd.DataFrame], sizes: Sequence[int], first: int
     ) -> None:
-        self.train, self.sizes, self.curves = train, sizes, dict[int, pd.DataFrame]()
-        self.size = widgets.SelectionSlider(options=sizes, value=first, layout={"width": "210px"})
+        self.train, self.curves = train, {first: train(first)}
+        self.colours = style.batch_size_colours(sizes)
+        self.size = widgets.SelectionSlider(options=sizes, value=first, layout=WIDE)
         self.button = widgets.Button(description="Train", button_style="primary")
         self.button.on_click(self.add)
         super().__init__({"batch size": self.size, "": self.button})
-        self.add()
 
     def add(self, *_: Any) -> None:
         """Train with the batch size of the slider, and show its curve."""
         self.button.disabled = True
         try:
             self.curves[self.size.value] = self.train(self.size.value)
-            self.show(self.plot)
+            self.draw()
         finally:
             self.button.disabled = False
 
     def plot(self, ax: Axes) -> None:
         """Draw the curves so far."""
-        colours = batch_size_colours(self.sizes)
         for size, curve in sorted(self.curves.items()):
-            ax.plot(curve["seconds"], curve["accuracy"], color=colours[size], label=str(size))
-        stretch_towards_one(ax, np.concatenate([c["accuracy"] for c in self.curves.values()]))
+            colour = self.colours[size]
+            ax.plot(curve["seconds"], curve["accuracy"], color=colour, label=str(size))
+        style.stretch_towards_one(ax, pd.concat(list(self.curves.values()))["accuracy"].to_numpy())
         ax.set(xlabel="seconds of training", ylabel="validation accuracy")
         ax.set_title("Which batch size learns most in the time?")
-        label_ends(ax)
-
-
-def _several(options: list[Any], rows: int) -> widgets.SelectMultiple:
-    rows = min(rows, len(options))
-    layout = {"width": "210px"}
-    return widgets.SelectMultiple(options=options, value=options, rows=rows, layout=layout)
+        style.label_ends(ax)

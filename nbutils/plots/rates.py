@@ -1,15 +1,20 @@
-"""Batch size and learning rate: the map, its cuts, and the scaling rules."""
+"""Batch size and learning rate: the map, its cuts, and the scaling rules.
+
+`table` is from `nbutils.analysis.learning_rate.rate_map`, the rows of one optimizer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nbutils.plots.style import MARKERS, RED, fixed_ticks, label_ends, plain_log_ticks
+from nbutils.analysis.critical_batch import REGIMES, CriticalBatch, regime_borders
+from nbutils.plots import style
 
 
 def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
@@ -17,115 +22,168 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
 
     Cells say the accuracy in percent, or why there is none; bold ones are within noise of the
     best of their size. Colours follow the logarithm of the error, the paler the better.
-
-    Args:
-        ax: Where to draw.
-        table: From `nbutils.analysis.learning_rate.rate_map`, the rows of one optimizer.
     """
     grid = table.pivot_table(
         index="learning_rate", columns="effective_batch_size", values="validation_accuracy"
     )
-    sizes, rates = grid.columns.to_numpy(float), grid.index.to_numpy(float)
-    colours, shades = mpl.colormaps["viridis_r"], mpl.colors.LogNorm(0.01, 1)
-    edges = _log_edges(sizes), _log_edges(rates)
-    errors = 1 - grid.to_numpy()
-    ax.pcolormesh(*edges, errors, cmap=colours, norm=shades, edgecolor="white")
+    colours, shade_of = mpl.colormaps["viridis_r"], mpl.colors.LogNorm(0.01, 1)
+    edges = _log_edges(grid.columns.to_numpy(float)), _log_edges(grid.index.to_numpy(float))
+    ax.pcolormesh(*edges, 1 - grid.to_numpy(), cmap=colours, norm=shade_of, edgecolor="white")
     for _, row in table.iterrows():
-        shade, learnt = float(shades(1 - row["validation_accuracy"])), row["outcome"] == "learnt"
-        # The box hides what is drawn over the map behind the number.
-        box = {"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5}
+        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
+        shade = float(shade_of(1 - accuracy))
         ax.text(
             row["effective_batch_size"],
             row["learning_rate"],
-            f"{100 * row['validation_accuracy']:.1f}" if learnt else row["outcome"],
+            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
             color="black" if shade < 0.4 else "white",
             fontsize=10 if learnt else 8,
             fontweight="bold" if row["within_noise"] else "normal",
             ha="center",
             va="center",
             zorder=4,
-            bbox=box,
+            # It hides what is drawn over the map behind the number.
+            bbox={"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5},
         )
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="learning rate")
-    fixed_ticks(ax.xaxis, sizes)
-    fixed_ticks(ax.yaxis, rates)
+    style.fixed_ticks(ax.xaxis, table["effective_batch_size"])
+    style.fixed_ticks(ax.yaxis, table["learning_rate"])
     ax.grid(False)
+
+
+def _log_edges(centres: np.ndarray) -> np.ndarray:
+    """Borders of cells around two or more `centres` on a log scale; shape (n + 1,)."""
+    logs = np.log(centres)
+    outer = 2 * logs[[0, -1]] - logs[[1, -2]]
+    padded = np.concatenate([outer[:1], logs, outer[1:]])
+    return np.exp((padded[1:] + padded[:-1]) / 2)
 
 
 def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
     """The rates of lowest training loss, and those of each rule, over `plot_rate_map`.
 
-    Args:
-        ax: Where a map was drawn; its limits stay.
-        ridge: From `nbutils.analysis.learning_rate.ridge`, the rows of one optimizer.
-        rules: From `nbutils.analysis.learning_rate.scaling_rules`, the same.
+    Both are from `nbutils.analysis.learning_rate`: `ridge`, `scaling_rules`; of one optimizer.
     """
     limits = ax.get_ylim()
-    styles = {"linear": "-", "square root": "--"}
-    for rule, line in rules.groupby("rule"):
+    for (rule, line), dashes in zip(rules.groupby("rule"), ("-", "--"), strict=True):
         x, y = line["effective_batch_size"], line["learning_rate"]
         ax.plot(x, y, color="white", linewidth=5, alpha=0.6)
-        label = f"{rule} rule"
-        ax.plot(x, y, color=RED, linewidth=2, linestyle=styles[str(rule)], label=label)
-    ax.plot(
-        ridge["effective_batch_size"],
-        ridge["loss_rate"],
-        "o",
-        color=RED,
-        markerfacecolor="none",
-        mew=2,
-        ms=24,
-        label="lowest training loss",
-    )
+        ax.plot(x, y, color=style.RED, linewidth=2, linestyle=dashes, label=f"{rule} rule")
+    ring: dict[str, Any] = {"color": style.RED, "markerfacecolor": "none", "mew": 2, "ms": 24}
+    x, y = ridge["effective_batch_size"], ridge["loss_rate"]
+    ax.plot(x, y, "o", label="lowest training loss", **ring)
     ax.set_ylim(limits)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), labelspacing=0.9)
+    style.legend_beside(ax, labelspacing=0.9)
 
 
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
-    """Error against batch size at some fixed rates, and at the best rate of each size.
+    """Error against batch size at some rates of the table, and at the best rate of each size.
 
     Bars are 95 % intervals.
+    """
+    lines = {
+        np.format_float_positional(rate, trim="-"): table[np.isclose(table["learning_rate"], rate)]
+        for rate in sorted(rates)
+    }
+    lines["best of each size"] = table[table["best"]]
+    colours = [*style.shades(len(rates)), style.RED]
+    for number, (label, line) in enumerate(lines.items()):
+        error = 100 * (1 - line["validation_accuracy"])
+        ax.errorbar(
+            line["effective_batch_size"] * 1.03**number,  # side by side, so that bars show
+            error,
+            yerr=[error - 100 * (1 - line["high"]), 100 * (1 - line["low"]) - error],
+            capsize=3,
+            color=colours[number],
+            linestyle="-" if number < len(rates) else "--",
+            marker=style.MARKERS[number],
+            label=label,
+        )
+    ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
+    style.fixed_ticks(ax.xaxis, table["effective_batch_size"])
+    style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
+    style.label_ends(ax)
+
+
+def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
+    """The noise scale along training: a line through the medians over seeds of each optimizer.
+
+    Marks are measurements with their 95 % intervals, those of different seeds side by side. An
+    interval without an upper end reaches to the top of the axis. `table` is from
+    `nbutils.measure.along_training.noise_along_training`.
+    """
+    finite = table[["low", "value", "high"]].replace([np.inf, 0.0], np.nan)
+    top, bottom = 3000.0, 1.0  # where no end of an interval is known
+    if finite[["low", "value"]].notna().any(axis=None):
+        top, bottom = 3 * np.nanmax(finite), np.nanmin(finite[["low", "value"]]) / 2
+    ax.set(xscale="log", yscale="log", ylim=(bottom, top))
+    ax.set(xlabel="updates", ylabel="noise scale (images)")
+    known = table.assign(value=table["value"].where(table["value"] < top))
+    for number, (optimizer, measured) in enumerate(known.groupby("optimizer")):
+        colour = (style.GREEN, style.PURPLE)[number]
+        for place, (_, seed) in enumerate(measured.groupby("seed")):
+            x = seed["update"] * 1.06 ** (place + number / 2)
+            low, high = seed["low"].clip(lower=bottom), seed["high"].clip(upper=top)
+            ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, seed["value"], style.MARKERS[number], color=colour, ms=4, alpha=0.7)
+        medians = measured.groupby("update")["value"].median()
+        look: dict[str, Any] = {"color": colour, "linewidth": 2.5, "linestyle": ["-", "--"][number]}
+        ax.plot(medians, label=str(optimizer), **look)
+    style.plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
+    style.plain_log_ticks(ax.yaxis, "{:,g}", (1, 3))
+    style.label_ends(ax)
+
+
+def plot_updates_to_target(
+    ax: Axes, fastest: pd.DataFrame, critical: CriticalBatch, missing: Sequence[int] = ()
+) -> None:
+    """Updates to a target against batch size, the fitted curve, and the three regimes.
+
+    Dots are runs, open ones those that reached it in their first epoch, where it is an upper
+    bound. The shaded band is the 95 % interval of the critical batch size.
 
     Args:
         ax: Where to draw.
-        table: From `nbutils.analysis.learning_rate.rate_map`, the rows of one optimizer.
-        rates: Rates of the table, one line each.
+        fastest: From `nbutils.analysis.critical_batch.fastest_rates`, the rows of one optimizer.
+        critical: Fitted to them.
+        missing: Sizes at which some seed never reached the target at any rate: crosses.
     """
-    shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(rates)))
-    lines = [
-        (
-            np.format_float_positional(rate, trim="-"),
-            table[np.isclose(table["learning_rate"], rate)],
-            shade,
-            "-",
-        )
-        for rate, shade in zip(sorted(rates), shades, strict=True)
-    ]
-    lines.append(("best of each size", table[table["best"]], RED, "--"))
-    ends = {}
-    for number, (label, line, colour, dashes) in enumerate(lines):
-        accuracy = line["validation_accuracy"]
-        x = line["effective_batch_size"] * 1.03**number  # side by side, so that bars show
-        ax.errorbar(
-            x,
-            100 * (1 - accuracy),
-            yerr=100 * np.array([line["high"] - accuracy, accuracy - line["low"]]),
-            capsize=3,
-            color=colour,
-            linestyle=dashes,
-            marker=MARKERS[number],
-            label=label,
-        )
-        ends[label] = (x.iloc[-1], 100 * (1 - accuracy.iloc[-1]))
-    ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
-    fixed_ticks(ax.xaxis, table["effective_batch_size"])
-    plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
-    label_ends(ax, ends, [colour for _, _, colour, _ in lines])
-
-
-def _log_edges(centres: np.ndarray) -> np.ndarray:
-    """Borders of cells around `centres`, shape (n,), on a log scale; shape (n + 1,)."""
-    logs = np.log(centres)
-    steps = np.diff(logs) / 2 if len(logs) > 1 else np.array([0.5])
-    inner = logs[:-1] + np.diff(logs) / 2
-    return np.exp(np.concatenate([[logs[0] - steps[0]], inner, [logs[-1] + steps[-1]]]))
+    sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
+    x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
+    least, most = critical.fewest_updates, critical.fewest_images
+    fit = least + most / x
+    ax.plot(x, fit, color=style.PURPLE, label="fit")
+    ax.plot(x, np.full_like(x, least), color="0.5", linestyle="--", label="fewest updates")
+    ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
+    first = fastest["epochs"] <= 1
+    for name, runs, fill in (
+        ("run", fastest[~first], style.GREEN),
+        ("run, at most", fastest[first], "white"),
+    ):
+        if len(runs):
+            points = runs["effective_batch_size"], runs["updates"]
+            ax.plot(*points, "o", color=style.GREEN, markerfacecolor=fill, ms=6, label=name)
+    # Free space above for the names of the regimes, below for the legend.
+    highest = max(fastest["updates"].max(), fit.max())
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))
+    ax.set(xlabel="images per update", ylabel="updates to the target")
+    along = ax.get_xaxis_transform()
+    if len(missing):
+        places = list(missing), [0.04] * len(missing)
+        ax.plot(*places, "x", color=style.RED, transform=along, label="not reached")
+    band = max(critical.low, x[0]), min(critical.high, x[-1])
+    ax.axvspan(*band, color="0.9", zorder=0, label="critical batch size, 95 %")
+    ax.axvline(critical.value, ymax=0.86, color="0.5", linewidth=1)
+    borders = regime_borders(critical.value)
+    for border in borders:
+        ax.axvline(border, color=style.RED, linewidth=1, linestyle="-.")
+    edges = np.clip([x[0], *borders, x[-1]], x[0], x[-1])
+    for name, left, right in zip(REGIMES, edges, edges[1:], strict=False):
+        if right > left:
+            place, text = np.sqrt(left * right), name.replace(" ", "\n")
+            ax.text(place, 0.98, text, transform=along, ha="center", va="top", size=10)
+    style.fixed_ticks(ax.xaxis, sizes)
+    style.plain_log_ticks(ax.yaxis, "{:,g}", (1, 2, 5))
+    style.label_ends(ax, "fit", "fewest updates")
+    handles, _ = ax.get_legend_handles_labels()
+    ax.legend(handles=handles[2:], loc="lower left", frameon=True, framealpha=1, edgecolor="none")

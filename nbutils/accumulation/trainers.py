@@ -25,28 +25,21 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from nbutils.accumulation.check.probe import BATCH_SIZE, Probe
-from nbutils.accumulation.check.watch import Run, watch
-
-Fit = Callable[[Run], Any]
-"""Trains `run.probe.model` on `loader_of(run)` for `run.probe.epochs` epochs."""
+from nbutils.accumulation.check.watch import Run, watch, watch_schedule
 
 
 class TrainerLoop:
     """A function that runs a whole training, as `check_accumulation` takes it.
 
     Args:
-        fit: Called once for each probe; the module's text shows one.
+        fit: Trains `run.probe.model` on `loader_of(run)` for `run.probe.epochs` epochs.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Callable[[Run], Any]) -> None:
         self.fit = fit
 
     def run_on(self, probe: Probe) -> Run:
-        """Train the model of a probe and watch.
-
-        Raises:
-            ValueError: The function did not tell where each epoch ends.
-        """
+        """Train the model of a probe and watch."""
         with watch(probe) as run:
             self.fit(run)
         if len(run.returned) != probe.epochs:
@@ -61,18 +54,6 @@ class TrainerLoop:
 def loader_of(run: Run) -> DataLoader[Any]:
     """The images and labels of a probe as a DataLoader, in micro-batches of 4, not shuffled."""
     return DataLoader(run.probe.batches.dataset, batch_size=BATCH_SIZE)
-
-
-def watch_schedule(run: Run, schedule: Any) -> None:
-    """Record the steps of a torch schedule that a trainer or a loop has made."""
-    step = schedule.step
-
-    def recorded_step(*args: Any, **kwargs: Any) -> None:
-        if not args and not kwargs:  # a step with a metric is a plateau schedule's
-            run.schedule.append(len(run.updates))
-        step(*args, **kwargs)
-
-    schedule.step = recorded_step
 
 
 def lightning_callback(run: Run) -> Any:
@@ -119,15 +100,16 @@ def transformers_callback(run: Run) -> Any:
 
 
 def keras_callback(run: Run) -> Any:
-    """A callback for Keras on torch, for a model that wraps `run.probe.model`.
+    """A callback for Keras on torch.
 
-    Wrap it with `keras.layers.TorchModuleWrapper`, and before that set
+    Its model wraps `run.probe.model` in `keras.layers.TorchModuleWrapper`, after
     `keras.config.set_floatx("float64")`.
     """
     import keras
+    from keras.optimizers.schedules import LearningRateSchedule
 
-    class Counted(keras.optimizers.schedules.LearningRateSchedule):
-        """A schedule that records how far Keras has counted when it asks for the rate."""
+    class Counted(LearningRateSchedule):
+        """Records how far Keras has counted when it asks for the rate."""
 
         def __init__(self, schedule: Any) -> None:
             self.schedule, self.steps = schedule, 0
@@ -140,9 +122,7 @@ def keras_callback(run: Run) -> Any:
     class Watch(keras.callbacks.Callback):
         def on_train_begin(self, logs: Any = None) -> None:
             optimizer = self.model.optimizer
-            if isinstance(
-                optimizer._learning_rate, keras.optimizers.schedules.LearningRateSchedule
-            ):
+            if isinstance(optimizer._learning_rate, LearningRateSchedule):
                 optimizer._learning_rate = Counted(optimizer._learning_rate)
             update = optimizer._backend_update_step
 

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nbutils.accumulation.check.findings import Findings
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, CLASSES
-from nbutils.accumulation.check.update import Update
-from nbutils.accumulation.check.watch import Run
+from nbutils.accumulation.check.report import Report
+from nbutils.accumulation.check.watch import Run, Update
 from nbutils.accumulation.vectors import close
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -22,17 +21,12 @@ FULL = ACCUMULATION_STEPS * BATCH_SIZE
 
 
 def mean_loss(loss: Loss | None) -> Loss:
-    """The loss as a mean over images; cross-entropy where none is given.
-
-    Raises:
-        ValueError: It returns something else than a mean or one loss per image.
-    """
+    """The loss as a mean over images, cross-entropy where none is given; refuses a sum."""
     if loss is None:
         return F.cross_entropy
 
     def mean(logits: Tensor, labels: Tensor) -> Tensor:
-        value = loss(logits, labels)
-        return value if value.dim() == 0 else value.mean()
+        return loss(logits, labels).mean()
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(FULL, CLASSES, generator=generator, dtype=torch.float64)
@@ -51,150 +45,126 @@ class Window:
     """One update, as weights of images.
 
     Attributes:
-        images: In the window.
-        micro_batches: In the window.
-        sizes: Images in each micro-batch whose gradient was not lost.
-        weights: The weight of an image in each of them, relative to the right one: 1 is right.
+        sizes: Images in each micro-batch.
+        weights: The weight of an image in each of them, relative to the right one: 1 is right, 0
+            where the loop lost the gradient.
         factors: By which the loop multiplied the gradient of each micro-batch after its backward
             pass, which `weights` include; None if it did more than that.
     """
 
-    images: int
-    micro_batches: int
     sizes: Tensor
     weights: Tensor
     factors: Tensor | None
 
     @property
+    def images(self) -> int:
+        """In the window."""
+        return int(self.sizes.sum())
+
+    @property
     def size(self) -> float:
         """Size of the gradient relative to the right one."""
-        return ((self.sizes * self.weights).sum() / self.sizes.sum()).item()
+        sizes = self.sizes * (self.weights > 0)
+        return ((sizes * self.weights).sum() / sizes.sum()).item()
 
     @property
     def is_equal(self) -> bool:
         """Whether every image weighs the same."""
-        return close(self.weights, self.weights.mean().expand_as(self.weights))
+        return _equal(self.weights[self.weights > 0])
+
+
+def _equal(values: Tensor) -> bool:
+    return close(values, values.mean().expand_as(values))
+
+
+def _near(value: float, other: float) -> bool:
+    return abs(value - other) <= 1e-3 * abs(other)
 
 
 def weigh(run: Run, update: Update, loss: Loss) -> Window | None:
     """The window of an update; None where the loop's loss is another one than `loss`."""
     numbers, scale = update.images, run.probe.model.scale
-    through = torch.stack([one.through_logits for one in update.own]).sum(0)
-    if not close(update.total, through):
-        return None
     logits = (update.own[0].weight[:, numbers] * scale).double().T.requires_grad_()
     (truth,) = torch.autograd.grad(loss(logits, run.probe.labels[numbers]), logits)
-    seen, truth = through[:, numbers].double(), truth.T * scale
+    seen, truth = update.total[:, numbers].double(), truth.T * scale
     weights = (seen * truth).sum(0) / (truth * truth).sum(0)
-    if not close(through[:, numbers], truth * weights):
+    if not close(seen, truth * weights):
         return None
-    factors = update.factors
-    places = run.probe.places[numbers]
-    each = [(weights[places == place], places == place) for place in places.unique()]
-    if any(not close(one, one.mean().expand_as(one)) or one.mean() <= 0 for one, _ in each):
+    _, batch, sizes = run.probe.places[numbers].unique(return_inverse=True, return_counts=True)
+
+    def of_batches(values: Tensor) -> Tensor:
+        return torch.zeros(len(sizes)).double().index_add_(0, batch, values.double()) / sizes
+
+    each, factors = of_batches(weights), update.factors
+    if not close(weights, each[batch]) or bool((each <= 0).any()):
         return None
-    times = torch.ones(len(numbers)) if factors is None else factors
-    by_batch = torch.stack([times[here].mean() for _, here in each])
-    kept = by_batch > 0
-    return Window(
-        len(numbers),
-        len(each),
-        torch.tensor([len(one) for one, _ in each])[kept],
-        (torch.stack([one.mean() for one, _ in each]) * by_batch)[kept],
-        None if factors is None else by_batch,
-    )
+    factors = None if factors is None else of_batches(factors)
+    return Window(sizes, each if factors is None else each * factors, factors)
 
 
-def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, findings: Findings) -> None:
+def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
     """The rules "division", "equal weight" and "short window", on every update of every run."""
-    mean = mean_loss(loss)
-    windows = {name: [weigh(run, one, mean) for one in _whole(run)] for name, run in runs.items()}
-    known = {name: [one for one in some if one is not None] for name, some in windows.items()}
-    if any(one is None for some in windows.values() for one in some):
-        name = "plain cross-entropy of model(images)" if loss is None else "the one given as loss="
-        findings.cannot_check(
-            f"The size of the gradient cannot be checked, because the loop's loss is not {name}. "
-            "Pass the loss, a mean: check_accumulation(loop, loss=lambda logits, labels: ...)."
-        )
-        return
-    for window in (window for some in known.values() for window in some):
-        _check_equal(window, findings)
-    usual = [window.factors for window in known["full"]]
+    windows: dict[str, list[Window]] = {}
+    for name, run in runs.items():
+        whole = [u for u in run.updates if u.own and u.gradient.any() and not u.carried]
+        weighed = [weigh(run, update, mean_loss(loss)) for update in whole]
+        windows[name] = [window for window in weighed if window is not None]
+        if len(windows[name]) < len(weighed):
+            what = "the one given as loss=" if loss else "plain cross-entropy of model(images)"
+            report.cannot_check(
+                f"the loop's loss is not {what}. Pass the loss, a mean: "
+                f"check_accumulation(loop, loss=lambda logits, labels: ...)."
+            )
+            return
+    for window in (window for some in windows.values() for window in some):
+        _check_equal(window, report)
+    usual = [window.factors for window in windows["full"]]
     if any(one is None or usual[0] is None or not close(one, usual[0]) for one in usual):
-        findings.cannot_check(
-            "The loop changes the whole gradient before the update by more than a fixed factor, "
-            "so the size of the gradient cannot be checked."
+        report.cannot_check(
+            "before the update the loop changes the whole of it by more than a fixed factor."
         )
-    elif all(window.is_equal for window in known["full"]):
-        for some in known.values():
-            _check_sizes(some, findings)
+    elif all(window.is_equal for window in windows["full"]):
+        for some in windows.values():
+            _check_sizes(some, report)
 
 
-def _whole(run: Run) -> list[Update]:
-    """The updates whose gradient is of their own epoch, and is not lost."""
-    return [one for one in run.updates if one.own and one.gradient.any() and not one.carried]
-
-
-def _check_equal(window: Window, findings: Findings) -> None:
-    weights, sizes = window.weights, window.sizes
+def _check_equal(window: Window, report: Report) -> None:
+    kept = window.weights > 0
+    weights, sizes = window.weights[kept], window.sizes[kept]
     if window.is_equal:
         return
-    by_batch = weights * sizes
-    if close(by_batch, by_batch.mean().expand_as(by_batch)):
+    if _equal(weights * sizes):
         small, large = int(sizes.min()), int(sizes.max())
-        findings.add(
-            "equal weight",
+        seen = (
             f"an image in a micro-batch of {small} weighed {large / small:.3g} times as much as "
-            f"one in a micro-batch of {large}",
-            'take reduction="sum" and divide by the images in the window, instead of the mean of '
-            "the micro-batches' means",
+            f"one in a micro-batch of {large}"
         )
     else:
         shares = " : ".join(f"{share:.3g}" for share in (weights / weights.min()).tolist())
-        findings.add(
-            "equal weight",
-            f"the images of the micro-batches of one window weighed {shares}",
-            "call backward() once per micro-batch, on its own loss, each divided by the same "
-            "number of images",
-        )
+        seen = f"the images of the micro-batches of one window weighed {shares}"
+    report.broken("equal weight", seen)
 
 
-def _check_sizes(windows: list[Window], findings: Findings) -> None:
+def _check_sizes(windows: list[Window], report: Report) -> None:
     """Sizes of the gradients of one run: full windows, then those with fewer images."""
-    full = [one.size for one in windows if one.images == FULL]
+    full = [window.size for window in windows if window.images == FULL]
+    reasons = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means", FULL: ", never divided"}
     for size in full:
-        _check_division(size, findings)
+        if not _near(size, 1):
+            reason = next((text for times, text in reasons.items() if _near(size, times)), "")
+            large = f"a gradient {size:.3g} times too large{reason}"
+            small = f"a gradient {size:.3g} of its right size"
+            report.broken("division", large if size > 1 else small)
     for window in windows if full else ():
-        if window.images == FULL or len(window.sizes) < window.micro_batches:
+        if window.images == FULL or not (window.weights > 0).all():
             continue
         # Without a division a smaller window has a smaller sum, which is no mistake of its own.
-        sums: dict[int, float] = {FULL: window.images, ACCUMULATION_STEPS: window.micro_batches}
-        sums[FULL // ACCUMULATION_STEPS] = window.images / ACCUMULATION_STEPS
-        expected = [full[0], *(total for base, total in sums.items() if _near(full[0], base))]
-        if not any(_near(window.size, one) for one in expected):
-            findings.add(
+        sums = {FULL: window.images, BATCH_SIZE: window.images / ACCUMULATION_STEPS}
+        sums[ACCUMULATION_STEPS] = len(window.sizes)
+        expected = next((total for base, total in sums.items() if _near(full[0], base)), full[0])
+        if not _near(window.size, full[0]) and not _near(window.size, expected):
+            report.broken(
                 "short window",
                 f"{window.images} images in a window for {FULL}: a gradient "
-                f"{window.size / expected[-1]:.3g} of its right size",
-                "divide by the number of images that are in this window, not by "
-                "accumulation_steps or the size of a full window",
+                f"{window.size / expected:.3g} of its right size",
             )
-
-
-def _check_division(size: float, findings: Findings) -> None:
-    if _near(size, 1):
-        return
-    sums = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means", FULL: ", never divided"}
-    reason = next((text for times, text in sums.items() if _near(size, times)), "")
-    findings.add(
-        "division",
-        f"a gradient {size:.3g} times too large{reason}"
-        if size > 1
-        else f"a gradient {size:.3g} of its right size",
-        "divide each micro-batch's summed loss by the images in the window, once: "
-        "(loss_sum / images).backward()",
-    )
-
-
-def _near(value: float, other: float) -> bool:
-    return abs(value - other) <= 1e-3 * abs(other)

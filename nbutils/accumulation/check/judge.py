@@ -8,30 +8,33 @@ weight?
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from nbutils.accumulation.check.batch_norm import check_batch_norm
-from nbutils.accumulation.check.bookkeeping import (
-    check_clipping,
-    check_schedule,
-    check_whole,
-    check_windows,
-    note_dropped,
-    takes_whole_batches,
-)
-from nbutils.accumulation.check.findings import Findings, Report
-from nbutils.accumulation.check.image_weights import (
-    Loss,
-    check_image_weights,
-    mean_loss,
-)
+from nbutils.accumulation.check.image_weights import Loss, check_image_weights, mean_loss
 from nbutils.accumulation.check.logged_loss import check_logged_loss
-from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, PROBES, Batch, make_probe
-from nbutils.accumulation.check.watch import Run, StepFunction, run_loop
+from nbutils.accumulation.check.probe import (
+    ACCUMULATION_STEPS,
+    PROBES,
+    Batch,
+    Batches,
+    make_probe,
+)
+from nbutils.accumulation.check.report import Report
+from nbutils.accumulation.check.watch import (
+    AnySchedule,
+    Run,
+    StepFunction,
+    Update,
+    run_loop,
+    undisturbed,
+)
+from nbutils.accumulation.vectors import close
 
 
 def check_accumulation(
@@ -51,7 +54,8 @@ def check_accumulation(
         step_function: Trains one epoch; called as `step_function(model, optimizer, scheduler,
             batches, accumulation_steps)`. `batches` is a list of (images, labels) with a
             `dataset`, `batch_size` and length, as a DataLoader has. Images are float64 of shape
-            (n, 1, 24, 1), labels int64 of shape (n,), from 0 to 2.
+            (n, 1, 24, 1), labels int64 of shape (n,), from 0 to 2. Or a
+            `nbutils.accumulation.trainers.TrainerLoop`.
         model: A classifier of yours, to look at its BatchNorm layers as well. A copy is used, in
             the mode (train or eval) in which its layers are.
         example: Images and labels that `model` takes, 6 or more.
@@ -60,69 +64,163 @@ def check_accumulation(
 
     Returns:
         A report; print it. `report.rules` is empty where no rule is broken.
-
-    Raises:
-        ValueError: `model` comes without an `example`, the example has fewer than 6 images, or
-            `loss` returns neither a mean nor one loss per image.
     """
-    if model is not None and not callable(step_function):
-        raise ValueError("model: batch norm can be looked at only with a loop that is a function")
-    if model is not None and example is None:
-        raise ValueError("to look at a model, an example of its images and labels is needed")
-    if example is not None and len(example[1]) < 2 * ACCUMULATION_STEPS:
-        raise ValueError(
-            f"the example must have at least {2 * ACCUMULATION_STEPS} images; it has "
-            f"{len(example[1])}"
-        )
     mean_loss(loss)  # refuses a loss that is not a mean
-    findings = Findings()
-    if model is not None and example is not None:
-        check_batch_norm(step_function, model, example, findings)
+    report = Report()
+    if model is not None:
+        _check_batch_norm(step_function, model, example, report)
     run_on = getattr(step_function, "run_on", None) or partial(run_loop, step_function)
-    runs = {name: run_on(make_probe(name)) for name in PROBES}
-    return judge(runs, loss, findings)
+    _judge({name: run_on(make_probe(name)) for name in PROBES}, loss, report)
+    return report
 
 
-def judge(
-    runs: Mapping[str, Run], loss: Loss | None = None, findings: Findings | None = None
-) -> Report:
-    """Which rules the watched runs break.
-
-    Args:
-        runs: One for each name in `PROBES`, from `run_loop` or `watch`.
-        loss: As in `check_accumulation`.
-        findings: What was found before.
-    """
-    findings = findings or Findings()
+def _judge(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
     small = {name: run for name, run in runs.items() if name != "large"}
     every = [update for run in small.values() for update in run.updates]
-    check_clipping(runs, findings)
+    passes = [one for update in every for one in update.backwards]
+    _check_clipping(runs["full"], runs["large"], report)
     for run in runs.values():
-        check_schedule(run, findings)
-    if every and not any(update.backwards for update in every):
-        findings.cannot_check(
-            "The gradient cannot be checked: no backward pass through model(images) was seen."
+        steps, updates = len(run.schedule), len(run.updates)
+        report.first_of(
+            ("schedule", steps > updates, f"{steps} steps of the schedule for {updates} updates"),
+            ("schedule", 0 in run.schedule, "the schedule was stepped before the first update"),
         )
-        return findings.report()
-    if not all(takes_whole_batches(run) for run in small.values()):
-        findings.cannot_check(
-            "The gradient cannot be checked: the loop mixes images, or takes the loss of some only."
-        )
-        return findings.report()
-    check_windows(runs["full"], findings)
-    if any(not torch.equal(p.weight, update.weight) for update in every for p in update.own):
-        findings.add(
-            "still weights",
-            "they changed between two micro-batches of a window",
-            "do everything that changes the weights once, right after the window",
-        )
+    if every and not passes:
+        report.cannot_check("no backward pass through model(images) was seen.")
+        return
+    if not all(map(_takes_whole_batches, small.values())):
+        report.cannot_check("the loop mixes images, or takes the loss of some only.")
+        return
+    _check_windows(runs["full"], report)
+    moved = [p for update in every for p in update.own if not p.weight.equal(update.own[0].weight)]
+    if moved:
+        report.broken("still weights", "they changed between two micro-batches of a window")
     first = {"one update", "window length", "every image", "still weights"}
-    if not every or first & set(findings.found):
-        findings.note("Other rules can be checked only once an update follows its own window.")
-        return findings.report()
+    if not every or first & set(report.rules):
+        report.note("Other rules can be checked only once an update follows its own window.")
+        return
     for update in every:
-        check_whole(update, findings)
-    note_dropped(runs["short"], findings)
-    check_image_weights(small, loss, findings)
-    check_logged_loss(small, loss, findings)
-    return findings.report()
+        _check_whole(update, report)
+    short = runs["short"]
+    used = short.micro_batches([one for update in short.updates for one in update.own])
+    if len(used) < len(short.probe.batches) and not any(u.carried for u in short.updates):
+        report.note("The images left over at the end of an epoch are dropped.")
+    check_image_weights(small, loss, report)
+    check_logged_loss(small, loss, report)
+
+
+def _takes_whole_batches(run: Run) -> bool:
+    """Whether every backward pass comes from all images of its micro-batches."""
+    places = run.probe.places
+    passes = [one.images for update in run.updates for one in update.backwards]
+    return all(torch.isin(places, places[one]).nonzero().flatten().equal(one) for one in passes)
+
+
+def _check_windows(run: Run, report: Report) -> None:
+    """Two full windows in an epoch: an update after each, and every micro-batch in it."""
+    batches, steps, weight = len(run.probe.batches), run.probe.accumulation_steps, run.probe.weight
+    updates, expected = len(run.updates), run.probe.epochs * batches // steps
+    inside = [run.micro_batches(update.backwards) for update in run.updates]
+    lengths = [len(places) for places in inside]
+    missed = sorted(set(range(batches)).difference(*inside))
+    several = updates != expected and (0 in lengths or max(lengths, default=0) == 1)
+    wrong = f"updates after {_listed(lengths)} micro-batches, not {steps}"
+    numbers = _listed([place + 1 for place in missed])
+    by_hand = not updates and not weight.equal(run.start.to(weight))
+    if not all(update.given for update in run.updates):
+        report.broken("optimizer", "an optimizer that the loop made itself made the updates")
+    report.first_of(
+        ("optimizer", by_hand, "the weights changed, but not by optimizer.step()"),
+        ("window length", not updates, "no update was made"),
+        (
+            "one update",
+            several,
+            f"{updates} updates in {expected} windows of {steps} micro-batches",
+        ),
+        ("window length", updates != expected, wrong),
+        ("every image", missed, f"micro-batches {numbers} of {batches} had no part in any update"),
+        ("window length", set(lengths) != {steps}, wrong),
+    )
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:
+    """Whether a large gradient is clipped within a window or before it is unscaled.
+
+    What a loop does to large and to small gradients alike is not clipping.
+    """
+    for small, large in zip(small_run.updates, large_run.updates, strict=False):
+        if not small.own or not large.own or not small.images.equal(large.images):
+            continue
+        before, after = small.factors, large.factors
+        if before is not None and after is not None and close(after, before):
+            continue
+        unequal = after is not None and not close(after, after.mean().expand_as(after))
+        inside = unequal or (large.changed_inside and not small.changed_inside)
+        report.first_of(
+            ("clipping", inside, "it came between the backward passes of one window"),
+            ("clipping", large.touched, "it came while the gradient had the scaler's factor"),
+        )
+
+
+def _check_whole(update: Update, report: Report) -> None:
+    """Whether the gradient is that of the window's backward passes, nothing lost, nothing old."""
+    if update.carried:
+        count = len(update.carried)
+        seen = f"{count} micro-batches of one epoch were in an update of the next"
+        report.broken("one epoch", seen)
+        return
+    old, factors = update.holds_old_gradient, update.factors
+    lost = factors is not None and bool((factors == 0).any())
+    seen_lost = "the gradient of the window's earlier micro-batches was lost before the update"
+    report.first_of(
+        ("whole gradient", old, "an update had the gradient of the window before it as well"),
+        ("whole gradient", not update.gradient.any(), "an update had no gradient at all"),
+        ("whole gradient", lost, seen_lost),
+    )
+
+
+def _check_batch_norm(
+    step_function: StepFunction, model: nn.Module, example: Batch | None, report: Report
+) -> None:
+    """Run the loop for one window of a reader's model and look at its BatchNorm layers."""
+    if not callable(step_function):
+        raise ValueError("model: batch norm can be looked at only with a loop that is a function")
+    if example is None or len(example[1]) < 2 * ACCUMULATION_STEPS:
+        raise ValueError(
+            f"to look at a model, give an example of its images and labels, at least "
+            f"{2 * ACCUMULATION_STEPS}"
+        )
+    model = copy.deepcopy(model)
+    size = len(example[1]) // ACCUMULATION_STEPS
+    images, labels = (part[: size * ACCUMULATION_STEPS].split(size) for part in example)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    layers = [m for m in model.modules() if isinstance(m, _NormBase)]
+    before = [int(layer.num_batches_tracked or 0) for layer in layers]
+    with undisturbed():
+        batches = Batches(zip(images, labels, strict=True))
+        step_function(model, optimizer, AnySchedule(optimizer), batches, ACCUMULATION_STEPS)
+    steps = [int(m.num_batches_tracked or 0) - b for m, b in zip(layers, before, strict=True)]
+    without = [m for m in layers if isinstance(m, _BatchNorm) and m.running_mean is None]
+    most, name = max(steps, default=0), type(without[0]).__name__ if without else ""
+    report.first_of(
+        (
+            "batch norm",
+            most > 1,
+            f"{most} steps of BatchNorm's running statistics in one window, each from the {size} "
+            f"images of a micro-batch",
+        ),
+        (
+            "batch norm",
+            without,
+            f"{name} without running statistics normalises each image by the {size} images of its "
+            f"micro-batch, so it couples them",
+        ),
+    )
+    if not layers:
+        report.note("The model has no BatchNorm layer.")
+    elif not without and not any(steps):
+        report.note("The running statistics of the model's BatchNorm layers are frozen.")

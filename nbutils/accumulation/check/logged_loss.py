@@ -2,181 +2,119 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nbutils.accumulation.check.findings import Findings
 from nbutils.accumulation.check.image_weights import Loss, mean_loss
+from nbutils.accumulation.check.report import Report
 from nbutils.accumulation.check.watch import Run
 
-CHANGE = (
-    "log the sum of the images' losses, not divided for the gradient, over the number of images"
+OVER_UPDATES = (
+    "The logged loss is the mean over updates, so an image of a small last window weighs more in "
+    "it than the others."
 )
+OF_MEANS = "{:.4f} was logged, the mean of the micro-batches' means; the mean over images is {:.4f}"
+INSTEAD = "loss of {1:.4f} was logged as {0:.4f}"
+LAST_ONLY = "The logged loss is that of the last micro-batch of each window only."
 
 
-@dataclass
-class EpochLosses:
-    """The true mean losses of one epoch.
-
-    Attributes:
-        batches: Of each micro-batch, with its number of images.
-        windows: Of each window, with its micro-batches.
-        mean: Of all images that were used.
-        every: Of all images of the epoch.
-    """
-
-    batches: list[tuple[float, int]]
-    windows: list[tuple[float, list[int]]]
-    mean: float
-    every: float
-
-    @property
-    def images(self) -> int:
-        """In the epoch."""
-        return sum(size for _, size in self.batches)
+Known = list[tuple[str, str, Tensor, Tensor]]
+"""What a log may hold: "right", "note" or "wrong"; a text; the values; the true ones."""
 
 
-def epoch_losses(run: Run, epoch: int, loss: Loss) -> EpochLosses:
-    """The true losses of an epoch, each image at the weight with which its window began."""
-    labels, places = run.probe.labels, run.probe.places[: len(run.probe.labels)]
-    weight = run.start.clone()
-    windows: list[Tensor] = []
-    for update in run.updates:
-        own = update.own
-        if own and own[0].epoch == epoch:
-            weight[:, update.images] = own[0].weight[:, update.images].to(weight)
-            windows.append(update.images)
-    logits = weight.T * run.probe.model.scale
-
-    def mean(numbers: Tensor) -> float:
-        return loss(logits[numbers], labels[numbers]).item()
-
-    everything = torch.arange(len(labels))
-    batches = [everything[places == place] for place in places.unique()]
-    return EpochLosses(
-        [(mean(batch), len(batch)) for batch in batches],
-        [(mean(window), places[window].unique().tolist()) for window in windows],
-        mean(torch.cat(windows)) if windows else mean(everything),
-        mean(everything),
-    )
-
-
-Verdict = tuple[str, str]
-"""What a number is ("right", "wrong", "note", or "unknown"), and a text about it."""
-
-
-def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, findings: Findings) -> None:
+def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
     """The rule "logged loss", on every value returned after every epoch of every run."""
-    kinds, returned_any = set(), False
+    returned_any = known_any = False
     for run in runs.values():
         for epoch, returned in enumerate(run.returned):
-            losses = epoch_losses(run, epoch, mean_loss(loss))
-            verdicts = dict(_verdicts(returned, losses, run.probe.accumulation_steps))
-            if "right" not in verdicts and "wrong" in verdicts:
-                findings.add("logged loss", verdicts["wrong"], CHANGE)
-            elif "right" not in verdicts and "note" in verdicts:
-                findings.note(verdicts["note"])
-            kinds |= set(verdicts)
+            verdicts = dict(_verdicts(returned, _known(run, epoch, mean_loss(loss))))
             returned_any |= returned is not None
-    if returned_any and kinds <= {"unknown"}:
-        findings.note("No number that the loop returns is a loss, so no logged loss was checked.")
+            known_any |= bool(verdicts)
+            if "right" not in verdicts and "wrong" in verdicts:
+                report.broken("logged loss", verdicts["wrong"])
+            elif "right" not in verdicts and "note" in verdicts:
+                report.note(verdicts["note"])
+    if returned_any and not known_any:
+        report.note("No number that the loop returns is a loss, so no logged loss was checked.")
 
 
-def _verdicts(returned: Any, losses: EpochLosses, steps: int) -> list[Verdict]:
+def _verdicts(returned: Any, known: Known) -> Iterator[tuple[str, str]]:
     """About every number in what a loop returned; about a list of losses as a whole."""
     if isinstance(returned, Mapping):
         returned = list(returned.values())
     if hasattr(returned, "tolist"):  # a tensor or an array
         returned = returned.tolist()
-    if isinstance(returned, int | float) and not isinstance(returned, bool):
-        return [_judge_number(float(returned), losses, steps)]
-    if isinstance(returned, str) or not isinstance(returned, Iterable):
-        return []
-    values = [value.tolist() if hasattr(value, "tolist") else value for value in returned]
-    if all(isinstance(value, float) for value in values):
-        for judge in (_judge_micro_batches, _judge_windows):
-            verdict = judge(values, losses, steps)
-            if verdict[0] != "unknown":
-                return [verdict]
-    return [verdict for value in values for verdict in _verdicts(value, losses, steps)]
+    if isinstance(returned, int | float):
+        yield from _verdict([returned], known)
+    elif isinstance(returned, Iterable) and not isinstance(returned, str):
+        values = [value.tolist() if hasattr(value, "tolist") else value for value in returned]
+        whole = all(isinstance(value, float) for value in values) and _verdict(values, known)
+        yield from whole or (verdict for value in values for verdict in _verdicts(value, known))
 
 
-def _judge_number(value: float, losses: EpochLosses, steps: int) -> Verdict:
-    means = [mean for mean, _ in losses.batches]
-    windows = [mean for mean, _ in losses.windows]
-    sums = [losses.every * losses.images, sum(means), sum(windows)]
-    right = [losses.mean, losses.every, sums[0], means[-1], *windows[-1:]]
-    if _among(value, right):
-        return "right", ""
-    if windows and _among(value, [sums[2] / len(windows)]):
-        return "note", (
-            "The logged loss is the mean over updates, so an image of a small last window weighs "
-            "more in it than the others."
-        )
-    counts = [len(means), max(len(windows), 1), losses.images, 1.0 / steps]
-    divisors = [*counts, *(count * steps for count in counts[:3])]
-    if _among(value, [sums[1] / len(means)]):
-        return "wrong", (
-            f"a loss of {value:.4f} was logged, the mean of the micro-batches' means, for a mean "
-            f"over images of {losses.mean:.4f}"
-        )
-    once_more = [total / divisor for total in sums for divisor in divisors]
-    if _among(value, [*once_more, means[-1] / steps, *(one / steps for one in windows[-1:])]):
-        return "wrong", f"a loss of {value:.4f} was logged for a mean of {losses.mean:.4f}"
-    return "unknown", ""
+def _verdict(logged: Sequence[float], known: Known) -> list[tuple[str, str]]:
+    values = torch.tensor(logged, dtype=torch.float64)
+    for kind, text, candidate, truth in known:
+        candidate, truth = candidate.reshape(-1).double(), truth.reshape(-1)
+        if len(values) == len(candidate) and values.allclose(candidate, rtol=1e-5, atol=0):
+            worst = int((values / truth - 1).abs().argmax())
+            return [(kind, text.format(values[worst], truth[worst]))]
+    return []
 
 
-def _judge_micro_batches(values: list[float], losses: EpochLosses, steps: int) -> Verdict:
-    means = [mean for mean, _ in losses.batches]
-    if len(values) != len(means):
-        return "unknown", ""
-    in_window = {
-        place: sum(losses.batches[p][1] for p in window)
-        for _, window in losses.windows
-        for place in window
-    }
-    sums = [mean * size for mean, size in losses.batches]
-    shares = [total / in_window.get(p, losses.images) for p, total in enumerate(sums)]
-    if _same(values, means) or _same(values, sums):
-        return "right", ""
-    for wrong in ([m / steps for m in means], [m * steps for m in means], shares):
-        if _same(values, wrong):
-            return "wrong", (
-                f"a micro-batch's loss of {values[0]:.4f} was logged for one of {means[0]:.4f}"
-            )
-    return "unknown", ""
+def _known(run: Run, epoch: int, loss: Loss) -> Known:
+    """The true losses take each image at the weight with which its window began."""
+    labels, places, k = run.probe.labels, run.probe.places, run.probe.accumulation_steps
+    count, weight, windows = len(labels), run.start.clone(), []
+    for update in run.updates:
+        if update.own and update.own[0].epoch == epoch:
+            weight[:, update.images] = update.own[0].weight[:, update.images].to(weight)
+            windows.append(update.images)
+    logits = weight.T[:count] * run.probe.model.scale
 
+    def means_of(parts: Sequence[Tensor]) -> Tensor:
+        return torch.stack([loss(logits[part], labels[part]) for part in parts])
 
-def _judge_windows(values: list[float], losses: EpochLosses, steps: int) -> Verdict:
-    if len(values) != len(losses.windows):
-        return "unknown", ""
-    truth = [mean for mean, _ in losses.windows]
-    inside = [[losses.batches[place] for place in window] for _, window in losses.windows]
-    images = [sum(size for _, size in window) for window in inside]
-    last = [window[-1][0] for window in inside]
-    if _same(values, truth) or _same(values, [m * n for m, n in zip(truth, images, strict=True)]):
-        return "right", ""
-    if _same(values, last):
-        return "note", "The logged loss is that of the last micro-batch of each window only."
-    sums = [sum(mean for mean, _ in window) for window in inside]
-    means = [total / len(window) for total, window in zip(sums, inside, strict=True)]
-    divided = [[v / steps for v in one] for one in (truth, sums, last)]
-    for wrong in (means, sums, [v * steps for v in truth], *divided):
-        if _same(values, wrong):
-            worst = max(range(len(truth)), key=lambda i: abs(values[i] / truth[i] - 1))
-            return "wrong", (
-                f"an update's loss of {values[worst]:.4f} was logged for one of {truth[worst]:.4f}"
-            )
-    return "unknown", ""
+    everything = torch.arange(count)
+    windows = windows or [everything]  # no update in this epoch
+    batches = everything.split([len(labels) for _, labels in run.probe.batches])
+    means, updates = means_of(batches), means_of(windows)
+    mean, every = means_of([torch.cat(windows), everything])
+    sums = means * torch.tensor([len(batch) for batch in batches])
 
+    inside = [places[window].unique() for window in windows]  # the micro-batches of each
+    images_in = torch.tensor([len(window) for window in windows])
+    images_beside = torch.full((len(batches),), count)  # in the window of each micro-batch
+    for part, images in zip(inside, images_in, strict=True):
+        images_beside[part] = images
+    last = torch.stack([means[part[-1]] for part in inside])
+    means_summed = torch.stack([means[part].sum() for part in inside])
+    means_of_means = torch.stack([means[part].mean() for part in inside])
 
-def _same(values: list[float], others: list[float]) -> bool:
-    return all(_among(value, [other]) for value, other in zip(values, others, strict=True))
-
-
-def _among(value: float, others: list[float]) -> bool:
-    return any(abs(value - other) <= 1e-5 * abs(other) for other in others)
+    totals = torch.stack([sums.sum(), means.sum(), updates.sum()])
+    counts = torch.tensor([len(batches), len(windows), count])
+    numbers = totals.outer(1 / torch.cat([counts, counts * k, torch.tensor([1 / k])])).flatten()
+    numbers = torch.cat([numbers, means[-1:] / k, updates[-1:] / k])
+    of_batches = (means / k, means * k, sums / images_beside)
+    of_updates = (
+        means_of_means,
+        means_summed,
+        means_summed / k,
+        updates * k,
+        updates / k,
+        last / k,
+    )
+    rights = [mean, every, every * count, means[-1], updates[-1]]
+    rights += [means, sums, updates, updates * images_in]
+    return [
+        *(("right", "", one, one) for one in rights),
+        ("note", OVER_UPDATES, updates.mean(), mean),
+        ("note", LAST_ONLY, last, updates),
+        ("wrong", OF_MEANS, means.mean(), mean),
+        *(("wrong", "{:.4f} was logged for a mean loss of {:.4f}", one, mean) for one in numbers),
+        *(("wrong", f"a micro-batch's {INSTEAD}", one, means) for one in of_batches),
+        *(("wrong", f"an update's {INSTEAD}", one, updates) for one in of_updates),
+    ]

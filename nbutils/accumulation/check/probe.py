@@ -1,8 +1,8 @@
 """The tiny problems on which a training loop is checked; in them the gradient shows every image.
 
 The model is a `Table`: one column of logits per image, and each image carries its own number. So
-column i of the gradient comes from image i and from no other, and its size is the weight of that
-image in the update.
+column i of the gradient comes from image i alone, and its size is the weight of that image in the
+update.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch.utils.data import TensorDataset
 Batch = tuple[Tensor, Tensor]
 """Images and labels of a micro-batch."""
 
-ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, (1, 24, 1)
-SMALL, LARGE = 2.0**-20, 2.0**20
+ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, 24
 PROBES = {
-    "full": ((4, 4, 4, 4, 4, 4), SMALL),
-    "unequal": ((4, 4, 4, 4, 4, 1), SMALL),
-    "short": ((4, 4, 4, 4, 4), SMALL),
-    "large": ((4, 4, 4, 4, 4, 4), LARGE),
+    "full": ((4, 4, 4, 4, 4, 4), 2.0**-20),
+    "unequal": ((4, 4, 4, 4, 4, 1), 2.0**-20),
+    "short": ((4, 4, 4, 4, 4), 2.0**-20),
+    "large": ((4, 4, 4, 4, 4, 4), 2.0**20),
 }
 """Each probe: images in the micro-batches of an epoch, and the size of the gradient. No usual
 clipping acts on a small gradient, any usual clipping acts on a large one."""
@@ -33,30 +32,36 @@ class Table(nn.Module):
     """One column of logits per image: `logits = weight[:, image] * scale`.
 
     The image's number is the position of its brightest pixel, which a cast, a normalisation or
-    another memory format leaves in place.
+    another memory format leaves in place. `through` gathers the part of the weight's gradient that
+    came through the logits.
     """
 
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
         generator = torch.Generator().manual_seed(0)
-        shape = (CLASSES, torch.Size(PIXELS).numel())
-        logits = torch.randn(shape, generator=generator, dtype=torch.float64)
+        logits = torch.randn(CLASSES, PIXELS, generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(logits / scale)
-        self.numbers = torch.empty(0, dtype=torch.int64)
+        self.through = torch.zeros_like(logits)
 
     def forward(self, *images: Tensor, **named_images: Tensor) -> Tensor:
         """Logits, shape (n, 3), of images, shape (n, 1, 24, 1), under any argument's name."""
         found = [x for x in (*images, *named_images.values()) if isinstance(x, Tensor)]
-        columns = self.weight.shape[1]
-        if not found or found[0].flatten(1).shape[1] != columns:
+        if not found or found[0].flatten(1).shape[1] != PIXELS:
             raise ValueError(
-                f"the loop must call model(images) with images of {columns} pixels, shape "
-                f"(n, {', '.join(map(str, PIXELS))}); it passed "
-                f"{[tuple(x.shape) for x in found] or 'no tensor'}"
+                f"the loop must call model(images) with images of {PIXELS} pixels, shape "
+                f"(n, 1, 24, 1); it passed {[tuple(x.shape) for x in found] or 'no tensor'}"
             )
-        self.numbers = found[0].detach().flatten(1).argmax(1)
-        return F.linear(F.one_hot(self.numbers, columns).to(self.weight) * self.scale, self.weight)
+        numbers = found[0].detach().flatten(1).argmax(1)
+        logits = F.linear(F.one_hot(numbers, PIXELS).to(self.weight) * self.scale, self.weight)
+
+        def on_logits(gradient: Tensor) -> None:
+            columns = gradient.detach().T.to(self.through) * self.scale
+            self.through.index_add_(1, numbers, columns)
+
+        if logits.requires_grad:
+            logits.register_hook(on_logits)
+        return logits
 
 
 class Batches(list[Batch]):
@@ -76,10 +81,8 @@ class Batches(list[Batch]):
 class Probe:
     """A tiny problem: train `model` on `batches` for `epochs` epochs, with plain SGD.
 
-    Attributes:
-        model: Its weight, shape (3, 24), float64, is the only parameter.
-        batches: Micro-batches of images, shape (n, 1, 24, 1), float64, and labels from 0 to 2.
-        learning_rate: So small that an update hardly changes the logits.
+    Images are float64 of shape (n, 1, 24, 1), labels are from 0 to 2. The learning rate is so small
+    that an update hardly changes the logits.
     """
 
     model: Table
@@ -89,6 +92,11 @@ class Probe:
     accumulation_steps: int = ACCUMULATION_STEPS
 
     @property
+    def weight(self) -> nn.Parameter:
+        """Of the model."""
+        return self.model.weight
+
+    @property
     def labels(self) -> Tensor:
         """Of all images, shape (images,)."""
         return torch.cat([labels for _, labels in self.batches])
@@ -96,17 +104,16 @@ class Probe:
     @property
     def places(self) -> Tensor:
         """The micro-batch of each column of the table, from 0, shape (24,); -1 without an image."""
+        places = torch.full((PIXELS,), -1)
         sizes = torch.tensor([len(labels) for _, labels in self.batches])
-        places = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-        return torch.cat([places, places.new_full((torch.Size(PIXELS).numel() - len(places),), -1)])
+        places[: int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return places
 
 
 def make_probe(name: str) -> Probe:
     """The probe of that name in `PROBES`, untrained."""
     sizes, scale = PROBES[name]
-    count = sum(sizes)
-    images = torch.eye(torch.Size(PIXELS).numel(), dtype=torch.float64)[:count]
-    images = images.reshape(count, *PIXELS)
-    labels = torch.arange(count) % CLASSES
+    images = torch.eye(PIXELS, dtype=torch.float64)[: sum(sizes)].reshape(-1, 1, PIXELS, 1)
+    labels = torch.arange(len(images)) % CLASSES
     batches = Batches(zip(images.split(sizes), labels.split(sizes), strict=True))
     return Probe(Table(scale), batches, learning_rate=1e-10 / scale**2)

@@ -1,20 +1,4 @@
-"""Watches a training loop on a probe, whose gradient shows the weight of every image.
-
-Three things are recorded while the loop trains the probe's model: the backward passes, the
-gradient that each update used, and the steps of the schedule. `nbutils.accumulation.check.judge`
-compares the records with the rules.
-
-A loop that is a function is run by `run_loop`. A loop inside a trainer is watched from outside:
-
-    runs = {}
-    for name in PROBES:
-        probe = make_probe(name)
-        with watch(probe) as run:
-            for _ in range(probe.epochs):
-                ...  # train probe.model on probe.batches in their order, as the trainer does it
-                run.end_epoch(logged_loss)
-        runs[name] = run
-    print(judge(runs))
+"""Watches a training loop on a probe: its backward passes, its updates, and its schedule's steps.
 
 Every `torch.optim.Optimizer` that holds the table's weight is watched. For other optimizers call
 `run.record_update(gradient)` just before each update.
@@ -23,13 +7,16 @@ Every `torch.optim.Optimizer` that holds the table's weight is watched. For othe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -37,10 +24,86 @@ from torch.optim.optimizer import (
 )
 
 from nbutils.accumulation.check.probe import Batches, Probe
-from nbutils.accumulation.check.update import Backward, Update
+from nbutils.accumulation.vectors import close
 
 StepFunction = Callable[..., Any]
 """`step_function(model, optimizer, scheduler, batches, accumulation_steps)`; trains one epoch."""
+
+
+@dataclass
+class Backward:
+    """One backward pass that reached the weight; gradients have shape (3, 24)."""
+
+    epoch: int  # from 0
+    weight: Tensor
+    before: Tensor  # the gradient that was there already
+    added: Tensor
+    through: Tensor  # the part of `added` that came through the model's output
+    after: Tensor | None = None  # None where `torch.autograd.grad` was called
+
+    @property
+    def images(self) -> Tensor:
+        """Numbers of the images whose loss had a gradient."""
+        return self.through.any(0).nonzero().flatten()
+
+
+@dataclass
+class Update:
+    """One step of an optimizer, and the backward passes since the last one."""
+
+    backwards: list[Backward]
+    gradient: Tensor  # what the optimizer used, shape (3, 24)
+    given: bool  # whether it was the optimizer that the loop was given
+    touched: bool  # whether the gradient was changed before `GradScaler.unscale_`
+
+    @property
+    def own(self) -> list[Backward]:
+        """The backward passes of its own epoch."""
+        return [one for one in self.backwards if one.epoch == self.backwards[-1].epoch]
+
+    @property
+    def carried(self) -> list[Backward]:
+        """The backward passes of an earlier epoch that are still in the gradient."""
+        old = self.backwards[: len(self.backwards) - len(self.own)]
+        return [one for one in old if self.gradient[:, one.images].any()]
+
+    @property
+    def images(self) -> Tensor:
+        """Numbers of the images in its own backward passes, sorted."""
+        return torch.cat([one.images for one in self.own]).unique()
+
+    @property
+    def total(self) -> Tensor:
+        """What its own backward passes brought."""
+        return torch.stack([one.added for one in self.own]).sum(0)
+
+    @property
+    def holds_old_gradient(self) -> bool:
+        """Whether the gradient of the window before was not cleared."""
+        first = self.own[0]
+        old = first.after is not None and bool(first.before.any())
+        return old and not close(self.gradient, self.total)
+
+    @property
+    def changed_inside(self) -> bool:
+        """Whether anything but a backward pass changed the gradient within the window."""
+        return any(
+            bool(later.before.any()) and not close(later.before, earlier.before + earlier.added)
+            for earlier, later in pairwise(self.own)
+        )
+
+    @property
+    def factors(self) -> Tensor | None:
+        """By how much each of `images` was multiplied after its backward pass; 0: it was lost.
+
+        None where the loop changed the direction of the gradient, as clipping by value does.
+        """
+        brought = self.own[-1].after if self.holds_old_gradient else self.total
+        if brought is None:
+            return None
+        used, brought = self.gradient[:, self.images], brought[:, self.images].double()
+        each = (used * brought).sum(0) / (brought * brought).sum(0)
+        return each if close(used, each * brought) and bool((each >= 0).all()) else None
 
 
 @dataclass
@@ -48,6 +111,7 @@ class Run:
     """What was seen of a loop on one probe. `watch` fills it.
 
     Attributes:
+        optimizer: The one that the loop is given; None if every optimizer may be it.
         updates: One per step of an optimizer.
         schedule: For each step of the schedule, the number of updates made before it. A step that
             is given a metric or a position is not counted.
@@ -55,187 +119,143 @@ class Run:
     """
 
     probe: Probe
+    optimizer: Optimizer | None = None
     updates: list[Update] = field(default_factory=list)
     schedule: list[int] = field(default_factory=list)
     returned: list[Any] = field(default_factory=list)
-    open: list[Backward] = field(default_factory=list)
-    touched: bool = False
 
     def __post_init__(self) -> None:
-        self.start = self._weight.detach().clone()
+        self.start = self.probe.weight.detach().clone()
+        self._open: list[Backward] = []  # backward passes since the last update
+        self._touched = self._given = False  # of the next update
+        self._depth = 0  # an optimizer that wraps another calls the other's `step`
 
-    @property
-    def _weight(self) -> nn.Parameter:
-        return self.probe.model.weight
-
-    @property
-    def moved(self) -> bool:
-        """Whether the weight is not what it was at the start."""
-        return not torch.equal(self._weight.detach(), self.start.to(self._weight))
-
-    def gradient(self) -> Tensor:
-        """A copy of the gradient as it is now; zero where there is none."""
-        weight = self._weight
-        return torch.zeros_like(weight) if weight.grad is None else weight.grad.detach().clone()
+    def micro_batches(self, passes: Sequence[Backward]) -> list[int]:
+        """The numbers of the micro-batches in some backward passes, from 0."""
+        places = self.probe.places
+        return sorted({place for one in passes for place in places[one.images].tolist()})
 
     def end_epoch(self, returned: Any = None) -> None:
         """Tell that an epoch has ended, and the loss that was logged for it, if any."""
         self.returned.append(returned)
 
     def record_update(self, gradient: Tensor | None = None, given: bool = True) -> None:
-        """Record that the weight is about to be updated, with its `.grad` or another gradient.
+        """Record an update from a gradient, by default the weight's `.grad`.
 
         A step after no backward pass and without a gradient does nothing and is no update.
         """
-        if gradient is None and self._weight.grad is None and not self.open:
+        if gradient is not None or self.probe.weight.grad is not None or self._open:
+            used = self.gradient() if gradient is None else gradient.detach().clone()
+            self.updates.append(Update(self._open, used, given, self._touched))
+            self._open, self._touched = [], False
+
+    def gradient(self) -> Tensor:
+        """A copy of the gradient as it is now; zero where there is none."""
+        gradient = self.probe.weight.grad
+        return torch.zeros_like(self.start) if gradient is None else gradient.detach().clone()
+
+    def before_adding(self, added: Tensor) -> None:
+        """A backward pass is about to add to the gradient."""
+        model, epoch = self.probe.model, len(self.returned)
+        now = model.weight.detach().clone(), self.gradient(), added.detach().clone()
+        self._open.append(Backward(epoch, *now, model.through.clone()))
+        model.through.zero_()
+
+    def after_adding(self, _: Tensor) -> None:
+        """It has added."""
+        self._open[-1].after = self.gradient()
+
+    def before_unscaling(self) -> None:
+        """A `GradScaler` is about to divide the gradient."""
+        last = self._open[-1].after if self._open else None
+        self._touched |= last is not None and not torch.equal(self.gradient(), last)
+
+    def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """A closure does its backward passes inside; else the gradient is taken now."""
+        if not self._is_watched(optimizer):
             return
-        used = self.gradient() if gradient is None else gradient.detach().clone()
-        weight = self._weight.detach().clone()
-        self.updates.append(Update(self.open, used, weight, given, self.touched))
-        self.open, self.touched = [], False
+        if self._depth == 0:
+            closure = any(map(callable, (*args[1:], *kwargs.values())))
+            has_gradient = self.probe.weight.grad is not None and not closure
+            self._used = self.gradient() if has_gradient else None
+            self._given = False
+        self._depth += 1
+        self._given |= self.optimizer is None or optimizer is self.optimizer
 
-    def schedule_of(self, optimizer: Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """A schedule with a constant rate that records its steps here."""
-        return _Schedule(optimizer, self.schedule, self.updates)
+    def after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """An update is recorded when the outermost `step` is over."""
+        if self._is_watched(optimizer):
+            self._depth -= 1
+            if self._depth == 0:
+                self.record_update(self._used, self._given)
 
-
-class _Schedule(torch.optim.lr_scheduler.LambdaLR):
-    def __init__(self, optimizer: Optimizer, steps: list[int], updates: list[Update]) -> None:
-        self.steps: list[int] | None = None  # LambdaLR steps once when it is made
-        super().__init__(optimizer, lambda _: 1.0)
-        self.steps, self.updates = steps, updates
-
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        if self.steps is not None and not args and not kwargs:
-            self.steps.append(len(self.updates))
-        super().step()
-
-
-def _watch_backward(run: Run) -> list[Any]:
-    """Hooks that record every backward pass through the table."""
-    model, weight = run.probe.model, run.probe.model.weight
-    through = torch.zeros_like(weight)
-
-    def after_forward(module: nn.Module, _: Any, logits: Tensor) -> None:
-        if module is not model or not logits.requires_grad:  # a copy of the model has this hook too
-            return
-        numbers = model.numbers
-
-        def on_logits(gradient: Tensor) -> None:
-            through.index_add_(1, numbers, gradient.detach().T.to(through) * model.scale)
-
-        logits.register_hook(on_logits)
-
-    def before_adding(added: Tensor) -> None:
-        known = through.clone()
-        through.zero_()
-        now = weight.detach().clone()
-        run.open.append(
-            Backward(len(run.returned), added.detach().clone(), known, run.gradient(), now)
-        )
-
-    def after_adding(_: Tensor) -> None:
-        run.open[-1].after = run.gradient()
-
-    return [
-        model.register_forward_hook(after_forward),
-        weight.register_hook(before_adding),
-        weight.register_post_accumulate_grad_hook(after_adding),
-    ]
-
-
-def _watch_updates(run: Run, given: Optimizer | None) -> list[Any]:
-    """Hooks on all optimizers. With a closure, the update comes after it inside `step`."""
-    weight = run.probe.model.weight
-    inside: list[bool] = []  # one entry per `step` in progress: a wrapper's step calls another
-    recorded = [False]
-
-    def record() -> None:
-        if not recorded[0]:
-            recorded[0] = True
-            run.record_update(given=any(inside))
-
-    def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if not any(p is weight for group in optimizer.param_groups for p in group["params"]):
-            return None
-        inside.append(given is None or optimizer is given)
-        if len(inside) == 1:
-            recorded[0] = False
-        elif recorded[0] and run.updates:  # an optimizer that wraps the given one
-            run.updates[-1].given |= inside[-1]
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            record()
-            return None
-
-        def closure_then_record() -> Any:
-            loss = closure()
-            record()
-            return loss
-
-        if len(args) > 1:
-            return (args[0], closure_then_record, *args[2:]), kwargs
-        return args, {**kwargs, "closure": closure_then_record}
-
-    def after_step(optimizer: Optimizer, *_: Any) -> None:
-        if any(p is weight for group in optimizer.param_groups for p in group["params"]):
-            inside.pop()
-
-    return [
-        register_optimizer_step_pre_hook(before_step),
-        register_optimizer_step_post_hook(after_step),
-    ]
+    def _is_watched(self, optimizer: Optimizer) -> bool:
+        weight = self.probe.weight
+        return any(p is weight for group in optimizer.param_groups for p in group["params"])
 
 
 @contextmanager
 def watch(probe: Probe, optimizer: Optimizer | None = None) -> Iterator[Run]:
-    """Record what happens to the probe's model inside the `with` block.
-
-    Args:
-        probe: From `make_probe`.
-        optimizer: The one that the loop is given; by default every optimizer may be it.
-
-    Yields:
-        The record; it fills up. Call its `end_epoch` after each epoch.
-    """
-    run = Run(probe)
-    hooks = _watch_backward(run) + _watch_updates(run, optimizer)
+    """Record what happens to the probe's model inside the `with` block."""
+    run = Run(probe, optimizer)
     unscale = torch.amp.GradScaler.unscale_
 
     def watched_unscale(scaler: Any, of: Optimizer) -> None:
-        last = run.open[-1].after if run.open else None
-        run.touched |= last is not None and not torch.equal(run.gradient(), last)
+        run.before_unscaling()
         unscale(scaler, of)
 
-    setattr(torch.amp.GradScaler, "unscale_", watched_unscale)  # noqa: B010
+    hooks = [
+        probe.weight.register_hook(run.before_adding),
+        probe.weight.register_post_accumulate_grad_hook(run.after_adding),
+        register_optimizer_step_pre_hook(run.before_step),
+        register_optimizer_step_post_hook(run.after_step),
+    ]
     try:
-        yield run
+        with patch.object(torch.amp.GradScaler, "unscale_", watched_unscale):
+            yield run
     finally:
-        setattr(torch.amp.GradScaler, "unscale_", unscale)  # noqa: B010
         for hook in hooks:
             hook.remove()
 
 
-def run_loop(step_function: StepFunction, probe: Probe) -> Run:
-    """Run a loop on a probe and watch it; the state of torch's random numbers is kept.
+def watch_schedule(run: Run, schedule: Any) -> None:
+    """Record the steps of a torch schedule."""
+    step = schedule.step
 
-    A loop that is no function of one epoch has a method `watch_on(probe)`, which is called instead
-    (see `nbutils.accumulation.trainers`).
-    """
-    if hasattr(step_function, "watch_on"):
-        return step_function.watch_on(probe)
+    def recorded_step(*args: Any, **kwargs: Any) -> None:
+        if not args and not kwargs:  # a step with a metric is a plateau schedule's
+            run.schedule.append(len(run.updates))
+        step(*args, **kwargs)
+
+    schedule.step = recorded_step
+
+
+class AnySchedule(LambdaLR):
+    """A constant rate; its `step` takes the arguments of any other schedule's."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, lambda _: 1.0)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Count."""
+        super().step()
+
+
+def run_loop(step_function: StepFunction, probe: Probe) -> Run:
+    """Run a loop on a probe and watch it; the state of torch's random numbers is kept."""
     optimizer = torch.optim.SGD(probe.model.parameters(), lr=probe.learning_rate)
-    with (
-        torch.random.fork_rng(devices=[]),
-        warnings.catch_warnings(),
-        watch(probe, optimizer) as run,
-    ):
-        # The report says so itself where a loop steps its schedule too early.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        schedule = run.schedule_of(optimizer)
+    schedule = AnySchedule(optimizer)
+    with watch(probe, optimizer) as run, undisturbed():
+        watch_schedule(run, schedule)
         for _ in range(probe.epochs):
-            batches = Batches(probe.batches)
-            run.end_epoch(
-                step_function(probe.model, optimizer, schedule, batches, probe.accumulation_steps)
-            )
+            given = probe.model, optimizer, schedule, Batches(probe.batches)
+            run.end_epoch(step_function(*given, probe.accumulation_steps))
     return run
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Keep torch's random numbers; no warning of an early schedule, which the report names."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        yield

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nbutils.accumulation.check.probe import Batches, Probe, make_probe
-from nbutils.accumulation.check.update import Update
-from nbutils.accumulation.check.watch import Run, watch
+from nbutils.accumulation.check.watch import Run, Update, watch
 from nbutils.report.libraries import hugging_face, others
 from nbutils.report.libraries.task import (
     BATCH_SIZE,

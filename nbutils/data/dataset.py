@@ -27,19 +27,14 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
+    def at(self, chosen: Tensor) -> Split:
+        """Those that a mask or indices choose."""
+        return Split(self.images[chosen], self.labels[chosen])
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset in three parts.
-
-    Attributes:
-        name: The name given to `load_dataset`.
-        train: The images that the network learns from.
-        validation: The images that choices are made on, taken from the training data by a fixed
-            rule.
-        test: The images whose results are only reported.
-        class_names: The names of class 0, 1, ...
-    """
+    """Images to train on, to make choices by, and to report results of; and the classes' names."""
 
     name: str
     train: Split = field(repr=False)
@@ -70,24 +65,13 @@ class Dataset:
         """The same with at most this many training images, spread evenly over the file."""
         count = min(images, len(self.train.labels))
         chosen = torch.linspace(0, len(self.train.labels) - 1, count).long()
-        return replace(self, train=Split(self.train.images[chosen], self.train.labels[chosen]))
+        return replace(self, train=self.train.at(chosen))
 
     def normalised(self, images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """`images` on `device`, scaled so that the training pixels have mean 0 and deviation 1.
 
-        Args:
-            images: uint8, shape (n, channels, height, width).
-            device: Where the result is.
-            dtype: The result's floating-point type.
-
-        Returns:
-            The same shape, channels-last in memory.
+        They are uint8, shape (n, channels, height, width); the result is channels-last in memory.
         """
         mean, std = self.pixel_mean_and_std
         scaled = images.to(device).to(dtype).div_(255).sub_(mean).div_(std)
         return scaled.contiguous(memory_format=torch.channels_last)
-
-
-def for_validation(images: int) -> Tensor:
-    """Which of `images` training images, in file order, go to validation: bool, (images,)."""
-    return torch.arange(images) % VALIDATION_EVERY == VALIDATION_EVERY - 1

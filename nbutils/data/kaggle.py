@@ -40,45 +40,31 @@ TRAIN_COLUMNS = {"label": CLASSES - 1} | TEST_COLUMNS
 DOWNLOAD = "digit-recognizer.zip"
 """What Kaggle calls the download of all files."""
 
-ROWS_AT_A_TIME = 2000
-"""Rows that are parsed at once, at 8 bytes per value. It affects memory and speed only."""
-
 
 def read_train(path: str | Path) -> tuple[Tensor, Tensor]:
-    """Read images and labels of a `train.csv`, in file order.
+    """Images (uint8, shape (rows, 1, 28, 28)) and labels (int64) of a `train.csv`, in file order.
 
     The file may be compressed: under its own name, as `train.csv.gz` or `train.csv.zip` beside it,
     or within `digit-recognizer.zip`.
-
-    Returns:
-        uint8, shape (rows, 1, 28, 28); and int64, shape (rows,).
 
     Raises:
         InputError: There is no such file, or it has another form; the message names the file, and
             the line, column and value of the first fault.
     """
     table = _read(Path(path), TRAIN_COLUMNS)
-    return _images(table[:, 1:]), torch.from_numpy(table[:, 0].astype(np.int64))
+    return table[:, 1:].reshape(-1, 1, SIDE, SIDE), table[:, 0].long()
 
 
 def read_test(path: str | Path) -> Tensor:
-    """Read the images of a `test.csv`, in file order: uint8, shape (rows, 1, 28, 28).
-
-    Raises:
-        InputError: As `read_train`.
-    """
-    return _images(_read(Path(path), TEST_COLUMNS))
+    """The images of a `test.csv`, read as those of `read_train`."""
+    return _read(Path(path), TEST_COLUMNS).view(-1, 1, SIDE, SIDE)
 
 
 def write_dataset(folder: str | Path, data: Dataset) -> None:
-    """Write `data` in Kaggle's format, to try things out without an account.
+    """Write images of 28 x 28 pixels in Kaggle's format, to try things out without an account.
 
     `train.csv` gets the training images and then the validation images, `test.csv` the test images
     without their labels.
-
-    Args:
-        folder: Where they go; it is made if there is none.
-        data: Images of 28 x 28 pixels in at most 10 classes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,65 +88,43 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
         predictions: Whole numbers, shape (n,), n >= 1: the class, 0 to 9, of each image of
             `test.csv`, in its order.
 
-    Returns:
-        The path.
-
     Raises:
         InputError: The predictions are of another form.
     """
-    path = Path(path)
-    whole = not predictions.is_floating_point() and predictions.dtype != torch.bool
-    if predictions.ndim != 1 or len(predictions) == 0 or not whole:
-        raise InputError(
-            f"predictions are {predictions.dtype} of shape {tuple(predictions.shape)}, but they "
-            f"must be whole numbers of shape (images,), for at least one image"
-        )
-    outside = (predictions < 0) | (predictions >= CLASSES)
-    if outside.any():
-        image = int(outside.int().argmax())
-        raise InputError(
-            f"the prediction of image {image + 1} is {predictions[image].item()}, but it must be "
-            f"from 0 to {CLASSES - 1}"
-        )
-    lines = [f"{image},{label}\n" for image, label in enumerate(predictions.tolist(), start=1)]
+    path, lines = Path(path), []
+    for image, label in enumerate(predictions.tolist(), start=1):
+        if type(label) is not int or not 0 <= label < CLASSES:
+            raise InputError(
+                f"the prediction of image {image} is {label}, but it must be a whole number from "
+                f"0 to {CLASSES - 1}"
+            )
+        lines.append(f"{image},{label}\n")
+    if not lines:
+        raise InputError("there are no predictions to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(["ImageId,Label\n", *lines]).encode())
     return path
 
 
-def _images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels)).view(-1, 1, SIDE, SIDE)
-
-
-def _read(path: Path, columns: Mapping[str, int]) -> np.ndarray:
+def _read(path: Path, columns: Mapping[str, int]) -> Tensor:
     """The values in a file: uint8, shape (rows, columns)."""
     path, content = _content(path)
-    parts = []
+    header, _, rows = content.partition(b"\n")
+    if fault := _header_fault(next(_rows(header), []), list(columns)):
+        raise InputError(f"{path}, line 1: {fault}")
+    if not rows:
+        raise InputError(f"{path} has a line of column names, but no rows")
     try:
-        _check_header(content, list(columns))
-        chunks = pd.read_csv(
-            io.BytesIO(content),
-            header=None,
-            skiprows=1,
-            dtype=np.int64,
-            skip_blank_lines=False,
-            chunksize=ROWS_AT_A_TIME,
-        )
-        for chunk in chunks:
-            values = chunk.to_numpy()
-            if values.shape[1] != len(columns) or ((values < 0) | (values > 255)).any():
-                raise ValueError
-            parts.append(values.astype(np.uint8))
-        table = np.concatenate(parts)
-        if (table > list(columns.values())).any():
-            raise ValueError
-    except pd.errors.EmptyDataError:
-        raise InputError(f"{path} has a line of column names, but no rows") from None
-    except InputError as error:
-        raise InputError(f"{path}, {error}") from None
-    except (ValueError, OverflowError) as error:  # the search for its place takes seconds
-        raise InputError(f"{path}, {_first_fault(content, columns) or error}") from error
-    return table
+        file = io.BytesIO(rows)
+        table = pd.read_csv(file, header=None, dtype=np.int64, skip_blank_lines=False).to_numpy()
+        sound = table.shape[1] == len(columns)
+        sound = sound and bool(((table >= 0) & (table <= list(columns.values()))).all())
+    except (ValueError, OverflowError):
+        sound = False
+    if not sound:
+        fault = _first_fault(rows, columns) or "there are values that are not whole numbers"
+        raise InputError(f"{path}, {fault}")
+    return torch.from_numpy(table.astype(np.uint8))
 
 
 def _content(path: Path) -> tuple[Path, bytes]:
@@ -197,30 +161,27 @@ def _rows(content: bytes) -> Any:
     return csv.reader(io.StringIO(content.decode(errors="backslashreplace"), newline=""))
 
 
-def _check_header(content: bytes, columns: list[str]) -> None:
-    found: list[str] = next(_rows(content.partition(b"\n")[0]), [])
+def _header_fault(found: list[str], columns: list[str]) -> str | None:
     for number, (name, wanted) in enumerate(itertools.zip_longest(found, columns), start=1):
         if name != wanted:
-            raise InputError(
-                f"line 1: column {number} is {_shortened(name)}, but it must be {wanted!r}; the "
-                f"file has {len(found)} columns, and must have {len(columns)}, as UTF-8 text "
-                f"separated by commas"
+            return (
+                f"column {number} is {_shortened(name)}, but it must be {wanted!r}; the file has "
+                f"{len(found)} columns, and must have {len(columns)}, as UTF-8 text separated by "
+                f"commas"
             )
+    return None
 
 
 def _first_fault(content: bytes, columns: Mapping[str, int]) -> str | None:
-    """The line of the first fault and what it is."""
-    rows = _rows(content)
-    next(rows)
-    for row in rows:
-        line = f"line {rows.line_num}"
+    """The line of the first fault in the rows after the header, and what it is."""
+    for number, row in enumerate(_rows(content), start=2):
         if len(row) != len(columns):  # comes first: after a lost field all columns are wrong
-            return f"{line}: it has {len(row)} values, and must have {len(columns)}"
+            return f"line {number}: it has {len(row)} values, and must have {len(columns)}"
         for (name, largest), value in zip(columns.items(), row, strict=True):
             whole = value.isascii() and value.strip().isdigit() and len(value) < 100
             if not whole or int(value) > largest:
                 what = f"{_shortened(value)} is not a whole number from 0 to {largest}"
-                return f"{line}, column {name}: {what}"
+                return f"line {number}, column {name}: {what}"
     return None
 
 

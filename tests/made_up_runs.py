@@ -40,7 +40,9 @@ NOISE = (-0.0002, 0.0001, 0.0003, -0.0001, -0.0001)
 EPOCHS, IMAGES = 20, 10_000
 
 
-def answers_of(accuracy, late_from=lambda size: 2, seeds=range(5), noise=1.0, kept=5, **settings):
+def answers_of(
+    accuracy, late_from=lambda size: 2, seeds=range(5), noise=1, kept=1, sizes=SIZES, **settings
+):
     """A study whose test accuracy is `accuracy(batch_size, steps)`, give or take the seed.
 
     Args:
@@ -49,22 +51,19 @@ def answers_of(accuracy, late_from=lambda size: 2, seeds=range(5), noise=1.0, ke
         seeds: Of every setting.
         noise: How far seeds differ, in units of `NOISE`.
         kept: Of how many last epochs the predictions are kept.
+        sizes: Batch sizes and accumulation steps.
         settings: Other fields of `RunConfig`.
     """
-    parts, late = [], {}
-    for batch_size, steps in SIZES:
+    runs, late, epoch = [], {}, np.arange(1, EPOCHS + 1)
+    for size, steps in sizes:
+        # The noise of the seeds is dealt anew to each setting.
+        dealt = np.random.default_rng(size + steps).permutation(NOISE)
         for seed in seeds:
-            config = RunConfig(
-                batch_size=batch_size, accumulation_steps=steps, seed=seed, **settings
-            )
-            # The noise of the seeds is dealt anew to each setting.
-            dealt = np.random.default_rng(batch_size + steps).permutation(NOISE)
-            shift = dealt[seed % len(NOISE)]
-            end = round((accuracy(batch_size, steps) + noise * shift) * IMAGES)
-            epoch = np.arange(1, EPOCHS + 1)
-            run = runs_of((config, np.where(epoch >= late_from(batch_size), 0.9925, 0.98), 60))
-            run["updates"] = epoch * (54_000 // (batch_size * steps))
-            parts.append(run.assign(test_accuracy=end / IMAGES))
+            config = RunConfig(batch_size=size, accumulation_steps=steps, seed=seed, **settings)
+            end = round((accuracy(size, steps) + noise * dealt[seed % len(NOISE)]) * IMAGES)
+            run = runs_of((config, np.where(epoch >= late_from(size), 0.9925, 0.98), 60))
+            updates = epoch * (54_000 // (size * steps))
+            runs.append(run.assign(updates=updates, test_accuracy=end / IMAGES))
             # The last images are wrong, so that two runs differ in no more than they must.
             late[config.run_id] = np.tile((np.arange(IMAGES) >= end).astype(np.uint8), (kept, 1))
-    return Answers(pd.concat(parts, ignore_index=True), np.zeros(IMAGES, np.uint8), late)
+    return Answers(pd.concat(runs, ignore_index=True), np.zeros(IMAGES, np.uint8), late)

@@ -23,10 +23,11 @@ from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
-"""From small batches to large ones; see `regime`."""
+"""Of Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training",
+section 4.1, from small batches to large ones; see `regime_borders`."""
 
 SAVED = (0.8, 0.2)
-"""Shares of the ideal saving that separate the regimes; see `regime`."""
+"""Shares of the ideal saving that separate the regimes. The paper names no borders: our choice."""
 
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
@@ -45,27 +46,21 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """
     if not 0 < target < 1:
         raise InputError(f"target = {target}, but it must be in (0, 1)")
+    by_run = runs.sort_values("epoch").groupby("run_id")
+    accuracies = by_run["validation_accuracy"]
+    epochs = accuracies.agg(lambda curve: first_crossing(1 - curve.to_numpy(), 1 - target))
+    first = by_run.first()
     keys = ["optimizer", "effective_batch_size", "learning_rate", "seed"]
-    rows = []
-    for _, run in runs.sort_values("epoch").groupby("run_id"):
-        first = run.iloc[0]
-        epochs = first_crossing(1 - run["validation_accuracy"].to_numpy(), 1 - target)
-        reached = {"epochs": epochs, "updates": epochs * first["updates"]}
-        reached["images"] = epochs * first["images_per_epoch"]
-        rows.append({name: first[name] for name in keys} | reached)
-    return pd.DataFrame(rows).sort_values(keys, ignore_index=True)
+    reached = {"epochs": epochs, "updates": epochs * first["updates"]}
+    reached["images"] = epochs * first["images_per_epoch"]
+    return first[keys].assign(**reached).sort_values(keys, ignore_index=True)
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """For each size the rate that reached the target in the fewest updates.
+    """The rows of `updates_to_target` of the rate with the fewest updates, for each size.
 
-    Args:
-        table: From `updates_to_target`.
-
-    Returns:
-        The rows of `table` of one rate per `optimizer` and `effective_batch_size`: among the rates
-        at which all seeds reached the target, the one of the smallest mean of `updates`. A size
-        without such a rate has no rows.
+    It is chosen by the mean of `updates`, for each `optimizer` and `effective_batch_size`, among
+    the rates at which all seeds reached the target. A size without such a rate has no rows.
     """
     size = ["optimizer", "effective_batch_size"]
     means = table.groupby([*size, "learning_rate"])["updates"].agg(
@@ -77,15 +72,7 @@ def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class CriticalBatch:
-    """The fitted trade of updates against images.
-
-    Attributes:
-        value: The critical batch size, images per update.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        fewest_images: `E_min`, what a very small batch would need.
-        fewest_updates: `S_min`, what a very large batch would need.
-    """
+    """The critical batch size in images per update, its 95 % interval, `E_min` and `S_min`."""
 
     value: float
     low: float
@@ -95,15 +82,12 @@ class CriticalBatch:
 
 
 def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
-    """Fit `E = E_min (1 + B / B_crit)` to the runs of one optimizer.
+    """Fit `E = E_min (1 + B / B_crit)` to the rows of `fastest_rates` of one optimizer.
 
     Runs that reached the target in their first epoch are left out, since how soon is unknown.
     Least squares on log E, as runs differ by factors. The interval is Student's on log B_crit,
     from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It covers
     neither the choice of the rates nor errors that all sizes share.
-
-    Args:
-        fastest: From `fastest_rates`, the rows of one optimizer.
 
     Raises:
         InputError: There are fewer than three sizes, which a curve of two parameters needs.
@@ -138,21 +122,12 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     )
 
 
-def regime(batch_size: float, critical: float) -> str:
-    """Which of the three regimes of Shallue et al. a batch size is in.
+def regime_borders(critical: float) -> tuple[float, float]:
+    """The two batch sizes between the three `REGIMES`.
 
     By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`. Twice the batch size
-    ideally halves the updates, p = 1. A p above `SAVED[0]` counts as perfect scaling, one below
-    `SAVED[1]` as maximal data parallelism; the paper names no borders, these are ours.
-
-    Source: Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network
-    Training", section 4.1.
+    ideally halves the updates, p = 1. At the borders p is one of `SAVED`.
     """
-    return REGIMES[sum(batch_size > border for border in regime_borders(critical))]
-
-
-def regime_borders(critical: float) -> tuple[float, float]:
-    """The two batch sizes between the three regimes."""
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
 
 
@@ -160,7 +135,7 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
     """The noise scale on the way to the target, beside the fitted critical batch size.
 
     Args:
-        noise: From `nbutils.measure.noise_scale.noise_along_training`.
+        noise: From `nbutils.measure.along_training.noise_along_training`.
         target: Validation accuracy of the fits. A measurement is on the way up to and with the
             first that shows it.
         fits: By optimizer.
@@ -170,37 +145,21 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
         scale among them; the critical batch size `fitted`, with its interval, `low` and `high`;
         their `ratio`, median to fitted; and `agree`, whether interval and range overlap.
     """
-    rows = []
-    for optimizer, fit in fits.items():
-        runs = noise[noise["optimizer"] == optimizer].sort_values("update")
-        reached = runs["validation_accuracy"] >= target
-        reached_before = reached.groupby(runs["seed"]).cumsum() > reached
-        values = runs.loc[~reached_before, "value"]
-        if values.empty:
-            continue
-        rows.append(
-            {
-                "optimizer": optimizer,
-                "measurements": len(values),
-                "lowest": values.min(),
-                "median": values.median(),
-                "highest": values.max(),
-                "fitted": fit.value,
-                "low": fit.low,
-                "high": fit.high,
-                "ratio": values.median() / fit.value,
-                "agree": values.min() <= fit.high and fit.low <= values.max(),
-            }
-        )
-    return pd.DataFrame(rows)
+    runs = noise.sort_values("update")
+    reached = runs["validation_accuracy"] >= target
+    before = reached.groupby([runs["optimizer"], runs["seed"]]).cumsum() > reached
+    values = runs[~before & runs["optimizer"].isin(list(fits))].groupby("optimizer")["value"]
+    table = values.agg(measurements="count", lowest="min", median="median", highest="max")
+    table["fitted"] = [fits[name].value for name in table.index]
+    table["low"] = [fits[name].low for name in table.index]
+    table["high"] = [fits[name].high for name in table.index]
+    table["ratio"] = table["median"] / table["fitted"]
+    overlap = (table["lowest"] <= table["high"]) & (table["low"] <= table["highest"])
+    return table.assign(agree=overlap).reset_index()
 
 
 def describe_agreement(table: pd.DataFrame) -> str:
-    """One Markdown line per optimizer.
-
-    Args:
-        table: From `agreement`.
-    """
+    """One Markdown line per optimizer of the table of `agreement`."""
     return "\n".join(
         f"- **{row['optimizer']}**: the noise scale is {row['median']:.0f} images (median of "
         f"{row['measurements']} measurements, {row['lowest']:.0f} to {row['highest']:.0f}), the "
@@ -215,7 +174,7 @@ def describe_agreement(table: pd.DataFrame) -> str:
 def target_table(
     fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
 ) -> pd.DataFrame:
-    """What each size took to reach the target, for reading.
+    """What each of all `sizes` took to reach the target, for reading.
 
     Args:
         fastest: From `fastest_rates`, the rows of each optimizer.
@@ -230,15 +189,15 @@ def target_table(
     for optimizer, fit in fits.items():
         by_size = dict(iter(fastest[optimizer].groupby("effective_batch_size")))
         for size in sizes:
-            fitted = fit.fewest_images * (1 + size / fit.value)
-            row = {"optimizer": optimizer, "images per update": size, "learning rate": "none"}
-            row |= {"updates": "not reached", "images": "not reached"}
+            row = {"learning rate": "none", "updates": "not reached", "images": "not reached"}
             if size in by_size:
                 runs = by_size[size]
                 bound = "at most " if (runs["epochs"] <= 1).any() else ""
                 row["learning rate"] = f"{runs['learning_rate'].iloc[0]:g}"
                 row["updates"] = f"{bound}{runs['updates'].mean():,.0f}"
                 row["images"] = f"{bound}{runs['images'].mean():,.0f}"
+            fitted = fit.fewest_images * (1 + size / fit.value)
             row |= {"updates, fit": f"{fitted / size:,.0f}", "images, fit": f"{fitted:,.0f}"}
-            rows.append(row | {"regime": regime(size, fit.value)})
+            row["regime"] = REGIMES[sum(size > border for border in regime_borders(fit.value))]
+            rows.append({"optimizer": optimizer, "images per update": size} | row)
     return pd.DataFrame(rows).set_index(["optimizer", "images per update"])

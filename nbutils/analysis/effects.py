@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import pandas as pd
 
-from nbutils.analysis.intervals import crossed_interval, mean_interval, minimum_detectable_effect
+from nbutils.analysis.intervals import crossed_interval, mean_interval
 from nbutils.analysis.outcomes import late_epochs, name_settings, outcomes
 from nbutils.errors import InputError
 from nbutils.studies.record import load_late_predictions, load_runs
@@ -29,8 +29,7 @@ class Answers:
     Attributes:
         runs: From `load_runs`.
         labels: Of the test images, uint8, shape (n,); (0,) where they are unknown.
-        late: The predictions of each run after its last epochs, by its id, from
-            `load_late_predictions`.
+        late: The predictions of each run after its last epochs, uint8, shape (k, n), by its id.
     """
 
     runs: pd.DataFrame
@@ -46,15 +45,6 @@ class Answers:
     def predictions(self) -> dict[str, np.ndarray]:
         """The final predictions of each run, uint8, shape (n,)."""
         return {run_id: late[-1] for run_id, late in self.late.items()}
-
-    def right(self, run_id: str, epochs: int) -> np.ndarray:
-        """In which share of the last epochs that are known a run has each test image right.
-
-        Args:
-            run_id: Of the run.
-            epochs: How many last epochs to take. Older records know only the final one.
-        """
-        return (self.late[run_id][-epochs:] == self.labels).mean(axis=0)
 
     def only(self, chosen: pd.Series) -> Self:
         """The same with the runs of these rows, a mask."""
@@ -75,15 +65,7 @@ def load_answers(folder: str | Path) -> Answers:
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean difference, with its 95 % interval.
-
-    Attributes:
-        mean: As a fraction; of losses, in nats.
-        low: Lower end; NaN for fewer than two seeds.
-        high: Upper end.
-        seeds: Number of seeds that were paired.
-        detectable: The minimum detectable effect, at a power of 80 %.
-    """
+    """A mean difference, as a fraction, with its 95 % interval: NaN for fewer than two seeds."""
 
     mean: float
     low: float
@@ -99,7 +81,7 @@ class Effect:
     @property
     def bound(self) -> str:
         """What is known of its size, for a verdict."""
-        if math.isnan(self.low):
+        if self.seeds < 2:
             return f"{points(self.mean)} points in one seed, no interval"
         return f"between {points(self.low)} and {points(self.high)} points"
 
@@ -115,60 +97,58 @@ def points(fraction: float) -> str:
     return f"{round(100 * fraction, 2) + 0:+.2f}"  # + 0 turns -0.0 into 0.0
 
 
-def effect(
-    answers: Answers,
-    ids: pd.DataFrame,
-    weights: Mapping[Any, float],
-    metric: str = "test_accuracy",
-) -> Effect:
-    """A weighted sum of the outcomes of some settings, paired by seed.
+def written_gaps(table: pd.DataFrame, reference: str, name: str) -> list[str]:
+    """How a table for reading shows `difference`, `low` and `high` from the row `reference`."""
+    shown = []
+    for setting, gap in table.iterrows():
+        if setting == reference:
+            shown.append(name)
+        elif pd.isna(gap["difference"]):
+            shown.append("no seed in common")
+        elif pd.isna(gap["low"]):
+            shown.append(f"{points(gap['difference'])} (one seed)")
+        else:
+            ends = f"{points(gap['low'])} to {points(gap['high'])}"
+            shown.append(f"{points(gap['difference'])} ({ends})")
+    return shown
+
+
+def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_accuracy") -> Effect:
+    """A weighted sum of the outcomes of some settings, by their names, paired by seed.
 
     The interval of a test accuracy is for other seeds and other images, see `crossed_interval`.
-    Its mean and the part of the seeds come from the outcomes, the means over the last epochs. Its
-    part of the images comes from the predictions: those of the same epochs in newer records, of
-    the final epoch alone in older ones, which kept no others. The interval of any other metric,
-    or where labels are unknown, is Student's: for other seeds only.
-
-    Args:
-        answers: The runs.
-        ids: One row per seed, one column per setting: the id of the run, or NaN.
-        weights: Of each setting, such as 1 and -1 for a difference. Seeds that lack one of these
-            settings are left out.
-        metric: A column of `outcomes`.
+    Its mean and the part of the seeds come from the outcomes, the means over the last epochs; its
+    part of the images from the predictions, those of the same epochs where they were kept (older
+    records have the final ones alone). The interval of any other metric, or where labels are
+    unknown, is Student's, for other seeds only. Seeds that lack a setting are left out.
 
     Raises:
         InputError: No seed has all these settings.
     """
-    missing = [name for name in weights if name not in ids]
-    complete = pd.DataFrame() if missing else ids[list(weights)].dropna()
-    if complete.empty:
-        raise InputError(f"no seed has runs of all of {', '.join(map(str, weights))}")
-    table = answers.outcomes.set_index("run_id")
-    per_seed = np.zeros(len(complete))
-    for setting, weight in weights.items():
-        per_seed += weight * table.loc[complete[setting], metric].to_numpy(float)
+    ids = answers.by_setting("run_id").reindex(columns=list(weights)).dropna()
+    if ids.empty:
+        raise InputError(f"no seed has runs of all of {', '.join(weights)}")
+    values = answers.by_setting(metric).loc[ids.index, list(weights)]
+    per_seed = values.to_numpy(float) @ np.array(list(weights.values()))
     mean, seeds = float(per_seed.mean()), len(per_seed)
     if metric != "test_accuracy" or len(answers.labels) == 0 or seeds < 2:
-        return Effect(mean, *mean_interval(per_seed.tolist()), seeds)
+        return Effect(mean, *mean_interval(per_seed), seeds)
+    epochs = answers.outcomes.set_index("run_id")["epoch"].map(late_epochs)
     per_image = np.zeros((seeds, len(answers.labels)))
     for setting, weight in weights.items():
-        for row, run_id in enumerate(complete[setting]):
-            epochs = late_epochs(int(table.loc[run_id, "epoch"]))
-            per_image[row] += weight * answers.right(run_id, epochs)
-    detectable = minimum_detectable_effect(per_image, per_seed)
-    return Effect(mean, *crossed_interval(per_image, per_seed), seeds, detectable)
+        for row, run_id in enumerate(ids[setting]):
+            right = answers.late[run_id][-epochs[run_id] :] == answers.labels
+            per_image[row] += weight * right.mean(axis=0)
+    low, high, detectable = crossed_interval(per_image, per_seed)
+    return Effect(mean, low, high, seeds, detectable)
 
 
 def lead(answers: Answers, one: str, other: str, metric: str = "test_accuracy") -> Effect:
-    """The outcome of one setting less that of another, by their names.
-
-    Raises:
-        InputError: No seed has both.
-    """
-    return effect(answers, answers.by_setting("run_id"), {one: 1, other: -1}, metric)
+    """The outcome of one setting less that of another, by their names; see `effect`."""
+    return effect(answers, {one: 1, other: -1}, metric)
 
 
-def prediction_differences(answers: Answers, pairs: list[tuple[str, str]]) -> pd.DataFrame:
+def prediction_differences(answers: Answers, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
     """How many test images two networks predict differently after the final epoch.
 
     Args:

@@ -1,42 +1,44 @@
-"""Intervals around measured values, and how large a difference they could have shown.
+"""95 % intervals around measured values, and how large a difference they could have shown.
 
-scipy does the mathematics; it is imported only where it is used, since it takes a second.
+scipy does the mathematics; it is imported only where it is used, since that takes half a second.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 
+POWER = 0.8
+"""Probability with which an effect of the minimum detectable size is found."""
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+NORMAL = NormalDist().inv_cdf(0.975)
+
+
+def student_quantile(freedom: int) -> float:
+    """Half of Student's interval of that many degrees of freedom, in standard errors."""
+    from scipy import special
+
+    return float(special.stdtrit(freedom, 0.975))
+
+
+def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Student's t interval of the mean of independent, roughly normal values, one per seed.
 
-    Returns:
-        Its lower and upper end; both NaN for fewer than two values, which show no spread.
+    Both ends are NaN for fewer than two values, which show no spread.
     """
     if len(values) < 2:
         return math.nan, math.nan
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    half = error * student_quantile(len(values) - 1, confidence)
+    half = error * student_quantile(len(values) - 1)
     return mean - half, mean + half
 
 
-@lru_cache
-def student_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """Half of Student's interval of that many degrees of freedom, in standard errors."""
-    from scipy import stats
-
-    return float(stats.t.ppf((1 + confidence) / 2, freedom))
-
-
 def crossed_interval(
-    values: np.ndarray, outcomes: np.ndarray | None = None, confidence: float = 0.95
-) -> tuple[float, float]:
+    values: np.ndarray, outcomes: np.ndarray | None = None
+) -> tuple[float, float, float]:
     """Interval of a mean over seeds and images: for other seeds *and* other images.
 
     Seeds and images are crossed: the network of each seed answers every image. In the analysis of
@@ -50,78 +52,37 @@ def crossed_interval(
     Args:
         values: Shape (seeds, images); for a comparison, a difference in each place.
         outcomes: Shape (seeds,): the outcome of each seed, where it is known more precisely than
-            as a mean of its `values`. The mean and the part of the seeds then come from these,
-            the part of the images from `values`.
-        confidence: Of the interval.
+            as a mean of its `values`. The mean and the part of the seeds then come from these.
 
     Returns:
-        Its lower and upper end; both NaN for fewer than two seeds.
+        Its ends, and the minimum detectable effect: the true mean at which such an interval leaves
+        out zero with probability `POWER` (noncentral t for the seeds). All NaN for one seed.
     """
-    means = values.mean(axis=1) if outcomes is None else outcomes
-    low, high = mean_interval(means.tolist(), confidence)
-    of_images = NormalDist().inv_cdf((1 + confidence) / 2) * _image_error(values)
-    half = math.hypot((high - low) / 2, of_images)
-    return float(means.mean() - half), float(means.mean() + half)
+    from scipy import special
 
-
-def minimum_detectable_effect(
-    values: np.ndarray,
-    outcomes: np.ndarray | None = None,
-    power: float = 0.8,
-    confidence: float = 0.95,
-) -> float:
-    """The true mean that as many seeds and images, with the same spread, reveal with `power`.
-
-    Args:
-        values: As in `crossed_interval`.
-        outcomes: As in `crossed_interval`.
-        power: Probability that `crossed_interval` leaves out zero, above 1/2.
-        confidence: Of that interval.
-
-    Returns:
-        Its size: what the part of the seeds alone would reveal, by the noncentral t distribution,
-        and what that of the images would, added in quadrature. NaN for fewer than two seeds.
-    """
-    means = values.mean(axis=1) if outcomes is None else outcomes
-    if len(means) < 2:
-        return math.nan
-    error = float(means.std(ddof=1)) / math.sqrt(len(means))
-    of_seeds = _detectable_shift(len(means), power, confidence) * error
-    quantiles = NormalDist().inv_cdf((1 + confidence) / 2) + NormalDist().inv_cdf(power)
-    return math.hypot(of_seeds, quantiles * _image_error(values))
-
-
-@lru_cache
-def _detectable_shift(n: int, power: float, confidence: float) -> float:
-    """The mean of n values, in standard errors, that Student's test finds with `power`."""
-    from scipy import optimize, stats
-
-    threshold = student_quantile(n - 1, confidence)
-    # The probability to find a mean above zero below it is too small to count.
-    return optimize.brentq(
-        lambda shift: stats.nct.sf(threshold, n - 1, shift) - power, 0, 3 * threshold
-    )
-
-
-def _image_error(values: np.ndarray) -> float:
-    """Standard error of the mean of `values`, shape (seeds, images), from the images alone."""
     seeds, images = values.shape
     if seeds < 2:
-        return math.nan
-    of_seeds, of_images = values.mean(axis=1, keepdims=True), values.mean(axis=0, keepdims=True)
-    residuals = values - of_seeds - of_images + values.mean()
+        return math.nan, math.nan, math.nan
+    means = values.mean(axis=1) if outcomes is None else outcomes
+    of_images = values.mean(axis=0)
+    residuals = values - values.mean(axis=1, keepdims=True) - of_images + values.mean()
     image_square = seeds * float(of_images.var(ddof=1))
     residual_square = float((residuals**2).sum()) / ((seeds - 1) * (images - 1))
-    return math.sqrt(max(image_square - residual_square, 0.0) / (seeds * images))
+    image_error = math.sqrt(max(image_square - residual_square, 0.0) / (seeds * images))
+    seed_error = float(means.std(ddof=1)) / math.sqrt(seeds)
+    threshold = student_quantile(seeds - 1)
+    half = math.hypot(threshold * seed_error, NORMAL * image_error)
+    of_seeds = float(special.nctdtrinc(seeds - 1, 1 - POWER, threshold)) * seed_error
+    detectable = math.hypot(of_seeds, (NORMAL + NormalDist().inv_cdf(POWER)) * image_error)
+    return float(means.mean()) - half, float(means.mean()) + half, detectable
 
 
-@lru_cache
-def proportion_interval(fraction: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def proportion_interval(fraction: float, n: int) -> tuple[float, float]:
     """Wilson's interval of the probability behind `fraction`, a share of `n` independent images."""
-    from scipy import stats
-
-    interval = stats.binomtest(round(fraction * n), n).proportion_ci(confidence, method="wilson")
-    return interval.low, interval.high
+    share, spread = round(fraction * n) / n, NORMAL**2 / n
+    centre = share + spread / 2
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4))
+    return (centre - half) / (1 + spread), (centre + half) / (1 + spread)
 
 
 def probability_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 
@@ -23,10 +25,7 @@ KEYS = ["optimizer", "effective_batch_size"]
 
 
 def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
-    """The validation accuracy that runs came to, over batch size and learning rate.
-
-    Args:
-        runs: From `load_runs`.
+    """The validation accuracy that runs of `load_runs` came to, over batch size and learning rate.
 
     Returns:
         One row per `optimizer`, `effective_batch_size` and `learning_rate`, in that order:
@@ -38,31 +37,21 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
         rates below it. A loss that is not finite has "diverged" at any rate.
     """
     ends = outcomes(runs)
+    ends["finite"] = np.isfinite(ends["train_loss"])
+    by_rate = ends.groupby([*KEYS, "learning_rate"])
+    table = by_rate[["train_loss", "validation_accuracy"]].mean()
+    table["seeds"], table["finite"] = by_rate["seed"].nunique(), by_rate["finite"].all()
+    table = table.reset_index()
+    rate, accuracy = table["learning_rate"], table["validation_accuracy"]
     images = int(ends["validation_images"].iloc[0])
-    parts = []
-    for (optimizer, size), of_size in ends.groupby(KEYS):
-        by_rate = of_size.groupby("learning_rate")
-        accuracy = by_rate["validation_accuracy"].mean()
-        finite = by_rate["train_loss"].agg(lambda losses: np.isfinite(losses).all()).astype(bool)
-        best, below = accuracy.index == accuracy.idxmax(), accuracy.index < accuracy.idxmax()
-        intervals = np.array([proportion_interval(share, images) for share in accuracy])
-        outcome = [finite & (accuracy >= NOTHING_LEARNT), finite & below]
-        part = pd.DataFrame(
-            {
-                "optimizer": optimizer,
-                "effective_batch_size": size,
-                "seeds": by_rate["seed"].nunique(),
-                "train_loss": by_rate["train_loss"].mean(),
-                "validation_accuracy": accuracy,
-                "low": intervals[:, 0],
-                "high": intervals[:, 1],
-                "best": best,
-                "within_noise": accuracy >= intervals[best, 0].item(),
-                "outcome": np.select(outcome, ["learnt", "too slow"], "diverged"),
-            }
-        )
-        parts.append(part.reset_index())
-    return pd.concat(parts, ignore_index=True)
+    table["low"], table["high"] = np.transpose([proportion_interval(a, images) for a in accuracy])
+    of_size = [table[key] for key in KEYS]
+    top = accuracy.groupby(of_size).transform("idxmax").to_numpy()  # the best row of each size
+    table["best"] = table.index == top
+    table["within_noise"] = accuracy >= table["low"].to_numpy()[top]
+    learnt = table["finite"] & (accuracy >= NOTHING_LEARNT)
+    slow = table["finite"] & (rate < rate.to_numpy()[top])
+    return table.assign(outcome=np.select([learnt, slow], ["learnt", "too slow"], "diverged"))
 
 
 def ridge(table: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +63,9 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy`
         there; `low` and `high`, half-way (on a log scale) from the outermost rates within noise to
-        the next that were tried, missing where none was; and `loss_rate`, see `lowest_loss_rate`.
+        the next that were tried, missing where none was; and `loss_rate`, the rate of lowest
+        training loss. The loss of thousands of training images is far less noisy than the accuracy
+        on some hundred others.
     """
     rows = []
     for (optimizer, size), group in table.groupby(KEYS):
@@ -87,8 +78,8 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
                 "effective_batch_size": size,
                 "best_rate": best["learning_rate"],
                 "validation_accuracy": best["validation_accuracy"],
-                "low": np.sqrt(below * equal.min()),
-                "high": np.sqrt(above * equal.max()),
+                "low": math.sqrt(below * equal.min()),
+                "high": math.sqrt(above * equal.max()),
                 "loss_rate": lowest_loss_rate(group),
             }
         )
@@ -96,47 +87,32 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def lowest_loss_rate(of_size: pd.DataFrame) -> float:
-    """The rate of lowest training loss at one size.
+    """The vertex of the parabola, on log scales, through the lowest loss and its two neighbours.
 
-    The loss of thousands of training images is far less noisy than the accuracy on some hundred
-    others. The rate is the vertex of the parabola, on log scales, through the lowest loss and its
-    two neighbours; the lowest itself where it has only one neighbour.
-
-    Args:
-        of_size: From `rate_map`, the rows of one optimizer and size.
+    Of rows of `rate_map`. It is the lowest itself where it has only one neighbour.
     """
     known = of_size[np.isfinite(of_size["train_loss"])].sort_values("learning_rate")
-    rates, losses = np.log(known["learning_rate"].to_numpy()), np.log(known["train_loss"])
-    lowest = int(losses.to_numpy().argmin())
+    rates, losses = np.log(known[["learning_rate", "train_loss"]].to_numpy()).T
+    lowest = int(losses.argmin())
     if lowest in (0, len(rates) - 1):
-        return float(np.exp(rates[lowest]))
+        return math.exp(rates[lowest])
     near = slice(lowest - 1, lowest + 2)
     curvature, slope, _ = np.polyfit(rates[near], losses[near], 2)
-    return float(np.exp(-slope / (2 * curvature)))
+    return math.exp(-slope / (2 * curvature))
 
 
-def growth(ridge_table: pd.DataFrame) -> pd.DataFrame:
+def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
     """The power of the batch size with which the rate of lowest training loss grows.
 
-    Args:
-        ridge_table: From `ridge`.
-
-    Returns:
-        One row per `optimizer`, its index: `power`, by least squares on log scales over the sizes,
-        and its 95 % interval (Student's), `low` and `high`; all NaN for fewer than three sizes.
+    By least squares on log scales over the rows of `ridge` of one optimizer, which needs three;
+    with the ends of its 95 % interval (Student's).
     """
     from scipy import stats
 
-    rows = {}
-    for optimizer, group in ridge_table.groupby("optimizer"):
-        if len(group) < 3:
-            rows[optimizer] = [np.nan] * 3
-            continue
-        fit = stats.linregress(np.log(group["effective_batch_size"]), np.log(group["loss_rate"]))
-        half = student_quantile(len(group) - 2) * fit.stderr
-        rows[optimizer] = [fit.slope, fit.slope - half, fit.slope + half]
-    columns = ["power", "low", "high"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("optimizer")
+    x, y = np.log(of_optimizer[["effective_batch_size", "loss_rate"]].to_numpy()).T
+    fit = stats.linregress(x, y)
+    half = student_quantile(len(x) - 2) * fit.stderr
+    return fit.slope, fit.slope - half, fit.slope + half
 
 
 def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
@@ -153,34 +129,27 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     Raises:
         InputError: No runs have the size `anchor`.
     """
-    sizes = sorted(set(ridge_table["effective_batch_size"].tolist()))
-    if anchor not in sizes:
-        raise InputError(f"anchor = {anchor}, but it must be a size of the runs: {sizes}")
-    start = ridge_table[ridge_table["effective_batch_size"] == anchor]
-    start_rates = ridge_table["optimizer"].map(start.set_index("optimizer")["loss_rate"])
+    sizes = ridge_table["effective_batch_size"]
+    if anchor not in sizes.tolist():
+        known = sorted(set(sizes.tolist()))
+        raise InputError(f"anchor = {anchor}, but it must be a size of the runs: {known}")
+    start = ridge_table[sizes == anchor].set_index("optimizer")["loss_rate"]
     parts = []
     for rule, power in RULES.items():
-        rates = start_rates * (ridge_table["effective_batch_size"] / anchor) ** power
+        rates = ridge_table["optimizer"].map(start) * (sizes / anchor) ** power
         outside = (rates < ridge_table["low"]) | (rates > ridge_table["high"])
         parts.append(ridge_table[KEYS].assign(rule=rule, learning_rate=rates, fits=~outside))
     return pd.concat(parts, ignore_index=True)
 
 
 def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
-    """The ridge for reading, beside the rate of each rule and whether that is within noise.
-
-    Args:
-        ridge_table: From `ridge`.
-        rules: From `scaling_rules`.
-    """
+    """The ridge for reading, beside the rates of `scaling_rules` and whether they are in noise."""
     low, high = (
         ridge_table[end].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
         for end in ("low", "high")
     )
-    by_rule = rules.assign(
-        text=rules["learning_rate"].map("{:.2g}".format)
-        + rules["fits"].map({True: ", within", False: ", outside"})
-    ).pivot_table(index=KEYS, columns="rule", values="text", aggfunc="first")
+    fits = rules["fits"].map({True: ", within", False: ", outside"})
+    by_rule = rules.assign(text=rules["learning_rate"].map("{:.2g}".format) + fits)
     table = ridge_table[KEYS].assign(
         **{
             "best rate": ridge_table["best_rate"].map("{:g}".format),
@@ -189,7 +158,8 @@ def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame
             "lowest loss": ridge_table["loss_rate"].map("{:.2g}".format),
         }
     )
-    return table.set_index(KEYS).join(by_rule).rename_axis(["optimizer", "images per update"])
+    beside = by_rule.pivot_table(index=KEYS, columns="rule", values="text", aggfunc="first")
+    return table.set_index(KEYS).join(beside).rename_axis(["optimizer", "images per update"])
 
 
 def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
@@ -200,17 +170,18 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
         rules: From `scaling_rules`.
     """
     lines = []
-    for optimizer, power in growth(ridge(table)).iterrows():
-        everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
-        rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
-        if not np.isnan(power["low"]):
-            held = [rule for rule, p in RULES.items() if power["low"] <= p <= power["high"]]
+    for optimizer, of_optimizer in ridge(table).groupby("optimizer"):
+        if len(of_optimizer) > 2:
+            power, low, high = growth(of_optimizer)
+            held = [rule for rule, p in RULES.items() if low <= p <= high]
             lines.append(
                 f"- **{optimizer}**: the rate of lowest training loss grows with the batch size "
-                f"to the power of {power['power']:.2f} (95 % interval {power['low']:.2f} to "
-                f"{power['high']:.2f}). Of the rules, linear (1) and square root (0.5), the "
-                f"interval contains {' and '.join(held) or 'neither'}."
+                f"to the power of {power:.2f} (95 % interval {low:.2f} to {high:.2f}). Of the "
+                f"rules, linear (1) and square root (0.5), the interval contains "
+                f"{' and '.join(held) or 'neither'}."
             )
+        everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
+        rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
         lines.append(
             f"- **{optimizer}**: rates within noise of the best validation accuracy at every "
             f"size: {', '.join(rates) or 'none'}."
@@ -227,12 +198,9 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
 def describe_fixed_rates(table: pd.DataFrame) -> str:
     """Markdown lines for each optimizer: at which fixed rates small or large batches are better.
 
-    Small batches are better at a rate if the largest size is worse than the best size of that rate
-    by more than noise (their intervals do not overlap); large ones if the smallest size is. Both
-    hold where a middle size is best.
-
-    Args:
-        table: From `rate_map`.
+    Small batches are better at a rate of the `rate_map` if the largest size is worse than the best
+    size of that rate by more than noise (their intervals do not overlap); large ones if the
+    smallest size is. Both hold where a middle size is best.
     """
     lines = []
     for optimizer, of_optimizer in table.groupby("optimizer"):

@@ -10,22 +10,17 @@ import pandas as pd
 from nbutils.training.config import RunConfig
 
 LAST_EPOCHS = 5
-"""The outcome of a run is the mean of this many last epochs.
+"""The outcome of a run is the mean of this many last epochs, since single late epochs jitter.
 
-Single late epochs jitter: in the first five seeds of `batch-size` 84 % of the variance between
-seeds of (1024 less 32) was noise from epoch to epoch. The rule was chosen after these seeds were
-known, so it is confirmed on seeds from `nbutils.analysis.verdicts.CONFIRMING` on."""
+In the first five seeds of `batch-size` that was 84 % of the variance between seeds of (1024 less
+32). The rule was chosen after these seeds were known: see `CONFIRMING` in `claims`."""
 
 METRICS = ("train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy")
 """Columns of a history whose outcome is a mean over the last epochs."""
 
 
 def late_epochs(epochs: int) -> int:
-    """How many last epochs the outcome of a run of `epochs` takes.
-
-    `LAST_EPOCHS`, but no more than the last quarter of a run, and at least one: earlier epochs of
-    a short run are no jitter around its end.
-    """
+    """How many last epochs the outcome of a run takes: `LAST_EPOCHS`, but at most a quarter."""
     return max(1, min(LAST_EPOCHS, epochs // 4))
 
 
@@ -35,21 +30,16 @@ def last_epochs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per run: its last epoch, with each of `METRICS` the mean over its late epochs.
+    """The last epoch of each run of `load_runs`, with each of `METRICS` the mean of its late ones.
 
-    Args:
-        runs: From `load_runs`.
-
-    Returns:
-        The columns of `runs`, in the same order of runs. A metric that is missing or not finite
-        in one of these epochs is so in the outcome.
+    A metric that is missing in one of these epochs is so in the outcome.
     """
     epochs = runs.groupby("run_id")["epoch"].transform("max")
     late = runs[runs["epoch"] > epochs - epochs.map(late_epochs)]
     metrics = [name for name in METRICS if name in runs]
     means = late.groupby("run_id")[metrics].mean(skipna=False)
     final = last_epochs(runs)
-    return final.assign(**{name: means[name].loc[final["run_id"]].to_numpy() for name in metrics})
+    return final.assign(**{name: final["run_id"].map(means[name]) for name in metrics})
 
 
 def setting_name(batch_size: int, accumulation_steps: int) -> str:
@@ -61,15 +51,12 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
     """`runs` with a column `setting`: the settings in which its runs differ, but for the seed.
 
     Batch size and accumulation steps always show ("128", "8 x 128"); other fields of `RunConfig`
-    where they vary. Sorted by effective batch size, then by accumulation steps, then by the other
-    fields: the order in which settings are to be shown.
+    where they vary. Sorted in the order in which settings are to be shown: by effective batch
+    size, then by accumulation steps, then by the other fields.
     """
     always = ["batch_size", "accumulation_steps", "seed"]
-    varying = [
-        name
-        for name in RunConfig.field_names()
-        if name not in always and name in runs and len(runs[name].dropna().unique()) > 1
-    ]
+    fields = [name for name in RunConfig.field_names() if name not in always and name in runs]
+    varying = [name for name in fields if len(runs[name].dropna().unique()) > 1]
 
     def setting(row: pd.Series) -> str:
         size = setting_name(row["batch_size"], row["accumulation_steps"])
@@ -82,21 +69,17 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_crossing(errors: np.ndarray, target: float) -> float:
-    """Epochs until an error no larger than `target`; NaN if there is none.
+    """Epochs until an error of at most `target`, which is above 0; NaN if there is none.
 
-    Errors are known after whole epochs. In between, the logarithm of the error is taken to fall
-    evenly. What is reached in the first epoch counts as reached at its end: an upper bound.
-
-    Args:
-        errors: After each epoch, shape (epochs,).
-        target: Above 0.
+    Errors are known after whole epochs, shape (epochs,). In between, their logarithm is taken to
+    fall evenly. What is reached in the first epoch counts as reached at its end: an upper bound.
     """
     reached = np.flatnonzero(errors <= target)
     if len(reached) == 0:
         return math.nan
-    last = reached[0]
+    last = int(reached[0])
     if last == 0:
         return 1.0
     above = math.log(errors[last - 1] / target)
     below = math.log(target / max(errors[last], target / 100))  # an error of 0 has no logarithm
-    return float(last + above / (above + below))
+    return last + above / (above + below)

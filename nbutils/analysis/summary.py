@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
 
-from nbutils.analysis.effects import Answers, Effect, lead, points
+from nbutils.analysis.effects import Answers, Effect, lead, written_gaps
 from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes
 
@@ -30,53 +31,36 @@ def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) 
         all missing where no seed has both; `seconds` per epoch; `updates` per epoch.
     """
     table = answers.outcomes
-    known = bool(table["test_accuracy"].notna().all())
-    metric = "test_accuracy" if known else "validation_accuracy"
-    settings = list(table["setting"].unique())
-    baseline = BASELINE if BASELINE in settings else settings[0]
-    seeds = answers.by_setting("run_id").notna()
-    rows = []
-    for setting in settings:
-        of_setting = table[table["setting"] == setting]
-        own = (of_setting["seconds"] / of_setting["epoch"]).min()
-        row = {
-            "setting": setting,
-            "seeds": len(of_setting),
-            "metric": metric,
-            "accuracy": of_setting[metric].mean(),
-            "baseline": baseline,
-            "seconds": own if seconds is None else seconds.get(setting, float("nan")),
-            "updates": int((of_setting["updates"] / of_setting["epoch"]).iloc[0]),
-        }
-        if setting != baseline and (seeds[setting] & seeds[baseline]).any():
+    per_epoch = table[["seconds", "updates"]].div(table["epoch"], axis=0)
+    by_setting = table.assign(**per_epoch).groupby("setting", sort=False)
+    metric = "test_accuracy" if table["test_accuracy"].notna().all() else "validation_accuracy"
+    rows = by_setting.agg(
+        seeds=("seed", "size"),
+        accuracy=(metric, "mean"),
+        seconds=("seconds", "min"),
+        updates=("updates", "first"),
+    )
+    baseline = BASELINE if BASELINE in rows.index else str(rows.index[0])
+    if seconds is not None:
+        rows["seconds"] = rows.index.map(seconds)
+    held = answers.by_setting("run_id").notna()
+    columns = ["difference", "low", "high", "detectable"]
+    rows[columns] = math.nan
+    for setting in rows.index.drop(baseline):
+        if (held[setting] & held[baseline]).any():
             gap = lead(answers, setting, baseline, metric)
-            row |= {"difference": gap.mean, "low": gap.low, "high": gap.high}
-            row |= {"detectable": gap.detectable, "paired": gap.seeds}
-        rows.append(row)
-    columns = ["seeds", "metric", "accuracy", "baseline", "difference", "low", "high"]
-    columns += ["detectable", "paired", "seconds", "updates"]
-    return pd.DataFrame(rows).set_index("setting").reindex(columns=columns)
+            rows.loc[setting, columns] = gap.mean, gap.low, gap.high, gap.detectable
+    return rows.assign(metric=metric, baseline=baseline, updates=rows["updates"].astype(int))
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
     """The table of `summary_table` for reading: percentages, points, units in the heads."""
-    first = table.iloc[0]
-    split = first["metric"].removesuffix("_accuracy")
-
-    def difference(row: pd.Series) -> str:
-        if row.name == first["baseline"]:
-            return "baseline"
-        if pd.isna(row["difference"]):
-            return "no seed in common"
-        if pd.isna(row["low"]):
-            return f"{points(row['difference'])} (one seed)"
-        return f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})"
-
+    baseline, metric = table.iloc[0][["baseline", "metric"]]
     return pd.DataFrame(
         {
             "seeds": table["seeds"],
-            f"{split} accuracy": table["accuracy"].map("{:.2%}".format),
-            f"less {first['baseline']}, points (95 %)": table.apply(difference, axis=1),
+            metric.replace("_", " "): table["accuracy"].map("{:.2%}".format),
+            f"less {baseline}, points (95 %)": written_gaps(table, baseline, "baseline"),
             "s/epoch": table["seconds"].map("{:.1f}".format).mask(table["seconds"].isna(), ""),
             "updates/epoch": table["updates"].map("{:,}".format),
         }
@@ -95,6 +79,14 @@ def markdown_table(table: pd.DataFrame) -> str:
 def describe_study(runs: pd.DataFrame) -> str:
     """One Markdown paragraph: how many runs, on which images, with which common settings."""
     first = runs.iloc[0]
+    numbers = {
+        "run": runs["run_id"].nunique(),
+        "setting": name_settings(runs)["setting"].nunique(),
+        "seed": runs["seed"].nunique(),
+    }
+    made, settings, seeds = (
+        f"{number} {thing}{'s' if number > 1 else ''}" for thing, number in numbers.items()
+    )
     epochs = " or ".join(map(str, sorted(runs["epochs"].unique())))
     common = {
         "optimizer": "optimizer {}",
@@ -102,16 +94,9 @@ def describe_study(runs: pd.DataFrame) -> str:
         "norm": "norm {}",
         "dropout": "dropout {:g}",
     }
-    seeds = runs["seed"].nunique()
     same = [t.format(first[name]) for name, t in common.items() if len(runs[name].unique()) == 1]
-    settings = name_settings(runs)["setting"].nunique()
-
-    def counted(number: int, thing: str) -> str:
-        return f"{number} {thing}{'s' if number > 1 else ''}"
-
     return (
-        f"**{counted(runs['run_id'].nunique(), 'run')}** on `{first['dataset']}`: "
-        f"{counted(settings, 'setting')}, {counted(seeds, 'seed')}, {epochs} epochs; "
+        f"**{made}** on `{first['dataset']}`: {settings}, {seeds}, {epochs} epochs; "
         f"{first['images_per_epoch']:,} images to train on, {first['validation_images']:,} to "
         f"validate, {first['test_images']:,} to test. The same in all: {', '.join(same)}."
     )
@@ -119,8 +104,6 @@ def describe_study(runs: pd.DataFrame) -> str:
 
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """How outcomes change from one large batch to the same images in micro-batches.
-
-    Pairs are runs with the same normalisation and seed, one without and one with accumulation.
 
     Args:
         runs: From `load_runs`; settings with equal effective batch size.
@@ -135,8 +118,6 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     whole = final[final["accumulation_steps"] == 1]
     cut = final[final["accumulation_steps"] > 1]
     pairs = cut.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
-    for metric in metrics:
-        pairs[metric] -= pairs[f"{metric}_whole"]
 
     def text(values: pd.Series) -> str:
         found = Effect(values.mean(), *mean_interval(values.tolist()), len(values))
@@ -145,6 +126,8 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
         interval = f"{found.low:+.4f} to {found.high:+.4f}, n = {found.seeds}"
         return f"{found.mean:+.4f} ({interval if found.seeds > 1 else 'n = 1: no interval'})"
 
+    for metric in metrics:
+        pairs[metric] -= pairs[f"{metric}_whole"]
     table = pairs.groupby(["norm", "setting"], sort=False)[metrics].agg(text)
     heads = {name: f"{name.replace('_', ' ')}, points" for name in metrics if "accuracy" in name}
     return table.rename(columns=heads | {"train_loss": "training loss"})

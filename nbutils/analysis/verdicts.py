@@ -1,69 +1,261 @@
-"""The claims of the blog post, each put to the runs: what they show, and whether it holds."""
+"""The claims of the blog post, each put to the runs: what they show, and whether it holds.
+
+A verdict follows from 95 % intervals of differences between outcomes, by rules that were fixed
+before the runs that it judges, see `nbutils.analysis.claims.CONFIRMING`. It begins with "holds",
+"fails" or "open" and always says how large the difference can be. The rules are here, the words in
+`verdicts.yaml`.
+"""
 
 from __future__ import annotations
 
-import pandas as pd
+import math
+from collections.abc import Sequence
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from nbutils.analysis.effects import MARGIN, Answers, lead
-from nbutils.analysis.kaggle_claim import KaggleRuns, kaggle_verdicts
+import numpy as np
+import pandas as pd
+import yaml
+
+from nbutils.analysis import claims
+from nbutils.analysis.claims import KaggleRuns
+from nbutils.analysis.effects import MARGIN, Answers, Effect, lead, points, prediction_differences
+from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import setting_name
-from nbutils.analysis.size_claims import CONFIRMING, size_verdicts
-from nbutils.analysis.verdict import Verdict
+
+HARMFUL = 8
+"""Micro-batches of at most so many images are where BatchNorm is expected to do harm."""
 
 SAME_MEMORY = 1.25
 """Peaks of memory within this ratio count as the same: the allocator's holes vary as much. Fixed
 after first measurements."""
 
 
-def all_verdicts(
-    answers: Answers,
-    normalisation: Answers,
-    kaggle: KaggleRuns,
-    cost: pd.DataFrame,
-    confirming: int | None = CONFIRMING,
-) -> list[Verdict]:
-    """The verdicts on all claims.
+class Verdict(NamedTuple):
+    """A claim, one effect that the runs show, the verdict with its bound, and other evidence."""
 
-    Args:
-        answers: Of the study `batch-size`.
-        normalisation: Of the study `normalisation`.
-        kaggle: Of the study `kaggle-split`, and what tuned its rates.
-        cost: The table of the study `cost`, from `nbutils.measure.cost.measure_grid`.
-        confirming: As in `size_verdicts`.
-    """
+    number: str
+    claim: str
+    shows: str
+    verdict: str
+    details: str
+
+
+def verdict_table(verdicts: Sequence[Verdict]) -> pd.DataFrame:
+    """One row per claim: `claim`, `these runs show`, `verdict`; indexed by its number."""
+    table = pd.DataFrame(verdicts).set_index("number").rename_axis(None)
+    return table.drop(columns="details").rename(columns={"shows": "these runs show"})
+
+
+def verdict_details(verdicts: Sequence[Verdict]) -> str:
+    """The details of each claim as a Markdown list."""
+    return "\n".join(f"- **Claim {each.number}.** {each.details}" for each in verdicts)
+
+
+def all_verdicts(
+    answers: Answers, normalisation: Answers, kaggle: KaggleRuns, cost: pd.DataFrame
+) -> list[Verdict]:
+    """The verdicts on all claims, each from the study of that name, `answers` from `batch-size`."""
     return [
-        *size_verdicts(answers, confirming),
+        *size_verdicts(answers, claims.CONFIRMING),
         norm_verdict(normalisation),
         *kaggle_verdicts(kaggle),
         memory_verdict(cost),
     ]
 
 
-def norm_verdict(answers: Answers) -> Verdict:
-    """The verdict on BatchNorm under accumulation, from the study `normalisation`."""
-    batch = answers.only(answers.runs["norm"] == "batch")
-    whole, *cuts = batch.outcomes.sort_values("batch_size", ascending=False)["setting"].unique()
-    gaps = {cut: lead(batch, cut, whole) for cut in cuts}
-    smallest = cuts[-1]
-    harmed = [cut for cut, gap in gaps.items() if gap.high < 0 and not gap.negligible]
-    gap = gaps[harmed[0]] if harmed else gaps[smallest]
-    if harmed:
-        harm = f"harm holds from {harmed[0]} on: {gap.bound}"
-    elif gap.low > -MARGIN:
-        harm = f"harm fails down to {smallest}: {gap.bound}"
-    else:
-        harm = f"harm open at {smallest}: {gap.bound}"
-    every = "; ".join(f"{cut}: {each}" for cut, each in gaps.items())
-    first = batch.outcomes.iloc[0]
-    return Verdict(
-        "6",
-        "BatchNorm works per micro-batch, so accumulation needs GroupNorm.",
-        f"BatchNorm, {smallest} less {whole}: {gaps[smallest]}",
-        f"holds for the statistics; {harm}",
-        f"That BatchNorm takes its statistics per micro-batch is exact (07_normalisation). What "
-        f"it costs, after {first['epoch']} epochs at learning rate {first['learning_rate']:g}, "
-        f"each less {whole}: {every}.",
+def size_verdicts(answers: Answers, confirming: int | None = None) -> list[Verdict]:
+    """The verdicts on the claims about batch size and accumulation alone, on any dataset.
+
+    Args:
+        answers: Of a study like `batch-size`, see `nbutils.analysis.claims.can_be_judged`.
+        confirming: The first seed that was run after the rules were fixed. Where two or more such
+            seeds have all settings, they alone are judged. None judges all seeds.
+    """
+    judged = list(claims.split_seeds(answers, confirming).values())[-1]
+    return [_rises(judged), _best(judged), _faster(judged), _generalises(judged), _same(judged)]
+
+
+@cache
+def _texts() -> dict[str, dict[str, str]]:
+    return yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
+def _verdict(key: str, *words: str, **values: Any) -> Verdict:
+    """The texts of a key of `verdicts.yaml`, filled in; the verdict is those of `words` in turn."""
+    texts = {name: text.format(**values) for name, text in _texts()[key].items()}
+    verdict = "".join(texts[word] for word in words)
+    number = key.partition(" ")[0]
+    return Verdict(number, texts["claim"], texts["shows"], verdict, texts["details"])
+
+
+def _word(otherwise: str = "open", **cases: bool) -> str:
+    """The name of the first case that is true. An interval that is not known makes none true."""
+    return next((name.replace("_", " ") for name, true in cases.items() if true), otherwise)
+
+
+def _listed(effects: dict[str, Effect]) -> str:
+    return "; ".join(f"{name}: {each}" for name, each in effects.items())
+
+
+def _rises(answers: Answers) -> Verdict:
+    change, sizes = claims.fitted_change(answers), claims.whole_sizes(answers)
+    means = answers.by_setting("test_accuracy").mean()
+    word = _word(holds=change.low > 0 and not change.negligible, fails=change.high < MARGIN)
+    listed = ", ".join(f"{setting}: {mean:.2%}" for setting, mean in means.items())
+    detectable = f"{100 * change.detectable:.2f} points" if change.seeds > 1 else "unknown"
+    values = {"smallest": sizes[0], "largest": sizes[-1], "means": listed}
+    return _verdict("1", word, change=change, detectable=detectable, **values)
+
+
+def _best(answers: Answers) -> Verdict:
+    sizes = [str(size) for size in claims.whole_sizes(answers) if size != 512]
+    others = {size: lead(answers, size, "512") for size in sizes}
+    near = others["1024"]
+    as_good = [size for size, gap in others.items() if gap.low > -MARGIN]
+    words = [
+        _word(holds=near.negligible, fails=near.low >= MARGIN or near.high <= -MARGIN),
+        _word(
+            "best open",
+            others_as_good=len(as_good) > 1,
+            another_as_good=len(as_good) == 1,
+            best=all(gap.high < 0 for gap in others.values()),
+            one_seed=near.seeds < 2,
+        ),
+    ]
+    most = points(max(gap.high for gap in others.values()))
+    values = {"as_good": ", ".join(as_good), "most": most, "others": _listed(others)}
+    return _verdict("2", *words, near=near, margin=100 * MARGIN, **values)
+
+
+def _faster(answers: Answers) -> Verdict:
+    pair = (answers.runs["accumulation_steps"] == 1) & answers.runs["batch_size"].isin([32, 1024])
+    runs = answers.runs[pair]
+    target = claims.target_accuracy(runs)
+    if target is None:
+        ends = runs.groupby("batch_size")["validation_accuracy"].max()
+        return _verdict("3 without target", "open", small=ends[32], large=ends[1024])
+    reached = runs[runs["validation_accuracy"] >= target]
+    first = reached.pivot_table(
+        index="seed", columns="batch_size", values=["epoch", "updates"], aggfunc="min"
+    ).dropna()
+    epochs, updates = first["epoch"], first["updates"]
+    gap = epochs[1024] - epochs[32]
+    low, high = mean_interval(gap.to_numpy())
+    # 32 may have reached it at any update since the epoch before.
+    earliest = updates[32] * (1 - 1 / epochs[32])
+    fewer, _ = mean_interval((earliest - updates[1024]).to_numpy())
+    counted = (
+        f"32 needs {earliest.mean():,.0f} to {updates[32].mean():,.0f} updates, 1024 at most "
+        f"{updates[1024].mean():,.0f}"
     )
+    words = ["one seed"]
+    if len(gap) > 1:
+        in_updates = _word("updates open", in_updates=fewer > 0)
+        words = [_word(holds=low > 0, fails=high < 0), in_updates]
+    means = {"small": epochs[32].mean(), "large": epochs[1024].mean(), "gap": gap.mean()}
+    means |= {"low": low, "high": high, "more_low": -high, "more_high": -low}
+    return _verdict("3", *words, target=target, n=len(gap), counted=counted, **means)
+
+
+def _generalises(answers: Answers) -> Verdict:
+    gap = lead(answers, "1024", "32")
+    fit = lead(answers, "1024", "32", "train_accuracy")
+    lower = gap.high < 0
+    word = _word(fails=gap.low > -MARGIN, fits_less=lower and fit.high < 0, holds=lower)
+    train, test = (
+        answers.by_setting(f"{kind}_loss")[["32", "1024"]].mean().tolist()
+        for kind in ("train", "test")
+    )
+    return _verdict("4", word, gap=gap, fit=fit, train=train, test=test)
+
+
+def _same(answers: Answers) -> Verdict:
+    gap = lead(answers, "8 x 128", "1024")
+    counts = prediction_differences(answers, [("1024", "8 x 128"), ("1024", "1024")])
+    images = "; ".join(f"{row.compared}: {row.mean:.0f}" for row in counts.itertuples())
+    ends = answers.by_setting("test_accuracy")["1024"].dropna()
+    apart = [100 * abs(one - other) for one, other in combinations(ends, 2)]
+    words = [_word(holds=gap.negligible, fails=gap.low > 0 or gap.high < 0)]
+    words += ["baseline"] if apart else []
+    norm = str(answers.runs["norm"].iloc[0])
+    exact = _texts()["5"]["exact" if norm in ("group", "none") else "inexact"].format(norm=norm)
+    values = {"images": images, "norm": norm, "exact": exact}
+    return _verdict("5", *words, gap=gap, apart=float(np.mean(apart or [0])), **values)
+
+
+def norm_verdict(answers: Answers) -> Verdict:
+    """The verdict on BatchNorm under accumulation, from the study `normalisation`.
+
+    It compares one batch with micro-batches of `HARMFUL` images or fewer, where there are any.
+    """
+    batch = answers.only(answers.runs["norm"] == "batch")
+    sizes = batch.by_setting("batch_size").max().sort_values(ascending=False)
+    whole, *cuts = sizes.index
+    gaps = {cut: lead(batch, cut, whole) for cut in cuts}
+    judged = [cut for cut in cuts if sizes[cut] <= HARMFUL] or cuts
+    smallest = judged[-1]
+    harmed = [cut for cut in judged if gaps[cut].high < 0 and not gaps[cut].negligible]
+    harmed_from = (harmed or judged)[0]
+    first = batch.runs.iloc[0]
+    values = {"whole": whole, "epochs": first["epochs"], "rate": first["learning_rate"]}
+    values |= {"smallest": smallest, "gap": gaps[smallest], "gaps": _listed(gaps)}
+    values |= {"harmed": harmed_from, "harm": gaps[harmed_from]}
+    word = _word(holds=len(harmed) > 0, fails=gaps[smallest].low > -MARGIN)
+    return _verdict("6", word, **values)
+
+
+def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
+    """The three answers to the claim: is there such a gain, how large is it, is it luck?"""
+    gains = claims.kaggle_gains(kaggle)
+    by_rate = [
+        f"{_gained(gain)} at equal epochs: {gain.bound}; "
+        f"{_gained(later)} at equal updates: {later.bound} ({name})"
+        for name, (gain, later) in gains.items()
+        if name != "tuned rates"
+    ]
+    evidence = [
+        f"{name}: {gain} at equal epochs, {later} at equal updates"
+        for name, (gain, later) in gains.items()
+    ]
+    gain, later = gains["same rate"]
+    images, posted = len(kaggle.labels), claims.POSTED_GAIN
+    lead_of_scored, lead_of_all = round(posted * claims.SCORED), round(posted * images)
+    values = {
+        "gain": gain,
+        "later": later,
+        "posted": 100 * posted,
+        "images": images,
+        "by_rate": "; ".join(by_rate),
+        "evidence": "; ".join(evidence),
+        "rate": claims.POSTED_RATE,
+        "scaled": claims.SCALED_RATE,
+        "tuned": kaggle.tuned,
+        "scored": claims.SCORED,
+        "lead": lead_of_scored,
+        "lead_of_all": lead_of_all,
+        "luck": _percent(claims.seed_probability(kaggle, claims.SCORED, lead_of_scored)),
+        "luck_of_all": _percent(claims.seed_probability(kaggle, images, lead_of_all)),
+        "seeds": len(kaggle.run_ids(1, claims.POSTED_RATE)),
+    }
+    word = _word(fails=gain.high < posted, holds=gain.low > 0)
+    return [
+        _verdict("7a", word, **values),
+        _verdict("7b", "by rate", **values),
+        _verdict("7c", "open", **values),
+    ]
+
+
+def _gained(gap: Effect) -> str:
+    return _word(holds=gap.low > 0, fails=gap.high < 0)
+
+
+def _percent(probability: float) -> str:
+    if math.isnan(probability):
+        return "unknown"
+    return f"{probability:.0%}" if probability >= 0.005 else "below 0.5%"
 
 
 def memory_verdict(cost: pd.DataFrame) -> Verdict:
@@ -72,31 +264,22 @@ def memory_verdict(cost: pd.DataFrame) -> Verdict:
         cost.pivot_table(index="repeat", columns=["batch_size", "accumulation_steps"], values=name)
         for name in ("peak_memory", "seconds_per_update")
     )
-    parts, fits, fails, bounds = [], [], [], []
-    for batch_size, steps in ((128, 8), (32, 32)):
-        cut = batch_size, steps
-        small, large = memory[cut] / memory[batch_size, 1], memory[cut] / memory[1024, 1]
-        slower = seconds[cut] / seconds[1024, 1]
+    parts, ratios = [], []
+    for size, steps in ((128, 8), (32, 32)):
+        small, large = (memory[size, steps] / memory[other, 1] for other in (size, 1024))
+        slower = seconds[size, steps] / seconds[1024, 1]
         parts.append(
-            f"{setting_name(*cut)} takes {_ratio(small)} times the peak memory of {batch_size}, "
+            f"{setting_name(size, steps)} takes {_ratio(small)} times the peak memory of {size}, "
             f"{_ratio(large)} times that of 1024, and {_ratio(slower)} times the time of 1024"
         )
-        bounds.append(
-            f"{setting_name(*cut)} at most {small.max():.2f} times {batch_size} and "
-            f"{large.max():.2f} times 1024"
-        )
-        fits.append(small.max() < SAME_MEMORY and large.max() < 1 / SAME_MEMORY)
-        fails.append(small.min() >= SAME_MEMORY or large.min() >= 1 / SAME_MEMORY)
-    word = "holds" if all(fits) else "fails" if any(fails) else "open"
-    small, large = memory[128, 8] / memory[128, 1], memory[128, 8] / memory[1024, 1]
-    return Verdict(
-        "8",
-        "Accumulation fits a large batch into the memory of a small one.",
-        f"peak memory of 8 x 128: {_ratio(small)} times that of 128 (n = {len(memory)})",
-        f"{word}: {bounds[0]}",
-        f"{'; '.join(parts)} (median, lowest to highest of n = {len(memory)}). Measured on: "
-        f"{', '.join(cost['device'].unique())}.",
-    )
+        # Both count as "the same or less" below 1.
+        ratios.append(pd.concat([small / SAME_MEMORY, large * SAME_MEMORY], axis=1))
+    holds = all((each < 1).all(axis=None) for each in ratios)
+    fails = any((each.min() >= 1).any() for each in ratios)
+    small, large = (memory[128, 8] / memory[other, 1] for other in (128, 1024))
+    values = {"small": small.max(), "large": large.max(), "ratio": _ratio(small), "n": len(memory)}
+    values |= {"parts": "; ".join(parts), "devices": ", ".join(cost["device"].unique())}
+    return _verdict("8", _word(holds=holds, fails=fails), "bound", **values)
 
 
 def _ratio(values: pd.Series) -> str:

@@ -3,20 +3,13 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from made_up_runs import answers_of, runs_of
 
 from nbutils import InputError, RunConfig
 from nbutils.analysis.effects import Answers, Effect, effect, lead, prediction_differences
 from nbutils.analysis.intervals import crossed_interval
-from nbutils.analysis.outcomes import (
-    LAST_EPOCHS,
-    first_crossing,
-    late_epochs,
-    name_settings,
-    outcomes,
-)
+from nbutils.analysis.outcomes import first_crossing, late_epochs, name_settings, outcomes
 from nbutils.analysis.summary import (
     compare_settings,
     describe_study,
@@ -24,7 +17,6 @@ from nbutils.analysis.summary import (
     markdown_table,
     summary_table,
 )
-from nbutils.training.result import KEPT_EPOCHS
 
 
 def test_an_outcome_is_the_mean_of_the_last_five_epochs():
@@ -34,7 +26,6 @@ def test_an_outcome_is_the_mean_of_the_last_five_epochs():
     assert table["validation_accuracy"].tolist() == pytest.approx([0.97, 0.5])
     assert table["test_accuracy"].iloc[0] == pytest.approx(0.969)
     assert table[["seed", "epoch", "updates", "seconds"]].iloc[0].tolist() == [1, 20, 200, 20]
-    assert LAST_EPOCHS == 5 <= KEPT_EPOCHS
 
 
 def test_of_a_short_run_no_more_than_the_last_quarter_counts():
@@ -53,10 +44,10 @@ def test_settings_are_named_by_what_varies_and_sorted_by_images_per_update():
     named = name_settings(runs_of(*[(config, [0.9], 1) for config in configs]))
     assert named["setting"].tolist() == ["32", "32", "1024", "8 x 128"]
     rates = runs_of(*[(RunConfig(learning_rate=rate), [0.9], 1) for rate in (0.01, 0.001)])
-    assert name_settings(rates)["setting"].tolist() == [
-        "128, learning_rate 0.001",
-        "128, learning_rate 0.01",
-    ]
+    assert name_settings(rates)["setting"].iloc[1] == "128, learning_rate 0.01"
+    # Runs from before a setting existed go with those of its default.
+    rates = rates.assign(learning_rate=0.001, augment=[None, False])
+    assert name_settings(rates)["setting"].tolist() == ["128", "128"]
 
 
 def test_a_crossing_between_two_epochs_is_interpolated_in_the_logarithm_of_the_error():
@@ -74,8 +65,7 @@ def test_an_effect_is_paired_by_seed_and_its_interval_covers_seeds_and_images():
     ids = answers.by_setting("run_id")
     right = [[answers.late[run][0] == 0 for run in ids[setting]] for setting in ("64", "32")]
     values = np.subtract(*np.array(right, float))
-    assert (gap.low, gap.high) == pytest.approx(crossed_interval(values))
-    assert 0 < gap.detectable < 0.005
+    assert (gap.low, gap.high, gap.detectable) == pytest.approx(crossed_interval(values))
 
 
 def test_older_records_give_the_image_part_of_the_interval_from_the_final_epoch():
@@ -85,19 +75,15 @@ def test_older_records_give_the_image_part_of_the_interval_from_the_final_epoch(
     before, after = lead(older, "32", "64"), lead(newer, "32", "64")
     assert before.mean == after.mean
     assert before.high < after.high
-    newer.late.update(older.late)
-    assert lead(newer, "32", "64") == before
 
 
 def test_seeds_that_lack_a_setting_are_left_out_and_one_seed_has_no_interval():
     answers = answers_of(lambda size, steps: 0.99, seeds=(0, 1))
-    ids = answers.by_setting("run_id")
-    ids.loc[1, "32"] = None
-    one = effect(answers, ids, {"64": 1, "32": -1})
-    assert str(one).endswith(" points (n = 1: no interval)")
-    for missing in ({"64": 1, "32": -1}, {"64": 1, "2048": -1}):
-        with pytest.raises(InputError, match="no seed has runs of all of 64, "):
-            effect(answers, ids.iloc[1:], missing)
+    runs = answers.runs
+    one = answers.only((runs["batch_size"] != 32) | (runs["seed"] == 0))
+    assert str(lead(one, "64", "32")).endswith(" points (n = 1: no interval)")
+    with pytest.raises(InputError, match="no seed has runs of all of 64, 2048"):
+        effect(one, {"64": 1, "2048": -1})
 
 
 def test_an_effect_reads_in_points():
@@ -167,9 +153,3 @@ def test_a_study_is_described_by_what_all_runs_share():
     text = describe_study(runs)
     assert "**2 runs** on `mnist-5k`: 2 settings, 1 seed, 20 epochs" in text
     assert text.endswith("The same in all: optimizer adam, learning rate 0.001, dropout 0.4.")
-
-
-def test_runs_from_before_a_setting_existed_go_with_those_of_its_default():
-    runs = pd.concat([runs_of((RunConfig(seed=seed), [0.9], 1)) for seed in (0, 1)])
-    runs["augment"] = [None, False]
-    assert name_settings(runs)["setting"].unique().tolist() == ["128"]

@@ -4,30 +4,13 @@ import numpy as np
 import pytest
 
 from nbutils import InputError
-from nbutils.analysis.votes import majority_vote, networks_wrong, score_vote, votes_of
+from nbutils.analysis.votes import majority_vote, networks_wrong, votes_of
 
 
 def test_networks_vote():
     votes = [np.array(v, dtype=np.uint8) for v in ([1, 7, 9], [1, 7, 3], [2, 8, 5])]
     assert majority_vote(votes).tolist() == [1, 7, 3]
     assert majority_vote(votes).dtype == np.uint8
-
-
-def test_a_vote_is_scored_beside_the_networks_that_cast_it():
-    labels = np.arange(100, dtype=np.uint8) % 10
-    predictions = [labels.copy() for _ in range(3)]
-    for number, each in enumerate(predictions):
-        each[number : 10 * (number + 1) : 10] = 11  # 1, 2 and 3 errors, each network's own
-    score = score_vote(labels, predictions)
-    assert score.alone == [0.99, 0.98, 0.97]
-    assert (score.together, score.images) == (1.0, 100)
-    both = [predictions[2], predictions[2], predictions[0]]
-    assert score_vote(labels, both).together == 0.97
-
-
-def test_no_votes_are_refused():
-    with pytest.raises(InputError, match="at least one network"):
-        score_vote(np.zeros(3, np.uint8), [])
 
 
 def test_the_vote_of_fewer_networks_counts_each_alike():

@@ -1,0 +1,206 @@
+"""What the runs say on the post's claims, in numbers; `verdicts` puts them in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from nbutils.analysis.effects import Answers, Effect, effect, lead
+from nbutils.analysis.intervals import mean_interval, probability_of_lead
+from nbutils.analysis.outcomes import last_epochs, late_epochs
+from nbutils.paths import REFERENCE
+from nbutils.studies.record import load_late_predictions, load_runs
+from nbutils.training.config import RunConfig
+
+CONFIRMING = 5
+"""First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
+rule of `nbutils.analysis.outcomes.LAST_EPOCHS`, so they cannot confirm it."""
+
+TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.992, 0.995, 0.998)
+"""Validation accuracies whose first reaching is timed; see `target_accuracy`."""
+
+SCORES = (0.99257, 0.99442)
+"""Kaggle's public score of the post's networks, with 128 and with 8 x 128 images per update."""
+
+POSTED_GAIN = SCORES[1] - SCORES[0]
+POSTED_RATE = 1e-3
+"""Learning rate of `kaggle-split` with and without accumulation: Adam's default."""
+
+SCALED_RATE = 2.8e-3
+"""`POSTED_RATE` times the square root of 8: what the rule for Adam makes of it at 8 x 128."""
+
+SCORED = 7_000
+"""Images that the public score counts, by the scores; Kaggle's test images are 28,000."""
+
+
+def can_be_judged(runs: pd.DataFrame) -> bool:
+    """Whether `runs` have the settings that the claims compare, all else equal and known."""
+    held = set(zip(runs["batch_size"], runs["accumulation_steps"], strict=True))
+    varied = {"batch_size", "accumulation_steps", "seed"}
+    fixed = [name for name in RunConfig.field_names() if name not in varied and name in runs]
+    equal = all(len(runs[name].dropna().unique()) <= 1 for name in fixed)
+    known = bool(runs["test_accuracy"].notna().all())
+    return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held and equal and known
+
+
+def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
+    """The seeds before `confirming`, and those from it on, by their names.
+
+    All seeds together where fewer than two seeds from `confirming` on have all settings, and the
+    later ones alone where no earlier seed has. The last of the parts is the one to judge.
+    """
+    complete = answers.by_setting("run_id").dropna().index
+    parts = [answers]
+    if confirming is not None and (complete >= confirming).sum() >= 2:
+        later = answers.runs["seed"] >= confirming
+        parts = [answers.only(~later)] if (complete < confirming).any() else []
+        parts.append(answers.only(later))
+    names = {}
+    for part in parts:
+        first, last = part.runs["seed"].min(), part.runs["seed"].max()
+        names[f"seeds {first} to {last}" if first < last else f"seed {first}"] = part
+    return names
+
+
+def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.DataFrame:
+    """The effects of claims 1, 2, 4 and 5 in points, earlier seeds beside the confirming ones.
+
+    Returns:
+        One row per effect, one column per part of `split_seeds`.
+    """
+    columns = {}
+    for name, part in split_seeds(answers, confirming).items():
+        sizes = whole_sizes(part)
+        effects = {
+            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part),
+            "2: 1024 less 512": lead(part, "1024", "512"),
+            "4: 1024 less 32": lead(part, "1024", "32"),
+            "5: 8 x 128 less 1024": lead(part, "8 x 128", "1024"),
+        }
+        columns[name] = {name: str(each).replace(" points", "") for name, each in effects.items()}
+    return pd.DataFrame(columns).rename_axis("claim and effect")
+
+
+def whole_sizes(answers: Answers) -> list[int]:
+    """The batch sizes without accumulation."""
+    runs = answers.runs
+    return sorted(runs.loc[runs["accumulation_steps"] == 1, "batch_size"].unique().tolist())
+
+
+def fitted_change(answers: Answers) -> Effect:
+    """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
+
+    The line is over the logarithm of the batch size; its slope is a weighted sum of accuracies.
+    """
+    sizes = whole_sizes(answers)
+    doublings = np.log2(sizes)
+    apart = doublings - doublings.mean()
+    weights = apart / (apart**2).sum() * (doublings.max() - doublings.min())
+    return effect(answers, dict(zip(map(str, sizes), weights.tolist(), strict=True)))
+
+
+def target_accuracy(runs: pd.DataFrame) -> float | None:
+    """The highest of `TARGETS` that every run reaches, and none before its second epoch.
+
+    What is reached within the first epoch does not show after how many updates. None where no
+    target is such.
+    """
+    first = runs.loc[runs["epoch"] == 1, "validation_accuracy"].max()
+    least = runs.groupby("run_id")["validation_accuracy"].max().min()
+    return max((target for target in TARGETS if first < target <= least), default=None)
+
+
+@dataclass(frozen=True)
+class KaggleRuns(Answers):
+    """The study `kaggle-split`, on Kaggle's split of the digits.
+
+    Attributes:
+        tuned: The best learning rate on validation by accumulation steps, 1 and 8.
+    """
+
+    tuned: Mapping[int, float]
+
+    def run_ids(self, steps: int, rate: float) -> pd.Series:
+        """The runs of batch size 128 with these steps, at this rate to within 2 %, by seed."""
+        table = self.outcomes.set_index("seed")
+        close = np.isclose(table["learning_rate"], rate, rtol=0.02)
+        return table.loc[(table["accumulation_steps"] == steps) & close, "run_id"]
+
+
+def load_kaggle_runs(folder: Path = REFERENCE) -> KaggleRuns:
+    """Those of the reference, with the rates that its study `kaggle-tuning` found."""
+    split = folder / "kaggle-split"
+    tuned = tuned_rates(load_runs(folder / "kaggle-tuning"))
+    return KaggleRuns(load_runs(split), *load_late_predictions(split), tuned)
+
+
+def tuned_rates(tuning: pd.DataFrame) -> dict[int, float]:
+    """The learning rate of the best mean validation accuracy, by accumulation steps.
+
+    Judged after the final epoch, as it was when the runs of `kaggle-split` were planned.
+    """
+    final = last_epochs(tuning)
+    means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
+    best = means.groupby("accumulation_steps").idxmax()
+    return {int(steps): float(rate) for steps, rate in best}
+
+
+def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
+    """8 x 128 less 128, at equal epochs and at equal updates, at each pair of rates on record.
+
+    The pairs are "same rate", "rate x root of 8", "tuned rates"; runs are paired by seed.
+    """
+    rates = {
+        "same rate": (POSTED_RATE, POSTED_RATE),
+        "rate x root of 8": (POSTED_RATE, SCALED_RATE),
+        "tuned rates": (kaggle.tuned[1], kaggle.tuned[8]),
+    }
+    found = {}
+    for name, (plain, accumulated) in rates.items():
+        ids = {1: kaggle.run_ids(1, plain), 8: kaggle.run_ids(8, accumulated)}
+        pairs = pd.DataFrame(ids).dropna()
+        if len(pairs):
+            chosen = kaggle.only(kaggle.runs["run_id"].isin(pairs.to_numpy().ravel()))
+            short, long = chosen.outcomes["setting"].unique()  # in the order of images per update
+            found[name] = lead(chosen, long, short), _at_equal_updates(kaggle.runs, pairs)
+    return found
+
+
+def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
+    """8 x 128 less 128 where 128 is taken after as many updates as 8 x 128 made.
+
+    Its accuracy in between two epochs is interpolated in a straight line. Predictions in the
+    middle of training are not recorded, so the interval is Student's, over seeds only.
+    """
+    histories = dict(iter(runs.sort_values("epoch").groupby("run_id")))
+    gaps = []
+    for plain, accumulated in pairs.to_numpy():
+        early, long = histories[plain], histories[accumulated]
+        late = long.tail(late_epochs(len(long)))
+        at = np.interp(late["updates"], early["updates"], early["test_accuracy"])
+        gaps.append(float((late["test_accuracy"] - at).mean()))
+    return Effect(float(np.mean(gaps)), *mean_interval(gaps), len(gaps))
+
+
+def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
+    """Probability that a run leads another of its own setting by `lead` of `part` test images.
+
+    The setting is 128 at `POSTED_RATE`, after the final epoch, as one would submit it; the mean
+    over all ordered pairs of its seeds; NaN where there is only one.
+
+    Args:
+        kaggle: The runs.
+        part: Test images that are drawn at random.
+        lead: In images, of these.
+    """
+    ids = kaggle.run_ids(1, POSTED_RATE)
+    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in ids]
+    won = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in permutations(right, 2)]
+    each = [probability_of_lead(*images, len(kaggle.labels), part, lead) for images in won]
+    return float(np.mean(each)) if each else math.nan

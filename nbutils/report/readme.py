@@ -15,20 +15,18 @@ import jinja2
 import pandas as pd
 
 from nbutils.advise.advice import load_advice
-from nbutils.analysis.effects import Answers, lead, load_answers, prediction_differences
-from nbutils.analysis.kaggle_claim import load_kaggle_runs
-from nbutils.analysis.outcomes import last_epochs
-from nbutils.analysis.pick import Pick, pick, quiet_seconds
-from nbutils.analysis.size_claims import (
+from nbutils.analysis.claims import (
     CONFIRMING,
     confirmation_table,
     fitted_change,
-    size_verdicts,
+    load_kaggle_runs,
     split_seeds,
 )
+from nbutils.analysis.effects import Answers, lead, load_answers, prediction_differences
+from nbutils.analysis.outcomes import last_epochs
+from nbutils.analysis.pick import Pick, pick, quiet_seconds
 from nbutils.analysis.summary import describe_study, format_table, markdown_table, summary_table
-from nbutils.analysis.verdict import verdict_table
-from nbutils.analysis.verdicts import all_verdicts
+from nbutils.analysis.verdicts import all_verdicts, size_verdicts, verdict_table
 from nbutils.paths import FIGURES, NOTEBOOKS, REFERENCE, ROOT, write_atomically
 from nbutils.report import bench
 from nbutils.report.libraries import libraries_notes, libraries_table

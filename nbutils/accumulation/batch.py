@@ -14,12 +14,8 @@ from torch import Tensor, nn
 
 from nbutils.accumulation.distributed import Ranks
 
-LONGEST = 4096
-"""Micro-batches that an iterator may give for one window; more are taken for an endless one."""
-
-DEPTH = 4
-"""How deep `lengths` looks into a micro-batch."""
-
+LONGEST = 4096  # micro-batches of a window; an iterator that gives more is taken for endless
+DEPTH = 4  # how deep `lengths` looks into a micro-batch
 WEIGHT_LINE = "weight=lambda batch: (batch[1] != -100).sum()"
 
 
@@ -31,8 +27,7 @@ class TotalWeight:
     then the losses are divided by an estimate; just before the last backward pass the gradient so
     far is multiplied by estimate / total, which makes it exact.
 
-    Attributes:
-        of_this_rank: The part of this rank; NaN until it is known.
+    `of_this_rank` is the part of this rank; NaN until it is known.
     """
 
     def __init__(
@@ -43,38 +38,35 @@ class TotalWeight:
         parameters: Sequence[Tensor],
         update: int | None,
     ) -> None:
-        self._micro_batches = len(micro_batches)
-        self._weighted = weight is not None
-        self._ranks = ranks
-        self._parameters = parameters
-        self._update = update
+        self._steps, self._weighted, self._update = len(micro_batches), weight is not None, update
+        self._ranks, self._parameters = ranks, parameters
         self._counts: list[int] = []
-        self._estimate = math.nan
-        self._earlier: list[Tensor | None] = [None] * len(parameters)
         self.of_this_rank = _known_weight(micro_batches, weight)
-        self._total = self._compare_ranks()
-        self._check_total()
+        self._total = self._not_zero(self._compare_ranks())
+        self._earlier = [parameter.grad for parameter in parameters]
         if math.isnan(self._total):  # what the window adds to `.grad` will be multiplied
-            self._earlier = [parameter.grad for parameter in parameters]
-            for parameter in parameters:
-                parameter.grad = None
+            clear(parameters)
 
     def after(self, losses: Tensor, micro_batch: Any) -> float:
         """Check the losses of the next micro-batch; returns what to divide their sum by."""
         number = len(self._counts) + 1
-        where = place(self._update, number, self._micro_batches)
-        check_losses(losses, micro_batch, self._weighted, where)
+        check_losses(losses, micro_batch, self._weighted, place(self._update, number, self._steps))
         self._counts.append(losses.numel())
         if not math.isnan(self._total):
             return self._total
-        if number == 1:
-            self._estimate = max(1, self._counts[0]) * self._micro_batches * self._ranks.number
-        if number < self._micro_batches:
-            return self._estimate
+        estimate = max(1, self._counts[0]) * self._steps * self._ranks.number
+        if number < self._steps:
+            return estimate
         self.of_this_rank = float(sum(self._counts))
-        self._total = sum(count for (count,) in self._ranks.gather([self.of_this_rank]))
-        self._check_total()
-        self._multiply_gradient(self._estimate / self._total)
+        counts = self._ranks.gather([self.of_this_rank])
+        self._total = self._not_zero(sum(count for (count,) in counts))
+        with torch.no_grad():
+            for parameter, earlier in zip(self._parameters, self._earlier, strict=True):
+                if parameter.grad is not None and estimate != self._total:
+                    parameter.grad.mul_(estimate / self._total)
+                if earlier is not None:
+                    added = parameter.grad
+                    parameter.grad = earlier if added is None else earlier.add_(added)
         return self._total
 
     def _compare_ranks(self) -> float:
@@ -83,11 +75,11 @@ class TotalWeight:
         All ranks see the same numbers, so either all go on or all raise.
         """
         update = -1 if self._update is None else self._update
-        told = self._ranks.gather([self._micro_batches, self.of_this_rank, update])
-        for rank, (micro_batches, _, _) in enumerate(told):
-            if micro_batches == 0:
-                whose = f" of rank {rank}" if len(told) > 1 else ""
-                raise ValueError(f"{place(self._update)}the window{whose} is empty")
+        told = self._ranks.gather([self._steps, self.of_this_rank, update])
+        empty = [rank for rank, (steps, _, _) in enumerate(told) if steps == 0]
+        if empty:
+            whose = f" of rank {empty[0]}" if len(told) > 1 else ""
+            raise ValueError(f"{place(self._update)}the window{whose} is empty")
         updates = [int(each) for _, _, each in told]
         if len(set(updates)) > 1:
             raise ValueError(
@@ -96,17 +88,16 @@ class TotalWeight:
             )
         return sum(weight for _, weight, _ in told)
 
-    @torch.no_grad()
-    def _multiply_gradient(self, factor: float) -> None:
-        for parameter, earlier in zip(self._parameters, self._earlier, strict=True):
-            if parameter.grad is not None and factor != 1:
-                parameter.grad.mul_(factor)
-            if earlier is not None:
-                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
-
-    def _check_total(self) -> None:
-        if self._total == 0:
+    def _not_zero(self, total: float) -> float:
+        if total == 0:
             raise ValueError(f"{place(self._update)}the losses of the window weigh nothing")
+        return total
+
+
+def clear(parameters: Iterable[Tensor]) -> None:
+    """Take the gradients away."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def _known_weight(
@@ -148,12 +139,8 @@ def check_losses(losses: Any, micro_batch: Any, weighted: bool, where: str) -> N
     if not isinstance(losses, Tensor):
         raise TypeError(f"{where}losses returned {type(losses).__name__}, but it must be a tensor")
     number = losses.numel()
-    seen: set[int] = set()
-    for length in lengths(micro_batch):
-        seen.add(length)
-        if length == number:
-            break
-    fits = number in seen or not seen
+    seen = lengths(micro_batch)
+    fits = next(seen, number) == number or number in seen
     if losses.ndim == 0 or (number == 1 and not fits):
         raise ValueError(
             f"{where}losses have shape {tuple(losses.shape)}: a loss that is already averaged or "
@@ -172,33 +159,22 @@ def check_finite(
     losses: Sequence[Tensor], model: nn.Module, gradients: bool, update: int | None
 ) -> None:
     """Refuse a loss, or with `gradients` a gradient, that is not finite; waits for the device."""
-    parameters = {
-        n: p.grad for n, p in model.named_parameters() if gradients and p.grad is not None
-    }
-    values = [g.coalesce().values() if g.is_sparse else g for g in parameters.values()]
+    named = [(n, p.grad) for n, p in model.named_parameters() if gradients and p.grad is not None]
+    values = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in named]
     flags = [tensor.isfinite().all() for tensor in (*losses, *values)]
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    if all(finite):
-        return
-    first = finite.index(False)
+    first = finite.index(False) if False in finite else len(finite)
     if first < len(losses):
         raise ValueError(
             f"{place(update, first + 1, len(losses))}the loss is {losses[first].item()}; the "
             f"learning rate may be too large, or an input not finite"
         )
-    raise ValueError(
-        f"{place(update)}the gradient of {list(parameters)[first - len(losses)]} is not finite "
-        f"although the losses are: look for a division by zero, the root of zero or an overflow "
-        f"in the model or its loss"
-    )
-
-
-def trainable(model: nn.Module, update: int | None) -> list[Tensor]:
-    """The parameters that get a gradient; refuses a model without any."""
-    parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError(f"{place(update)}the model has no parameters that require a gradient")
-    return parameters
+    if first < len(finite):
+        raise ValueError(
+            f"{place(update)}the gradient of {named[first - len(losses)][0]} is not finite "
+            f"although the losses are: look for a division by zero, the root of zero or an "
+            f"overflow in the model or its loss"
+        )
 
 
 def listed(window: Iterable[Any]) -> list[Any]:
@@ -233,6 +209,6 @@ def check_last_window(last_window: Any) -> None:
 
 def place(update: int | None, number: int | None = None, micro_batches: int = 0) -> str:
     """The beginning of a message: the update and micro-batch that it is about."""
-    parts = [] if update is None else [f"update {update}"]
-    parts += [] if number is None else [f"micro-batch {number} of {micro_batches}"]
-    return ", ".join(parts) + ": " if parts else ""
+    parts = [f"update {update}"] * (update is not None)
+    parts += [f"micro-batch {number} of {micro_batches}"] * (number is not None)
+    return ", ".join(parts) + ": " * bool(parts)

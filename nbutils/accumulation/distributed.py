@@ -29,16 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class Ranks:
-    """The processes that train a model together; one if it has no `DistributedDataParallel`.
-
-    Attributes:
-        number: The number of processes.
-    """
+    """The `number` of processes that train a model together; 1 if it is not distributed."""
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._parts = [m for m in modules if isinstance(m, DistributedDataParallel)]
-        self._outside: list[Tensor] = []
+        self._outside: list[Tensor] = []  # parameters that no `DistributedDataParallel` holds
         self.number = 1
         bases = {base.__name__ for module in modules for base in type(module).__mro__}
         if bases & {"FullyShardedDataParallel", "FSDPModule"}:
@@ -77,10 +73,9 @@ class Ranks:
         dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
         for parameter, on_any_rank in zip(self._outside, used.tolist(), strict=True):
             if on_any_rank:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                dist.all_reduce(parameter.grad, group=self._group)
-                parameter.grad /= self.number
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(gradient, group=self._group)
+                parameter.grad = gradient.div_(self.number)
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """The values of every rank, in the order of ranks."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
-from nbutils.accumulation.vectors import flat_gradient, flat_weights, relative_difference
+from nbutils.accumulation.vectors import flat_gradient, relative_difference
 from nbutils.accumulation.window import accumulate_gradient, windows
 
 OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -33,12 +33,10 @@ Losses = Callable[[nn.Module, Tensor], Tensor]
 """`losses(model, indices)`: the loss of each of these images, shape (len(indices),)."""
 
 
-def small_cnn(norm: str | Callable[[int], nn.Module], dropout: float = 0.0) -> nn.Module:
+def small_cnn(norm: str | Callable[[int], nn.Module]) -> nn.Module:
     """A network for 28 x 28 images, small enough to train in float64 in seconds.
 
-    Args:
-        norm: A key of `NORMS`, or a function that makes a layer for a number of channels.
-        dropout: Probability that an input of the last layer is dropped in training.
+    `norm` is a key of `NORMS`, or a function that makes a layer for a number of channels.
     """
     make_norm = NORMS[norm] if isinstance(norm, str) else norm
     return nn.Sequential(
@@ -49,7 +47,7 @@ def small_cnn(norm: str | Callable[[int], nn.Module], dropout: float = 0.0) -> n
         make_norm(16),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Dropout(dropout),
+        nn.Dropout(0.0),  # notebook 05 puts its own in its place
         nn.Linear(16 * 7 * 7, 10),
     )
 
@@ -59,23 +57,6 @@ def cross_entropies(images: Tensor, labels: Tensor) -> Losses:
     return lambda model, indices: F.cross_entropy(
         model(images[indices]), labels[indices], reduction="none"
     )
-
-
-@dataclass
-class Racer:
-    """A copy of the model that takes every window in micro-batches of one size."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    batch_size: int
-
-    def update(self, window: Tensor, losses: Losses) -> None:
-        """Make one update from the images in `window`."""
-        self.optimizer.zero_grad()
-        accumulate_gradient(
-            self.model, window.split(self.batch_size), lambda indices: losses(self.model, indices)
-        )
-        self.optimizer.step()
 
 
 def drift(
@@ -90,15 +71,8 @@ def drift(
 ) -> pd.DataFrame:
     """Train one copy of `model` on large batches, and one copy for each size of micro-batch.
 
-    Args:
-        model: Where all copies start; it is not changed.
-        optimizer: A key of `OPTIMIZERS`.
-        losses: The loss of each image.
-        images: Number of images. All copies see them in the same order, a new one each epoch.
-        effective_batch_size: Images per update; the last update of an epoch may have fewer.
-        batch_sizes: Sizes of the micro-batches.
-        epochs: Passes over the images.
-        losses_accumulated: Other losses for the copies that accumulate.
+    All copies see the images in the same order, a new one each epoch; the last update of an epoch
+    may have fewer. Copies that accumulate may have other losses.
 
     Returns:
         One row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
@@ -106,36 +80,31 @@ def drift(
         norm of the difference from the copy with large batches, relative to the norm of that
         copy. After the first update gradients are taken at weights that already differ.
     """
-    racers = []
-    for batch_size in [effective_batch_size, *batch_sizes]:
-        mine = copy.deepcopy(model)
-        racers.append(Racer(mine, OPTIMIZERS[optimizer](list(mine.parameters())), batch_size))
-    large, *others = racers
+    models = [copy.deepcopy(model) for _ in (effective_batch_size, *batch_sizes)]
+    optimizers = [OPTIMIZERS[optimizer](list(each.parameters())) for each in models]
+    all_losses = [losses, *[losses_accumulated or losses] * len(batch_sizes)]
     rows, update = [], 0
     generator = torch.Generator().manual_seed(0)
     for epoch in range(1, epochs + 1):
         order = torch.randperm(images, generator=generator)
         for (window,) in windows(order, effective_batch_size, accumulation_steps=1):
             update += 1
-            large.update(window, losses)
-            for other in others:
-                other.update(window, losses_accumulated or losses)
-                steps = -(-effective_batch_size // other.batch_size)
-                rows.append(
-                    {
-                        "setting": f"{steps} x {other.batch_size}",
-                        "update": update,
-                        "epoch": epoch,
-                        "images": len(window),
-                        "gradient": relative_difference(
-                            flat_gradient(other.model), flat_gradient(large.model)
-                        ),
-                        "weights": relative_difference(
-                            flat_weights(other.model), flat_weights(large.model)
-                        ),
-                    }
-                )
-    return pd.DataFrame(rows)
+            seen = []
+            for number, size in enumerate((effective_batch_size, *batch_sizes)):
+                optimizers[number].zero_grad()
+                each_loss = partial(all_losses[number], models[number])
+                accumulate_gradient(models[number], window.split(size), each_loss)
+                optimizers[number].step()
+                weights = parameters_to_vector(models[number].parameters()).detach()
+                seen.append((flat_gradient(models[number]), weights))
+            (true_gradient, true_weights), *others = seen
+            for size, (gradient, weights) in zip(batch_sizes, others, strict=True):
+                setting = f"{-(-effective_batch_size // size)} x {size}"
+                apart = relative_difference(gradient, true_gradient)
+                drifted = relative_difference(weights, true_weights)
+                rows.append((setting, update, epoch, len(window), apart, drifted))
+    columns = ["setting", "update", "epoch", "images", "gradient", "weights"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def ladder(
@@ -145,33 +114,27 @@ def ladder(
     cuts: Mapping[int, Sequence[int]],
     epochs: int,
 ) -> pd.DataFrame:
-    """`drift` of every model, optimizer and setting, after more and more updates.
+    """`drift` of every model (by its norm), optimizer and setting, after more and more updates.
 
-    Args:
-        models: Where the copies start, by the name of the norm.
-        losses: The loss of each image.
-        images: Number of images.
-        cuts: Sizes of the micro-batches, for each effective batch size.
-        epochs: Epochs until the last column.
-
-    Returns:
-        One row per norm, optimizer and setting. Columns: the differences of the "first gradient",
-        and of the weights after "one update", "one epoch" and "{epochs} epochs".
+    `cuts` has the sizes of the micro-batches for each effective batch size. Columns: the
+    differences of the "first gradient", and of the weights after "one update", "one epoch" and
+    "{epochs} epochs".
     """
-    rows = {}
-    for name, model in models.items():
-        for optimizer in OPTIMIZERS:
-            for effective_batch_size, batch_sizes in cuts.items():
-                table = drift(
-                    model, optimizer, losses, images, effective_batch_size, batch_sizes, epochs
-                )
-                for setting, part in table.groupby("setting", sort=False):
-                    rows[name, optimizer, setting] = {
-                        "first gradient": part["gradient"].iloc[0],
-                        "one update": part["weights"].iloc[0],
-                        "one epoch": part["weights"][part["epoch"] == 1].iloc[-1],
-                        f"{epochs} epochs": part["weights"].iloc[-1],
-                    }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(table.index, names=["norm", "optimizer", "setting"])
-    return table
+    tables = {
+        (name, optimizer, size): drift(model, optimizer, losses, images, size, sizes, epochs)
+        for name, model in models.items()
+        for optimizer in OPTIMIZERS
+        for size, sizes in cuts.items()
+    }
+    keys = ["norm", "optimizer", "setting"]
+    table = pd.concat(tables, names=["norm", "optimizer", "size"]).reset_index()
+    groups = table.groupby(keys, sort=False)
+    in_first_epoch = table[table["epoch"] == 1].groupby(keys, sort=False)
+    return pd.DataFrame(
+        {
+            "first gradient": groups["gradient"].first(),
+            "one update": groups["weights"].first(),
+            "one epoch": in_first_epoch["weights"].last(),
+            f"{epochs} epochs": groups["weights"].last(),
+        }
+    )

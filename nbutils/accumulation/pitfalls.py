@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from nbutils.accumulation.check.probe import Batch
-from nbutils.accumulation.check.watch import StepFunction
+from nbutils.accumulation.check.watch import AnySchedule, StepFunction, undisturbed
 from nbutils.accumulation.vectors import flat_gradient, relative_difference
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IMAGES, BATCH_SIZE, ACCUMULATION_STEPS = 1_190, 16, 8
 """75 micro-batches: nine windows of eight and one of three, whose last has 6 images."""
 
-LAST_BATCHES = 2 * ACCUMULATION_STEPS + 3
+LAST = 2 * ACCUMULATION_STEPS + 3
 """Of these the gradients are compared: two full windows and the short one."""
 
 
@@ -31,15 +31,9 @@ def gradient_errors(
     """How far the gradient of each update of two epochs is from the true one, relative to it.
 
     The true gradient is that of the mean cross-entropy over the images that went through the model
-    since the last update. The weights stay where they are: SGD at a tiny rate updates them.
-
-    Args:
-        step_function: As in `check_accumulation`.
-        model: A copy is used.
-        batches: The micro-batches of an epoch, passed to the model as they are.
-        accumulation_steps: Passed on.
+    since the last update. A copy of the model is used; SGD at a tiny rate leaves it where it is.
     """
-    model = copy.deepcopy(model)
+    model, twin = copy.deepcopy(model), copy.deepcopy(model)
     labels_of = {id(images): labels for images, labels in batches}
     seen: list[Batch] = []
     errors: list[float] = []
@@ -48,8 +42,7 @@ def gradient_errors(
         seen.append((inputs[0], labels_of[id(inputs[0])]))
 
     def before_step(*_: Any) -> None:
-        twin = copy.deepcopy(model)
-        twin._forward_pre_hooks.clear()
+        twin.load_state_dict(model.state_dict())
         twin.zero_grad()
         images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
         F.cross_entropy(twin(images), labels).backward()
@@ -59,7 +52,9 @@ def gradient_errors(
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
     optimizer.register_step_pre_hook(before_step)
     model.register_forward_pre_hook(before_forward)
-    _train(step_function, model, optimizer, batches, accumulation_steps, epochs=2)
+    with undisturbed():
+        for _ in range(2):
+            step_function(model, optimizer, AnySchedule(optimizer), batches, accumulation_steps)
     return errors
 
 
@@ -97,32 +92,15 @@ def measure_damage(
     rows = []
     for seed in range(seeds):
         for name, loop in loops.items():
-            with torch.random.fork_rng(devices=[]):
+            with undisturbed():
                 torch.manual_seed(seed)
                 model = small_cnn("group")
-            errors = gradient_errors(loop, model, batches[-LAST_BATCHES:], ACCUMULATION_STEPS)
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-            _train(loop, model, optimizer, batches, ACCUMULATION_STEPS, epochs, updates)
+                error = max(gradient_errors(loop, model, batches[-LAST:], ACCUMULATION_STEPS))
+                optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+                schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / updates))
+                for _ in range(epochs):
+                    loop(model, optimizer, schedule, batches, ACCUMULATION_STEPS)
             with torch.no_grad():
                 right = model(test_images).argmax(1) == data.test.labels
-            rows.append((name, seed, max(errors), right.double().mean().item()))
+            rows.append((name, seed, error, right.double().mean().item()))
     return pd.DataFrame(rows, columns=["loop", "seed", "gradient_error", "accuracy"])
-
-
-def _train(
-    step_function: StepFunction,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    accumulation_steps: int,
-    epochs: int,
-    updates: int | None = None,
-) -> None:
-    """Run a loop; the rate falls to zero over `updates`, or stays."""
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: max(0.0, 1 - step / updates) if updates else 1.0
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        for _ in range(epochs):
-            step_function(model, optimizer, schedule, batches, accumulation_steps)

@@ -1,9 +1,7 @@
 """Windows, and the gradient of one window summed over its micro-batches.
 
-An update should follow the mean loss of all images in its window. The mean of the micro-batches'
-means is something else if they differ in size, and dividing by the configured number of steps is
-wrong for a short window. So each micro-batch adds the *sum* of its losses, divided by the number of
-images in the whole window:
+An update should follow the mean loss of all images in its window. So each micro-batch adds the
+*sum* of its losses, divided by the number of images in the whole window:
 
     for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
         optimizer.zero_grad()
@@ -107,7 +105,10 @@ def accumulate_gradient(
             losses are reduced or not one per image, or a loss or gradient is not finite. Gradients
             are then cleared, so that no part of one can be stepped; weights are as before.
     """
-    parameters = batch.trainable(model, update)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        where = batch.place(update)
+        raise ValueError(f"{where}the model has no parameters that require a gradient")
     try:
         micro_batches, ranks = batch.listed(window), Ranks(model)
         total = batch.TotalWeight(micro_batches, weight, ranks, parameters, update)
@@ -124,7 +125,6 @@ def accumulate_gradient(
         if check_finite:
             batch.check_finite(loss_sums, model, backward is Tensor.backward, update)
     except BaseException:  # also Ctrl-C
-        for parameter in parameters:
-            parameter.grad = None
+        batch.clear(parameters)
         raise
     return torch.stack(loss_sums).sum() / total.of_this_rank

@@ -17,18 +17,14 @@ def model():
     return small_cnn("group").double()
 
 
-def test_drift_is_zero_for_large_batches(model, losses):
-    table = drift(model, "Adam", losses, 40, 16, [16], epochs=2)
-    assert table["images"].tolist() == [16, 16, 8] * 2
-    assert (table["weights"] == 0).all()
-    assert (table["gradient"] == 0).all()
-
-
 def test_drift_is_rounding_for_micro_batches_and_leaves_the_start_alone(model, losses):
     before = [p.clone() for p in model.parameters()]
-    table = drift(model, "SGD", losses, 40, 16, [8, 3])
-    assert table["setting"].unique().tolist() == ["2 x 8", "6 x 3"]
-    assert 0 < table["weights"].max() < 1e-12
+    table = drift(model, "Adam", losses, 40, 16, [16, 8, 3], epochs=2)
+    assert table["setting"].unique().tolist() == ["1 x 16", "2 x 8", "6 x 3"]
+    assert table["images"].tolist() == [16] * 6 + [8] * 3 + [16] * 6 + [8] * 3
+    same, *apart = (rows for _, rows in table.groupby("setting"))
+    assert (same[["gradient", "weights"]] == 0).all(axis=None)
+    assert all(0 < rows["weights"].max() < 1e-10 for rows in apart)
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
@@ -41,12 +37,12 @@ def test_drift_sees_a_loss_that_is_not_the_same(model, losses):
 
 
 def test_the_ladder_has_one_row_per_model_optimizer_and_setting(model, losses):
-    table = ladder({"group": model}, losses, 40, {16: [8, 4], 15: [2]}, epochs=2)
-    assert len(table) == len(OPTIMIZERS) * 3
+    table = ladder({"group": model}, losses, 20, {16: [8], 15: [2]}, epochs=2)
     assert list(table.columns) == ["first gradient", "one update", "one epoch", "2 epochs"]
-    assert table.index.get_level_values("setting").unique().tolist() == ["2 x 8", "4 x 4", "8 x 2"]
+    settings = ["2 x 8", "8 x 2"]
+    assert table.index.tolist() == [("group", o, s) for o in OPTIMIZERS for s in settings]
 
 
-@pytest.mark.parametrize("norm", ["batch", "group", "none", torch.nn.InstanceNorm2d])
+@pytest.mark.parametrize("norm", ["batch", "none", torch.nn.InstanceNorm2d])
 def test_the_small_network_takes_every_norm(norm):
-    assert small_cnn(norm, dropout=0.5)(torch.randn(4, 1, 28, 28)).shape == (4, 10)
+    assert small_cnn(norm)(torch.randn(4, 1, 28, 28)).shape == (4, 10)

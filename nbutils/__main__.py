@@ -17,6 +17,11 @@ from nbutils.errors import InputError
 INTERRUPTED = 130
 """The exit status of a command that Ctrl-C ended: 128 and the number of the signal."""
 
+Arguments = list[tuple[str, str, dict[str, Any]]]
+"""Of a command: the flag or name of each, its meaning, and other arguments of argparse."""
+
+SEVERAL = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -42,12 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     for name, (command, summary, arguments) in COMMANDS.items():
         described = commands.add_parser(name, help=summary)
         described.set_defaults(command=command)
-        for flag, settings in arguments.items():
-            described.add_argument(flag, **settings)
+        for flag, meaning, settings in arguments:
+            described.add_argument(flag, help=meaning, **settings)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
+    from nbutils.studies.cluster import cluster
     from nbutils.studies.runner import run_study
     from nbutils.studies.study import load_study
 
@@ -57,9 +63,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.dataset is not None:
         overrides["dataset"] = [options.dataset]
     study = load_study(options.study, overrides)
-    out = options.out or study.default_folder
-    with _cluster(options.scheduler, out) as executor:
-        limits = {"time_limit": options.time_limit, "on_oom": options.on_oom}
+    out = (options.out or study.default_folder).absolute()
+    limits = {"time_limit": options.time_limit, "on_oom": options.on_oom}
+    place = cluster(options.scheduler, out) if options.scheduler else nullcontext()
+    with place as executor:
         failures = run_study(study, out, options.jobs, executor, **limits)
     if failures:
         for run_id, cause in failures.items():
@@ -67,29 +74,16 @@ def _run(options: argparse.Namespace) -> int:
         print("what is done is kept; the same command tries the rest again", file=sys.stderr)
         return 1
     if study.runs:
-        _print_table(out.absolute())
+        from nbutils.analysis.effects import load_answers
+        from nbutils.analysis.pick import pick
+        from nbutils.analysis.summary import format_table, summary_table
+
+        answers = load_answers(out)
+        print(f"\n{format_table(summary_table(answers)).to_string()}\n\n{pick(answers.runs)}\n")
     for pattern, kind in {"*.png": "figure", "*.svg": "figure", "summary.ipynb": "summary"}.items():
-        for path in sorted(out.absolute().glob(pattern)):
+        for path in sorted(out.glob(pattern)):
             print(f"{kind}: {path}")
     return 0
-
-
-def _cluster(scheduler: str | None, out: Path) -> Any:
-    """What makes the runs: a Dask cluster, or None for this machine."""
-    if scheduler is None:
-        return nullcontext()
-    from nbutils.studies.cluster import cluster
-
-    return cluster(scheduler, out)
-
-
-def _print_table(out: Path) -> None:
-    from nbutils.analysis.effects import load_answers
-    from nbutils.analysis.pick import pick
-    from nbutils.analysis.summary import format_table, summary_table
-
-    answers = load_answers(out)
-    print(f"\n{format_table(summary_table(answers)).to_string()}\n\n{pick(answers.runs)}\n")
 
 
 def _overrides(settings: Sequence[str]) -> dict[str, list[Any]]:
@@ -177,76 +171,66 @@ def _libraries(_: argparse.Namespace) -> None:
     print(f"table: {observe_all()}")
 
 
-RUN = {
-    "study": {"help": "a name in notebooks/studies/, or the path of a YAML file"},
-    "--dataset": {"help": "train on this instead of the study's dataset"},
-    "--set": {
-        **{"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"},
-        "help": "one or several values in place of the study's (may be repeated)",
-    },
-    "--jobs": {"type": int, "help": "runs side by side (default: from the machine)"},
-    "--scheduler": {
-        "metavar": "ADDRESS",
-        "help": "make the runs on that Dask cluster (extra: cluster)",
-    },
-    "--out": {"type": Path, "help": "folder of the runs (default: runs/STUDY-DATASET)"},
-    "--time-limit": {"type": float, "metavar": "SECONDS", "help": "limit of a run's training"},
-    "--on-oom": {
-        **{"default": "stop", "metavar": "stop|split"},
-        "help": "when a batch does not fit the memory: stop the run (default), or split the batch",
-    },
-}
-ADVISE = {
-    "--model": {"required": True, "help": "what makes it, as package.module:factory"},
-    "--dataset": {
-        "required": True,
-        "help": "a dataset's name, a folder with a folder of images a class, or the "
-        "package.module:factory of a dataset",
-    },
-    "--losses": {
-        "help": "the loss of every example, as package.module:losses, for a training that is no "
-        "classifier of images",
-    },
-    "--collate": {"help": "what makes a batch of items, as package.module:collate"},
-    "--columns": {
-        **{"type": lambda text: text.split(","), "metavar": "IMAGE,LABEL"},
-        "help": "the keys of image and label, where items are mappings with unusual keys",
-    },
-    "--memory-budget": {"help": "such as 2GB (default: what is free)"},
-    "--time-budget": {"default": "10min", "help": "such as 90s (default: 10min)"},
-    "--optimizer": {"default": "adam", "help": "adam (default) or sgd"},
-    "--device": {"default": "auto", "help": "auto, cpu, cuda or cuda:N"},
-    "--out": {
-        **{"type": Path, "default": Path("runs/advice")},
-        "help": "folder of the report (runs/advice)",
-    },
-}
-BENCH = {
-    "--out": {"type": Path, "help": "JSON file to write the rows to"},
-    "--dataset": {"default": "mnist", "help": "whose images (default: mnist)"},
-    "--images": {"type": int, "default": 13_500, "help": "images of a timed epoch"},
-    "--repeats": {"type": int, "default": 5, "help": "timed epochs of each loop"},
-    "--device": {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps"},
-}
-GPU_CHECK = {
-    "--out": {"type": Path, "required": True, "help": "folder of gpu.json and gpu.txt"},
-    "--device": {"default": "cuda", "help": "cuda, or cpu to try the command itself"},
-    "--quick": {"action": "store_true", "help": "shrink every stage"},
-}
-PATH = {"type": Path}
+RUN: Arguments = [
+    ("study", "a name in notebooks/studies/, or the path of a YAML file", {}),
+    ("--dataset", "train on this instead of the study's dataset", {}),
+    ("--set", "one or several values in place of the study's (may be repeated)", SEVERAL),
+    ("--jobs", "runs side by side (default: from the machine)", {"type": int}),
+    ("--scheduler", "make the runs on the Dask cluster of this address (extra: cluster)", {}),
+    ("--out", "folder of the runs (default: runs/STUDY-DATASET)", {"type": Path}),
+    ("--time-limit", "of a run's training", {"type": float, "metavar": "SECONDS"}),
+    (
+        "--on-oom",
+        "when a batch does not fit the memory: stop the run (default), or split the batch",
+        {"default": "stop", "metavar": "stop|split"},
+    ),
+]
+ADVISE: Arguments = [
+    ("--model", "what makes it, as package.module:factory", {"required": True}),
+    (
+        "--dataset",
+        "a name, a folder with a folder of images a class, or a dataset's package.module:factory",
+        {"required": True},
+    ),
+    ("--losses", "the loss of every example, where it is no classifier: package.module:losses", {}),
+    ("--collate", "what makes a batch of items, as package.module:collate", {}),
+    (
+        "--columns",
+        "the keys of image and label, where items are mappings with unusual keys",
+        {"type": lambda text: text.split(","), "metavar": "IMAGE,LABEL"},
+    ),
+    ("--memory-budget", "such as 2GB (default: what is free)", {}),
+    ("--time-budget", "such as 90s (default: 10min)", {"default": "10min"}),
+    ("--optimizer", "adam (default) or sgd", {"default": "adam"}),
+    ("--device", "auto, cpu, cuda or cuda:N", {"default": "auto"}),
+    ("--out", "folder of the report (runs/advice)", {"type": Path, "default": Path("runs/advice")}),
+]
+BENCH: Arguments = [
+    ("--out", "JSON file to write the rows to", {"type": Path}),
+    ("--dataset", "whose images (default: mnist)", {"default": "mnist"}),
+    ("--images", "images of a timed epoch", {"type": int, "default": 13_500}),
+    ("--repeats", "timed epochs of each loop", {"type": int, "default": 5}),
+    ("--device", "auto, cpu, cuda, cuda:N or mps", {"default": "auto"}),
+]
+GPU_CHECK: Arguments = [
+    ("--out", "folder of gpu.json and gpu.txt", {"type": Path, "required": True}),
+    ("--device", "cuda, or cpu to try the command itself", {"default": "cuda"}),
+    ("--quick", "shrink every stage", {"action": "store_true"}),
+]
+STATUS: Arguments = [("folder", "of the runs", {"type": Path})]
+EXPORT: Arguments = [
+    ("runs", "folder of the runs", {"type": Path}),
+    ("reference", "folder of the reference", {"type": Path}),
+]
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, dict[str, Any]]] = {
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Arguments]] = {
     "run": (_run, "make the runs of a study, then sum them up", RUN),
     "advise": (_advise, "advise on the batch size of a training of yours", ADVISE),
-    "status": (_status, "tell how far the runs of a study are", {"folder": PATH}),
-    "export": (
-        _export,
-        "write what a study left as a small reference",
-        {"runs": PATH, "reference": PATH},
-    ),
-    "figures": (_figures, "make figures/ and the README's numbers", {}),
+    "status": (_status, "tell how far the runs of a study are", STATUS),
+    "export": (_export, "write what a study left as a small reference", EXPORT),
+    "figures": (_figures, "make figures/ and the README's numbers", []),
     "bench": (_bench, "time the training against the usual loop", BENCH),
-    "libraries": (_libraries, "put other libraries' accumulation to the test (extra: peers)", {}),
+    "libraries": (_libraries, "put other libraries' accumulation to the test (extra: peers)", []),
     "gpu-check": (_gpu_check, "check and measure everything on a GPU", GPU_CHECK),
 }
 

@@ -32,8 +32,8 @@ def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
         timeout: Seconds to wait for the scheduler's answer.
 
     Raises:
-        InputError: Dask is not installed, no scheduler answers, or a worker does not see the
-            folder or has other code than this machine; the message names each such worker.
+        InputError: Dask is not installed, no scheduler answers, or workers, which are named, do
+            not see the folder or have other code than this machine.
     """
     try:
         from distributed import Client
@@ -65,7 +65,7 @@ def _check_workers(client: Any, out: Path) -> bool:
         answers = client.run(_describe, str(mark), on_error="return")
     finally:
         mark.unlink(missing_ok=True)
-    code, gpu, faults = code_version(), False, []
+    code, faults = code_version(), []
     for worker, found in sorted(answers.items()):
         if isinstance(found, BaseException):
             faults.append(f"{worker} has no nbutils that works ({found!r})")
@@ -73,13 +73,9 @@ def _check_workers(client: Any, out: Path) -> bool:
             faults.append(f"{worker} has the nbutils {found['code']}, not {code} as here")
         elif not found["sees"]:
             faults.append(f"{worker} does not see the folder {folder}")
-        else:
-            gpu = gpu or found["gpu"]
     if faults:
-        raise InputError(
-            f"{'; '.join(faults)}; all workers need the same code and a disk that they share"
-        )
-    return gpu
+        raise InputError(f"{'; '.join(faults)}; all need the same code and a disk that they share")
+    return any(found["gpu"] for found in answers.values())
 
 
 def _describe(mark: str, dask_worker: Any) -> dict[str, Any]:

@@ -21,13 +21,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import environment
-from nbutils.studies.files import (
-    read_csv,
-    read_manifest,
-    replace_folder,
-    replaced,
-    write_manifest,
-)
+from nbutils.studies.files import read_csv, read_manifest, replace_folder, replaced, write_manifest
 from nbutils.studies.record import MANIFEST, REFERENCE_FILES, read_runs
 
 
@@ -89,14 +83,7 @@ def _export_runs(folder: Path, reference: Path) -> None:
 
 
 def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
-    """Write tables of measurements, and where they were made.
-
-    Args:
-        tables: By name; their index is not kept.
-        folder: Where they go; made where there is none.
-        device: What was measured: "cpu", or the name of the GPU.
-
-    """
+    """Write tables by name, without their index, measured on "cpu" or the GPU of that name."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = {f"{name}.csv": table for name, table in tables.items()}
@@ -106,11 +93,7 @@ def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: 
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
-    """The tables that `save_tables` wrote, by name.
-
-    Raises:
-        InputError: There are none, or they were changed.
-    """
+    """The tables that `save_tables` wrote, by name; InputError if they are not there or changed."""
     try:
         files = read_manifest(Path(folder, MANIFEST))["files"]
     except InputError as error:

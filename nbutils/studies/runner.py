@@ -47,9 +47,8 @@ def run_study(
 ) -> dict[str, str]:
     """Make the runs of `study` that `out` does not hold yet, then execute its summary.
 
-    Interrupted at any instant and called again, it goes on: what is done is kept, and a run that
-    was under way goes on after its last whole epoch. The other runs go on when one fails. The
-    summary is executed when none failed, unless it is newer than all records.
+    Interrupted at any instant and called again, it goes on after the last whole epochs. When a run
+    fails, the others go on. The summary is executed when none failed, unless it is newer than all.
 
     Args:
         study: From `load_study`.
@@ -63,8 +62,8 @@ def run_study(
         The cause of each failure, by run id, or by the name of the summary notebook.
 
     Raises:
-        InputError: The study does not fit the folder, the images, this machine (without
-            `executor`) or the options; nothing was run or changed.
+        InputError: The study does not fit the folder, the images, the options or, without
+            `executor`, this machine; nothing was run or changed.
     """
     out = Path(out).absolute()
     if jobs is not None and jobs < 1:
@@ -78,8 +77,11 @@ def run_study(
         _prepare(plan, out, fingerprints)
         failures = {}
         if runs := status.missing(study, out):
+            import torch
+
             # From the whole study, so that a run has as many threads when the rest goes on.
-            jobs = min(jobs or _default_jobs(), len(study.runs))
+            jobs = jobs or (1 if torch.cuda.is_available() else processors())
+            jobs = min(jobs, len(study.runs))
             threads = None if executor else max(1, processors() // jobs)
             task = partial(make_run, out=str(out), on_oom=on_oom, threads=threads, limit=time_limit)
             check = partial(status.check_record, fingerprints=fingerprints)
@@ -129,19 +131,10 @@ def _prepare(plan: Study, out: Path, fingerprints: Mapping[str, str]) -> None:
     (out / ".work" / status.SPARE).write_bytes(bytes(2**16))
 
 
-def _default_jobs() -> int:
-    import torch
-
-    return 1 if torch.cuda.is_available() else processors()
-
-
 def make_run(
     run: PlannedRun, out: str, on_oom: str, threads: int | None, limit: float | None
 ) -> str:
-    """Execute the notebook of a run, with options of `run_study` and `execute_notebook`.
-
-    An executor's task. It returns the folder of the whole record, in `.work/`.
-    """
+    """Execute the notebook of a run, an executor's task; the record's folder in `.work/`."""
     if not Path(out, "study.json").exists():
         raise InputError(f"{platform.node()} does not see the folder {out}")
     folder = status.take_over(Path(out), run)

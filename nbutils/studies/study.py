@@ -38,12 +38,12 @@ MEASURING_KEYS = ("title", "parameters", "summary")
 BLOCK_KEYS = ("notebook", "grid", "fixed")
 
 Overrides = Mapping[str, list[Any]]
-"""Values that take the place of a study file's, by setting; several make a grid."""
+"""Values in place of a study file's, by setting; several make a grid."""
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a study: the notebook that makes it, and its settings."""
+    """A run of a study: the notebook that makes it, and its settings."""
 
     notebook: str
     config: RunConfig
@@ -86,7 +86,12 @@ def load_study(name: str, overrides: Overrides | None = None) -> Study:
     Raises:
         InputError: The study, a key, a notebook, a parameter or a value is unknown or not allowed.
     """
-    path = _study_path(name)
+    known = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None:
+        raise InputError(f"no study {name!r}; {suggest(name, known)}; or the path of a .yaml file")
+    if not path.is_file():
+        raise InputError(f"no study file {name}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         study = _parse(path.stem, content, overrides or {})
@@ -96,17 +101,6 @@ def load_study(name: str, overrides: Overrides | None = None) -> Study:
         found = reason if isinstance(error, InputError) else f"cannot be read: {reason}"
         raise InputError(f"study {path.name}: {found}") from error
     return study
-
-
-def _study_path(name: str) -> Path:
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise InputError(f"no study file {name}")
-        return Path(name)
-    known = sorted(path.stem for path in STUDIES.glob("*.yaml"))
-    if name not in known:
-        raise InputError(f"no study {name!r}; {suggest(name, known)}; or the path of a .yaml file")
-    return STUDIES / f"{name}.yaml"
 
 
 def _parse(name: str, content: Any, overrides: Overrides) -> Study:
@@ -127,30 +121,23 @@ def _runs(content: Mapping[str, Any], overrides: Overrides) -> list[PlannedRun]:
     blocks = content.get("runs")
     if not isinstance(blocks, list) or not blocks:
         raise InputError("runs must be a list of blocks, each with a notebook and a grid")
-    _check_mapping("--set", overrides, RunConfig.field_names())
-    runs = []
+    runs: dict[str, PlannedRun] = {}
     for block in blocks:
         _check_mapping("a block of runs", block, BLOCK_KEYS, required=["notebook"])
-        grid = _settings("grid", block)
-        for setting, values in grid.items():
+        grid, ours, common = block.get("grid"), block.get("fixed"), content.get("fixed")
+        for what, settings in (("grid", grid), ("fixed", ours), ("fixed", common)):
+            _check_mapping(what, settings or {}, RunConfig.field_names())
+        for setting, values in (grid or {}).items():
             if not isinstance(values, list) or not values:
                 raise InputError(f"grid: {setting} = {values!r}, but it must be a list of values")
-        fixed = _settings("fixed", content) | _settings("fixed", block)
-        table = {key: [value] for key, value in fixed.items()} | grid | dict(overrides)
+        fixed = {key: [value] for key, value in {**(common or {}), **(ours or {})}.items()}
+        table = {**fixed, **(grid or {}), **overrides}
         for values in itertools.product(*table.values()):
             config = RunConfig.from_dict(dict(zip(table, values, strict=True)))
-            runs.append(PlannedRun(str(block["notebook"]), config))
-    ids = [run.run_id for run in runs]
-    twice = sorted({run_id for run_id in ids if ids.count(run_id) > 1})
-    if twice:
-        raise InputError(f"the same settings are planned twice: {', '.join(twice)}")
-    return runs
-
-
-def _settings(key: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    settings = content.get(key) or {}
-    _check_mapping(key, settings, RunConfig.field_names())
-    return settings
+            if config.run_id in runs:
+                raise InputError(f"the same settings are planned twice: {config.run_id}")
+            runs[config.run_id] = PlannedRun(str(block["notebook"]), config)
+    return list(runs.values())
 
 
 def _like(name: str, values: list[Any], before: Any) -> Any:

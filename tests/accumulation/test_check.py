@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.checkpoint import checkpoint
 
 from nbutils.accumulation import accumulate_gradient, check_accumulation, windows_of_batches
-from nbutils.accumulation.check.report import RULES
+from nbutils.accumulation.check.report import CHANGES, RULES
 
 SHARED = Path(__file__).parents[3] / "shared" / "cases" / "loops.py"
 
@@ -369,8 +369,8 @@ def test_wrong_loops_break_exactly_their_rules(name):
     assert seen in text
     assert max(map(len, text.splitlines())) <= 95
     for rule in rules:
-        assert f"Broken: {RULES[rule][0]}\n  Seen: " in text
-        assert f"\n  Change: {RULES[rule][1]}." in text
+        assert f"Broken: {RULES[rule]}\n  Seen: " in text
+        assert f"\n  Change: {CHANGES[rule]}." in text
 
 
 def test_every_rule_is_broken_by_some_loop():
@@ -499,8 +499,8 @@ def net(norm):
 @pytest.mark.parametrize(
     ("norm", "rules", "text"),
     [
-        (nn.BatchNorm1d(8), ["batch norm"], "3 steps of BatchNorm's running statistics"),
-        (nn.BatchNorm1d(8, track_running_stats=False), ["batch norm"], "so it couples them"),
+        (nn.BatchNorm1d(8), ["batch norm"], "BatchNorm1d took its statistics 3 times"),
+        (nn.BatchNorm1d(8, track_running_stats=False), ["batch norm"], "each from 4 images"),
         (nn.BatchNorm1d(8).eval(), [], "are frozen"),
         (nn.GroupNorm(2, 8), [], "has no BatchNorm layer"),
     ],

@@ -1,7 +1,5 @@
 import itertools
 import math
-import subprocess
-import sys
 from collections import UserDict
 from dataclasses import dataclass
 
@@ -12,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nbutils import accumulation
 from nbutils.accumulation import (
     accumulate_gradient,
     updates_per_epoch,
@@ -20,55 +17,35 @@ from nbutils.accumulation import (
     windows_of_batches,
 )
 
-sizes = st.integers(1, 200)
 few = st.integers(1, 20)
+last_windows = st.sampled_from(["step", "drop"])
 
 
-@given(images=sizes, batch_size=few, accumulation_steps=few)
-def test_windows_cut_the_order_into_full_windows_and_one_short_one(
-    images, batch_size, accumulation_steps
-):
-    order = torch.randperm(images)
-    cut = list(windows(order, batch_size, accumulation_steps))
-    assert torch.equal(torch.cat([m for window in cut for m in window]), order)
-    assert len(cut) == math.ceil(images / (batch_size * accumulation_steps))
-    for window in cut[:-1]:
-        assert [len(m) for m in window] == [batch_size] * accumulation_steps
-    last = [len(m) for m in cut[-1]]
-    assert len(last) <= accumulation_steps
-    assert all(size == batch_size for size in last[:-1])
-    assert 1 <= last[-1] <= batch_size
-
-
-@given(images=st.integers(0, 200), batch_size=few, steps=few)
-def test_drop_leaves_out_the_short_last_window_and_nothing_else(images, batch_size, steps):
+@given(images=st.integers(0, 200), batch_size=few, steps=few, last=last_windows)
+def test_windows_cut_the_order_into_full_windows_and_one_short_one(images, batch_size, steps, last):
     order, effective = torch.randperm(images), batch_size * steps
-    every = list(windows(order, batch_size, steps))
-    full = list(windows(order, batch_size, steps, "drop"))
-    assert [list(map(len, window)) for window in full] == [[batch_size] * steps] * len(full)
-    assert len(full) == images // effective == updates_per_epoch(images, effective, "drop")
-    assert len(every) == updates_per_epoch(images, effective)
+    cut = list(windows(order, batch_size, steps, last))
+    kept = images if last == "step" else images // effective * effective
+    assert torch.equal(torch.cat([order[:0], *(m for window in cut for m in window)]), order[:kept])
+    assert len(cut) == updates_per_epoch(images, effective, last) == math.ceil(kept / effective)
+    for window in cut[:-1]:
+        assert [len(m) for m in window] == [batch_size] * steps
+    for window in cut:
+        assert [len(m) for m in window[:-1]] == [batch_size] * (len(window) - 1)
+        assert 1 <= len(window) <= steps
+        assert 1 <= len(window[-1]) <= batch_size
 
 
-def test_the_windows_of_60_000_images():
-    cut = list(windows(torch.arange(60_000), 128, 8))
-    assert len(cut) == 59
-    assert [len(m) for m in cut[-1]] == [128, 128, 128, 128, 96]
-
-
-@given(batches=st.integers(0, 40), steps=few, last=st.sampled_from(["step", "drop"]))
+@given(batches=st.integers(0, 40), steps=few, last=last_windows)
 def test_windows_of_batches_gathers_what_a_loader_yields(batches, steps, last):
     cut = list(windows_of_batches(iter(range(batches)), steps, last))
     kept = batches if last == "step" else batches // steps * steps
     assert [batch for window in cut for batch in window] == list(range(kept))
     assert all(len(window) == steps for window in cut[:-1])
-    assert all(window for window in cut)
 
 
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2),
-    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 
@@ -84,12 +61,13 @@ def examples(images, seed):
     return inputs, torch.randint(3, (images,), generator=generator)
 
 
-def assert_same_weights(model, other, tolerance=1e-12):
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert (mine - theirs).norm() <= tolerance * theirs.norm()
+def assert_same(model, whole, grad=False, rtol=1e-12):
+    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        pair = (mine.grad, theirs.grad) if grad else (mine.detach(), theirs.detach())
+        torch.testing.assert_close(*pair, rtol=rtol, atol=1e-14)
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(
     images=st.integers(1, 60),
     batch_size=few,
@@ -128,7 +106,7 @@ def test_two_epochs_with_any_windows_are_those_with_one_batch_an_update(
             theirs.step()
             assert loss.item() == pytest.approx(one_batch.item(), rel=1e-9)
     # Adam divides by the root of squared gradients, which enlarges rounding of tiny ones.
-    assert_same_weights(accumulated, whole, 1e-8 if optimizer.startswith("adam") else 1e-12)
+    assert_same(accumulated, whole, rtol=1e-7 if optimizer == "adamw" else 1e-10)
 
 
 @dataclass
@@ -172,13 +150,8 @@ KINDS = {
     "pair": (lambda x, y: (x, y), lambda b: b),
     "text first": (lambda x, y: (["1.png"] * len(y), x, y), lambda b: b[1:]),
     "numbers first": (lambda x, y: [list(range(len(y))), x, y], lambda b: b[1:]),
-    "None first": (lambda x, y: (None, x, y), lambda b: b[1:]),
-    "scalar first": (lambda x, y: (torch.tensor(0.5), x, y), lambda b: b[1:]),
+    "None and scalar first": (lambda x, y: (None, torch.tensor(0.5), x, y), lambda b: b[2:]),
     "arrays": (lambda x, y: (x.numpy(), y.numpy()), lambda b: map(torch.as_tensor, b)),
-    "lists": (
-        lambda x, y: (x.tolist(), y.tolist()),
-        lambda b: (torch.tensor(b[0], dtype=torch.float64), torch.tensor(b[1])),
-    ),
     "samples": (
         lambda x, y: list(zip(x, y, strict=True)),
         lambda b: map(torch.stack, zip(*b, strict=True)),
@@ -210,8 +183,7 @@ def test_the_gradient_is_that_of_one_batch_whatever_a_loader_yields(kind):
     one_batch = F.cross_entropy(whole(inputs), labels)
     one_batch.backward()
     torch.testing.assert_close(loss, one_batch.detach(), rtol=1e-12, atol=0)
-    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+    assert_same(model, whole, grad=True)
 
 
 class_weights = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
@@ -247,8 +219,7 @@ def test_tokens_of_any_weight_are_those_of_one_batch(options):
     one_batch = F.cross_entropy(whole(sequences).flatten(0, 1), labels.flatten(), **options)
     one_batch.backward()
     torch.testing.assert_close(loss, one_batch.detach(), rtol=1e-12, atol=0)
-    for mine, theirs in zip(model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-14)
+    assert_same(model, whole, grad=True)
 
 
 def one_weight(value=1.0):
@@ -276,7 +247,7 @@ def test_clipping_goes_after_the_window_and_a_gradient_scaler_around_the_loss():
     F.cross_entropy(whole(inputs), labels).backward()
     assert torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.01) > 0.01
     torch.optim.SGD(whole.parameters(), lr=1.0).step()
-    assert_same_weights(model, whole)
+    assert_same(model, whole)
 
 
 def refused(model, window, losses, message, **options):
@@ -417,13 +388,3 @@ def test_an_error_of_the_readers_own_goes_through_and_leaves_no_gradient():
     with pytest.raises(RuntimeError, match="out of memory"):
         accumulate_gradient(model, torch.arange(10.0).split(4), broken)
     assert model.weight.grad is None
-
-
-def test_the_subject_imports_torch_and_nothing_else_of_nbutils():
-    code = "import sys, nbutils.accumulation; print(*sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(ran.stdout.split())
-    ours = {name for name in loaded if name.startswith("nbutils.")}
-    assert {name for name in ours if not name.startswith("nbutils.accumulation")} == set()
-    assert {"pandas", "scipy", "matplotlib", "seaborn"} & loaded == set()
-    assert {"check_accumulation", "accumulate_gradient"} <= set(dir(accumulation))

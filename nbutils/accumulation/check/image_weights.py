@@ -40,37 +40,32 @@ def mean_loss(loss: Loss | None) -> Loss:
     return mean
 
 
+class _OtherLossError(Exception):
+    pass
+
+
 @dataclass
 class Window:
     """One update, as weights of images.
 
     Attributes:
-        sizes: Images in each micro-batch.
-        weights: The weight of an image in each of them, relative to the right one: 1 is right, 0
-            where the loop lost the gradient.
+        images: In the window.
+        micro_batches: In the window.
+        sizes: Images in each micro-batch whose gradient was not lost.
+        weights: The weight of an image in each of them, relative to the right one.
         factors: By which the loop multiplied the gradient of each micro-batch after its backward
             pass, which `weights` include; None if it did more than that.
     """
 
+    images: int
+    micro_batches: int
     sizes: Tensor
     weights: Tensor
     factors: Tensor | None
 
-    @property
-    def images(self) -> int:
-        """In the window."""
-        return int(self.sizes.sum())
-
-    @property
-    def size(self) -> float:
-        """Size of the gradient relative to the right one."""
-        sizes = self.sizes * (self.weights > 0)
-        return ((sizes * self.weights).sum() / sizes.sum()).item()
-
-    @property
-    def is_equal(self) -> bool:
-        """Whether every image weighs the same."""
-        return _equal(self.weights[self.weights > 0])
+    def __post_init__(self) -> None:
+        self.size = ((self.sizes * self.weights).sum() / self.sizes.sum()).item()
+        self.is_equal = _equal(self.weights)
 
 
 def _equal(values: Tensor) -> bool:
@@ -81,45 +76,46 @@ def _near(value: float, other: float) -> bool:
     return abs(value - other) <= 1e-3 * abs(other)
 
 
-def weigh(run: Run, update: Update, loss: Loss) -> Window | None:
-    """The window of an update; None where the loop's loss is another one than `loss`."""
+def _weigh(run: Run, update: Update, loss: Loss) -> Window:
+    """Compares the gradient of each image with the true one; raises if it has another direction."""
     numbers, scale = update.images, run.probe.model.scale
     logits = (update.own[0].weight[:, numbers] * scale).double().T.requires_grad_()
     (truth,) = torch.autograd.grad(loss(logits, run.probe.labels[numbers]), logits)
     seen, truth = update.total[:, numbers].double(), truth.T * scale
     weights = (seen * truth).sum(0) / (truth * truth).sum(0)
-    if not close(seen, truth * weights):
-        return None
     _, batch, sizes = run.probe.places[numbers].unique(return_inverse=True, return_counts=True)
 
     def of_batches(values: Tensor) -> Tensor:
         return torch.zeros(len(sizes)).double().index_add_(0, batch, values.double()) / sizes
 
-    each, factors = of_batches(weights), update.factors
-    if not close(weights, each[batch]) or bool((each <= 0).any()):
-        return None
-    factors = None if factors is None else of_batches(factors)
-    return Window(sizes, each if factors is None else each * factors, factors)
+    each, factors = of_batches(weights), None
+    if not close(seen, truth * each[batch]) or bool((each <= 0).any()):
+        raise _OtherLossError
+    if update.factors is not None:
+        factors = of_batches(update.factors)
+        each = each * factors
+    return Window(len(numbers), len(sizes), sizes[each > 0], each[each > 0], factors)
 
 
 def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
     """The rules "division", "equal weight" and "short window", on every update of every run."""
     windows: dict[str, list[Window]] = {}
-    for name, run in runs.items():
-        whole = [u for u in run.updates if u.own and u.gradient.any() and not u.carried]
-        weighed = [weigh(run, update, mean_loss(loss)) for update in whole]
-        windows[name] = [window for window in weighed if window is not None]
-        if len(windows[name]) < len(weighed):
-            what = "the one given as loss=" if loss else "plain cross-entropy of model(images)"
-            report.cannot_check(
-                f"the loop's loss is not {what}. Pass the loss, a mean: "
-                f"check_accumulation(loop, loss=lambda logits, labels: ...)."
-            )
-            return
+    try:
+        for name, run in runs.items():
+            whole = [u for u in run.updates if u.own and u.gradient.any() and not u.carried]
+            windows[name] = [_weigh(run, update, mean_loss(loss)) for update in whole]
+    except _OtherLossError:
+        what = "the one given as loss=" if loss else "plain cross-entropy of model(images)"
+        report.cannot_check(
+            f"the loop's loss is not {what}. Pass the loss, a mean: "
+            f"check_accumulation(loop, loss=lambda logits, labels: ...)."
+        )
+        return
     for window in (window for some in windows.values() for window in some):
-        _check_equal(window, report)
-    usual = [window.factors for window in windows["full"]]
-    if any(one is None or usual[0] is None or not close(one, usual[0]) for one in usual):
+        if not window.is_equal:
+            report.broken("equal weight", _unequal(window.weights, window.sizes))
+    factors = [window.factors for window in windows["full"]]
+    if any(one is None or factors[0] is None or not close(one, factors[0]) for one in factors):
         report.cannot_check(
             "before the update the loop changes the whole of it by more than a fixed factor."
         )
@@ -128,21 +124,13 @@ def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Repo
             _check_sizes(some, report)
 
 
-def _check_equal(window: Window, report: Report) -> None:
-    kept = window.weights > 0
-    weights, sizes = window.weights[kept], window.sizes[kept]
-    if window.is_equal:
-        return
+def _unequal(weights: Tensor, sizes: Tensor) -> str:
     if _equal(weights * sizes):
         small, large = int(sizes.min()), int(sizes.max())
-        seen = (
-            f"an image in a micro-batch of {small} weighed {large / small:.3g} times as much as "
-            f"one in a micro-batch of {large}"
-        )
-    else:
-        shares = " : ".join(f"{share:.3g}" for share in (weights / weights.min()).tolist())
-        seen = f"the images of the micro-batches of one window weighed {shares}"
-    report.broken("equal weight", seen)
+        times = f"weighed {large / small:.3g} times as much as one in a micro-batch of {large}"
+        return f"an image in a micro-batch of {small} {times}"
+    shares = " : ".join(f"{share:.3g}" for share in (weights / weights.min()).tolist())
+    return f"the images of the micro-batches of one window weighed {shares}"
 
 
 def _check_sizes(windows: list[Window], report: Report) -> None:
@@ -150,21 +138,17 @@ def _check_sizes(windows: list[Window], report: Report) -> None:
     full = [window.size for window in windows if window.images == FULL]
     reasons = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means", FULL: ", never divided"}
     for size in full:
+        reason = next((text for times, text in reasons.items() if _near(size, times)), "")
         if not _near(size, 1):
-            reason = next((text for times, text in reasons.items() if _near(size, times)), "")
-            large = f"a gradient {size:.3g} times too large{reason}"
-            small = f"a gradient {size:.3g} of its right size"
-            report.broken("division", large if size > 1 else small)
+            wrong = f"times too large{reason}" if size > 1 else "of its right size"
+            report.broken("division", f"a gradient {size:.3g} {wrong}")
     for window in windows if full else ():
-        if window.images == FULL or not (window.weights > 0).all():
+        if window.images == FULL or len(window.sizes) < window.micro_batches:
             continue
         # Without a division a smaller window has a smaller sum, which is no mistake of its own.
         sums = {FULL: window.images, BATCH_SIZE: window.images / ACCUMULATION_STEPS}
-        sums[ACCUMULATION_STEPS] = len(window.sizes)
-        expected = next((total for base, total in sums.items() if _near(full[0], base)), full[0])
-        if not _near(window.size, full[0]) and not _near(window.size, expected):
-            report.broken(
-                "short window",
-                f"{window.images} images in a window for {FULL}: a gradient "
-                f"{window.size / expected:.3g} of its right size",
-            )
+        sums[ACCUMULATION_STEPS] = window.micro_batches
+        right = next((total for base, total in sums.items() if _near(full[0], base)), full[0])
+        if not _near(window.size, full[0]) and not _near(window.size, right):
+            seen = f"a gradient {window.size / right:.3g} of its right size"
+            report.broken("short window", f"{window.images} images in a window for {FULL}: {seen}")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbutils.accumulation.check.image_weights import Loss, check_image_weights, mean_loss
 from nbutils.accumulation.check.logged_loss import check_logged_loss
@@ -118,7 +119,7 @@ def _takes_whole_batches(run: Run) -> bool:
 
 def _check_windows(run: Run, report: Report) -> None:
     """Two full windows in an epoch: an update after each, and every micro-batch in it."""
-    batches, steps, weight = len(run.probe.batches), run.probe.accumulation_steps, run.probe.weight
+    batches, steps = len(run.probe.batches), run.probe.accumulation_steps
     updates, expected = len(run.updates), run.probe.epochs * batches // steps
     inside = [run.micro_batches(update.backwards) for update in run.updates]
     lengths = [len(places) for places in inside]
@@ -126,7 +127,7 @@ def _check_windows(run: Run, report: Report) -> None:
     several = updates != expected and (0 in lengths or max(lengths, default=0) == 1)
     wrong = f"updates after {_listed(lengths)} micro-batches, not {steps}"
     numbers = _listed([place + 1 for place in missed])
-    by_hand = not updates and not weight.equal(run.start.to(weight))
+    by_hand = not updates and not run.weight.equal(run.start.to(run.weight))
     if not all(update.given for update in run.updates):
         report.broken("optimizer", "an optimizer that the loop made itself made the updates")
     report.first_of(
@@ -169,15 +170,17 @@ def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:
 def _check_whole(update: Update, report: Report) -> None:
     """Whether the gradient is that of the window's backward passes, nothing lost, nothing old."""
     if update.carried:
-        count = len(update.carried)
-        seen = f"{count} micro-batches of one epoch were in an update of the next"
+        seen = f"{len(update.carried)} micro-batches of one epoch were in an update of the next"
         report.broken("one epoch", seen)
         return
-    old, factors = update.holds_old_gradient, update.factors
-    lost = factors is not None and bool((factors == 0).any())
+    lost = update.factors is not None and bool((update.factors == 0).any())
     seen_lost = "the gradient of the window's earlier micro-batches was lost before the update"
     report.first_of(
-        ("whole gradient", old, "an update had the gradient of the window before it as well"),
+        (
+            "whole gradient",
+            update.has_old,
+            "an update had the gradient of the window before it too",
+        ),
         ("whole gradient", not update.gradient.any(), "an update had no gradient at all"),
         ("whole gradient", lost, seen_lost),
     )
@@ -198,29 +201,24 @@ def _check_batch_norm(
     size = len(example[1]) // ACCUMULATION_STEPS
     images, labels = (part[: size * ACCUMULATION_STEPS].split(size) for part in example)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    layers = [m for m in model.modules() if isinstance(m, _NormBase)]
-    before = [int(layer.num_batches_tracked or 0) for layer in layers]
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    coupled: list[nn.Module] = []
+
+    def after_forward(layer: nn.Module, *_: Any) -> None:
+        if layer.training or layer.running_mean is None:
+            coupled.append(layer)
+
+    for layer in layers:
+        layer.register_forward_hook(after_forward)
     with undisturbed():
         batches = Batches(zip(images, labels, strict=True))
         step_function(model, optimizer, AnySchedule(optimizer), batches, ACCUMULATION_STEPS)
-    steps = [int(m.num_batches_tracked or 0) - b for m, b in zip(layers, before, strict=True)]
-    without = [m for m in layers if isinstance(m, _BatchNorm) and m.running_mean is None]
-    most, name = max(steps, default=0), type(without[0]).__name__ if without else ""
-    report.first_of(
-        (
-            "batch norm",
-            most > 1,
-            f"{most} steps of BatchNorm's running statistics in one window, each from the {size} "
-            f"images of a micro-batch",
-        ),
-        (
-            "batch norm",
-            without,
-            f"{name} without running statistics normalises each image by the {size} images of its "
-            f"micro-batch, so it couples them",
-        ),
-    )
-    if not layers:
+    passes = max(map(coupled.count, layers), default=0)
+    if passes > 1:
+        name = type(coupled[0]).__name__
+        seen = f"{name} took its statistics {passes} times in one window, each from {size} images"
+        report.broken("batch norm", seen)
+    elif not layers:
         report.note("The model has no BatchNorm layer.")
-    elif not without and not any(steps):
-        report.note("The running statistics of the model's BatchNorm layers are frozen.")
+    elif not coupled:
+        report.note("The BatchNorm layers of the model are frozen.")

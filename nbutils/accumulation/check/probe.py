@@ -32,8 +32,7 @@ class Table(nn.Module):
     """One column of logits per image: `logits = weight[:, image] * scale`.
 
     The image's number is the position of its brightest pixel, which a cast, a normalisation or
-    another memory format leaves in place. `through` gathers the part of the weight's gradient that
-    came through the logits.
+    another memory format leaves in place. `reached` tells to which images a backward pass came.
     """
 
     def __init__(self, scale: float) -> None:
@@ -42,7 +41,7 @@ class Table(nn.Module):
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(CLASSES, PIXELS, generator=generator, dtype=torch.float64)
         self.weight = nn.Parameter(logits / scale)
-        self.through = torch.zeros_like(logits)
+        self.reached = torch.zeros(PIXELS, dtype=torch.bool)
 
     def forward(self, *images: Tensor, **named_images: Tensor) -> Tensor:
         """Logits, shape (n, 3), of images, shape (n, 1, 24, 1), under any argument's name."""
@@ -56,8 +55,7 @@ class Table(nn.Module):
         logits = F.linear(F.one_hot(numbers, PIXELS).to(self.weight) * self.scale, self.weight)
 
         def on_logits(gradient: Tensor) -> None:
-            columns = gradient.detach().T.to(self.through) * self.scale
-            self.through.index_add_(1, numbers, columns)
+            self.reached[numbers[gradient.any(1)]] = True
 
         if logits.requires_grad:
             logits.register_hook(on_logits)
@@ -90,11 +88,6 @@ class Probe:
     learning_rate: float
     epochs: int = 2
     accumulation_steps: int = ACCUMULATION_STEPS
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """Of the model."""
-        return self.model.weight
 
     @property
     def labels(self) -> Tensor:

@@ -7,66 +7,38 @@ from textwrap import fill
 from typing import Any
 
 RULES = {
-    "optimizer": (
-        "The optimizer that the loop is given makes the updates.",
-        "call step() of the optimizer that the loop is given",
-    ),
-    "one update": (
-        "The optimizer makes one update per window.",
-        "call optimizer.step() once, after the last micro-batch of the window",
-    ),
-    "window length": (
-        "An update comes after every `accumulation_steps` micro-batches.",
-        "call optimizer.step() after every `accumulation_steps` micro-batches",
-    ),
-    "every image": (
-        "Every micro-batch of a full window reaches the gradient.",
-        "call backward() on the loss of every micro-batch",
-    ),
-    "still weights": (
-        "The weights change at the update only, weight decay included.",
-        "do everything that changes the weights once, right after the window",
-    ),
-    "division": (
-        "The gradient of a window is divided by the number of its images.",
-        "divide each summed loss once: (loss_sum / images_in_window).backward()",
-    ),
-    "equal weight": (
-        "Every image of a window weighs the same, also in a smaller micro-batch.",
-        'take reduction="sum" and divide by the images in the window, once per micro-batch',
-    ),
-    "short window": (
-        "A window with fewer images is divided by what is really in it.",
-        "divide by the number of images that this window really has",
-    ),
-    "one epoch": (
-        "What is left over at the end of an epoch stays out of the next one.",
-        "update once more at the end of an epoch, or call optimizer.zero_grad() there",
-    ),
-    "whole gradient": (
-        "The gradient is cleared between windows, never inside one.",
-        "call optimizer.zero_grad() once per window, before its first micro-batch",
-    ),
-    "clipping": (
-        "Clipping comes once, on the unscaled gradient of the whole window.",
-        "clip once, after the window's last backward pass and, with a scaler, after unscale_",
-    ),
-    "schedule": (
-        "The schedule advances after an update, at most once per update.",
-        "call scheduler.step() once per window, after optimizer.step()",
-    ),
-    "logged loss": (
-        "The logged loss is the mean over images.",
-        "log the sum of the images' undivided losses over the number of images",
-    ),
-    "batch norm": (
-        "The images of a micro-batch do not influence each other.",
-        "use GroupNorm, or freeze the layer with eval()",
-    ),
+    "optimizer": "The optimizer that the loop is given makes the updates.",
+    "one update": "The optimizer makes one update per window.",
+    "window length": "An update comes after every `accumulation_steps` micro-batches.",
+    "every image": "Every micro-batch of a full window reaches the gradient.",
+    "still weights": "The weights change at the update only, weight decay included.",
+    "division": "The gradient of a window is divided by the number of its images.",
+    "equal weight": "Every image of a window weighs the same, also in a smaller micro-batch.",
+    "short window": "A window with fewer images is divided by what is really in it.",
+    "one epoch": "What is left over at the end of an epoch stays out of the next one.",
+    "whole gradient": "The gradient is cleared between windows, never inside one.",
+    "clipping": "Clipping comes once, on the unscaled gradient of the whole window.",
+    "schedule": "The schedule advances after an update, at most once per update.",
+    "logged loss": "The logged loss is the mean over images.",
+    "batch norm": "The images of a micro-batch do not influence each other.",
 }
-"""What `check_accumulation` looks at: each rule, and what to change where it is broken."""
-
-LINE = 95
+CHANGES = {
+    "optimizer": "call step() of the optimizer that the loop is given",
+    "one update": "call optimizer.step() once, after the last micro-batch of the window",
+    "window length": "call optimizer.step() after every `accumulation_steps` micro-batches",
+    "every image": "call backward() on the loss of every micro-batch",
+    "still weights": "do everything that changes the weights once, right after the window",
+    "division": "divide each summed loss once: (loss_sum / images_in_window).backward()",
+    "equal weight": 'take reduction="sum", divide by the images in the window, and do so once',
+    "short window": "divide by the number of images that this window really has",
+    "one epoch": "update once more at the end of an epoch, or call optimizer.zero_grad() there",
+    "whole gradient": "call optimizer.zero_grad() once per window, before its first micro-batch",
+    "clipping": "clip once, after the window's last backward pass (with a scaler: after unscale_)",
+    "schedule": "call scheduler.step() once per window, after optimizer.step()",
+    "logged loss": "log the sum of the images' undivided losses over the number of images",
+    "batch norm": "use GroupNorm, or freeze the layer with eval()",
+}
+LINE = 95  # characters that fit the page of a notebook
 
 
 @dataclass
@@ -74,8 +46,7 @@ class Report:
     """What `check_accumulation` found; print it.
 
     Attributes:
-        seen: What was seen, by the broken rule. The first sight of a rule stays, so that no later
-            probe hides it.
+        seen: What was seen, by the broken rule: the first sight, so that no later probe hides it.
         notes: What else the reader should know, such as what cannot be checked.
         complete: Whether every rule about the gradient could be checked.
     """
@@ -113,9 +84,8 @@ class Report:
     def __str__(self) -> str:
         lines = []
         for rule in self.rules:
-            statement, change = RULES[rule]
-            lines += [f"Broken: {statement}", f"  Seen: {self.seen[rule]}."]
-            lines += [f"  Change: {change}."]
+            lines += [f"Broken: {RULES[rule]}", f"  Seen: {self.seen[rule]}."]
+            lines += [f"  Change: {CHANGES[rule]}."]
         if not lines:
             unsure = "No broken rule was seen, but not every rule could be checked."
             lines = ["This loop breaks no rule of accumulation." if self.complete else unsure]

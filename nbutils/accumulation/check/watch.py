@@ -35,75 +35,55 @@ class Backward:
     """One backward pass that reached the weight; gradients have shape (3, 24)."""
 
     epoch: int  # from 0
+    images: Tensor  # numbers of the images to which it came, sorted
     weight: Tensor
     before: Tensor  # the gradient that was there already
     added: Tensor
-    through: Tensor  # the part of `added` that came through the model's output
     after: Tensor | None = None  # None where `torch.autograd.grad` was called
-
-    @property
-    def images(self) -> Tensor:
-        """Numbers of the images whose loss had a gradient."""
-        return self.through.any(0).nonzero().flatten()
 
 
 @dataclass
 class Update:
-    """One step of an optimizer, and the backward passes since the last one."""
+    """One step of an optimizer, and the backward passes since the last one.
+
+    Attributes:
+        gradient: What the optimizer used, shape (3, 24).
+        given: Whether it was the optimizer that the loop was given.
+        touched: Whether the gradient was changed before `GradScaler.unscale_`.
+        own: The backward passes of its own epoch; `images` are those in them, sorted, and `total`
+            is what they brought.
+        carried: The backward passes of an earlier epoch that are still in the gradient.
+        has_old: Whether the gradient of the window before was not cleared.
+        changed_inside: Whether anything but a backward pass changed the gradient in the window.
+        factors: By how much each of `images` was multiplied after its backward pass; 0 where it
+            was lost. None where the direction of the gradient changed, as clipping by value does.
+    """
 
     backwards: list[Backward]
-    gradient: Tensor  # what the optimizer used, shape (3, 24)
-    given: bool  # whether it was the optimizer that the loop was given
-    touched: bool  # whether the gradient was changed before `GradScaler.unscale_`
+    gradient: Tensor
+    given: bool
+    touched: bool
 
-    @property
-    def own(self) -> list[Backward]:
-        """The backward passes of its own epoch."""
-        return [one for one in self.backwards if one.epoch == self.backwards[-1].epoch]
-
-    @property
-    def carried(self) -> list[Backward]:
-        """The backward passes of an earlier epoch that are still in the gradient."""
-        old = self.backwards[: len(self.backwards) - len(self.own)]
-        return [one for one in old if self.gradient[:, one.images].any()]
-
-    @property
-    def images(self) -> Tensor:
-        """Numbers of the images in its own backward passes, sorted."""
-        return torch.cat([one.images for one in self.own]).unique()
-
-    @property
-    def total(self) -> Tensor:
-        """What its own backward passes brought."""
-        return torch.stack([one.added for one in self.own]).sum(0)
-
-    @property
-    def holds_old_gradient(self) -> bool:
-        """Whether the gradient of the window before was not cleared."""
-        first = self.own[0]
-        old = first.after is not None and bool(first.before.any())
-        return old and not close(self.gradient, self.total)
-
-    @property
-    def changed_inside(self) -> bool:
-        """Whether anything but a backward pass changed the gradient within the window."""
-        return any(
+    def __post_init__(self) -> None:
+        passes, used = self.backwards, self.gradient
+        self.own = own = [one for one in passes if one.epoch == passes[-1].epoch]
+        old = passes[: len(passes) - len(own)]
+        self.carried = [one for one in old if used[:, one.images].any()]
+        self.images = torch.tensor(sorted({i for one in own for i in one.images.tolist()})).long()
+        self.total = sum((one.added for one in own), torch.zeros_like(used))
+        was_there = bool(own) and own[0].after is not None and bool(own[0].before.any())
+        self.has_old = was_there and not close(used, self.total)
+        self.changed_inside = any(
             bool(later.before.any()) and not close(later.before, earlier.before + earlier.added)
-            for earlier, later in pairwise(self.own)
+            for earlier, later in pairwise(own)
         )
-
-    @property
-    def factors(self) -> Tensor | None:
-        """By how much each of `images` was multiplied after its backward pass; 0: it was lost.
-
-        None where the loop changed the direction of the gradient, as clipping by value does.
-        """
-        brought = self.own[-1].after if self.holds_old_gradient else self.total
-        if brought is None:
-            return None
-        used, brought = self.gradient[:, self.images], brought[:, self.images].double()
-        each = (used * brought).sum(0) / (brought * brought).sum(0)
-        return each if close(used, each * brought) and bool((each >= 0).all()) else None
+        brought = own[-1].after if self.has_old else self.total
+        self.factors: Tensor | None = None
+        if brought is not None:
+            used, brought = used[:, self.images], brought[:, self.images].double()
+            each = (used * brought).sum(0) / (brought * brought).sum(0)
+            if close(used, each * brought) and bool((each >= 0).all()):
+                self.factors = each
 
 
 @dataclass
@@ -125,7 +105,8 @@ class Run:
     returned: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.start = self.probe.weight.detach().clone()
+        self.weight = self.probe.model.weight
+        self.start = self.weight.detach().clone()
         self._open: list[Backward] = []  # backward passes since the last update
         self._touched = self._given = False  # of the next update
         self._depth = 0  # an optimizer that wraps another calls the other's `step`
@@ -144,31 +125,32 @@ class Run:
 
         A step after no backward pass and without a gradient does nothing and is no update.
         """
-        if gradient is not None or self.probe.weight.grad is not None or self._open:
-            used = self.gradient() if gradient is None else gradient.detach().clone()
+        if gradient is not None or self.weight.grad is not None or self._open:
+            used = self._gradient() if gradient is None else gradient.detach().clone()
             self.updates.append(Update(self._open, used, given, self._touched))
             self._open, self._touched = [], False
 
-    def gradient(self) -> Tensor:
-        """A copy of the gradient as it is now; zero where there is none."""
-        gradient = self.probe.weight.grad
+    def _gradient(self) -> Tensor:
+        """A copy; zero where there is none."""
+        gradient = self.weight.grad
         return torch.zeros_like(self.start) if gradient is None else gradient.detach().clone()
 
     def before_adding(self, added: Tensor) -> None:
         """A backward pass is about to add to the gradient."""
-        model, epoch = self.probe.model, len(self.returned)
-        now = model.weight.detach().clone(), self.gradient(), added.detach().clone()
-        self._open.append(Backward(epoch, *now, model.through.clone()))
-        model.through.zero_()
+        reached = self.probe.model.reached
+        weight, added = self.weight.detach().clone(), added.detach().clone()
+        place = len(self.returned), reached.nonzero().flatten()
+        self._open.append(Backward(*place, weight, self._gradient(), added))
+        reached.zero_()
 
     def after_adding(self, _: Tensor) -> None:
         """It has added."""
-        self._open[-1].after = self.gradient()
+        self._open[-1].after = self._gradient()
 
     def before_unscaling(self) -> None:
         """A `GradScaler` is about to divide the gradient."""
         last = self._open[-1].after if self._open else None
-        self._touched |= last is not None and not torch.equal(self.gradient(), last)
+        self._touched |= last is not None and not last.equal(self._gradient())
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A closure does its backward passes inside; else the gradient is taken now."""
@@ -176,8 +158,7 @@ class Run:
             return
         if self._depth == 0:
             closure = any(map(callable, (*args[1:], *kwargs.values())))
-            has_gradient = self.probe.weight.grad is not None and not closure
-            self._used = self.gradient() if has_gradient else None
+            self._used = None if closure or self.weight.grad is None else self._gradient()
             self._given = False
         self._depth += 1
         self._given |= self.optimizer is None or optimizer is self.optimizer
@@ -190,8 +171,7 @@ class Run:
                 self.record_update(self._used, self._given)
 
     def _is_watched(self, optimizer: Optimizer) -> bool:
-        weight = self.probe.weight
-        return any(p is weight for group in optimizer.param_groups for p in group["params"])
+        return any(p is self.weight for group in optimizer.param_groups for p in group["params"])
 
 
 @contextmanager
@@ -205,8 +185,8 @@ def watch(probe: Probe, optimizer: Optimizer | None = None) -> Iterator[Run]:
         unscale(scaler, of)
 
     hooks = [
-        probe.weight.register_hook(run.before_adding),
-        probe.weight.register_post_accumulate_grad_hook(run.after_adding),
+        probe.model.weight.register_hook(run.before_adding),
+        probe.model.weight.register_post_accumulate_grad_hook(run.after_adding),
         register_optimizer_step_pre_hook(run.before_step),
         register_optimizer_step_post_hook(run.after_step),
     ]

@@ -12,7 +12,7 @@ ONE_THREAD := OMP_NUM_THREADS=1
 EVERY_CORE := -n auto --dist loadscope --no-loadscope-reorder
 
 .PHONY: help install study lab test test-all lint unit notebooks-test papermill-test test-slow \
-	test-browser notebooks figures bench gpu-check clean
+	test-browser notebooks figures run-times bench gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ notebooks: install  ## run the notebooks and store their outputs, after a change
 
 figures: install  ## make figures/ and the README's numbers from notebooks/reference/
 	$(BIN)/python -m nbutils figures
+
+run-times: install  ## time Run All of each notebook, on a quiet machine, for the overview's table
+	$(BIN)/python -m nbutils.report.run_times
 
 bench: install  ## time the training against the usual DataLoader loop (DATASET=mnist for all digits)
 	$(BIN)/python -m nbutils bench --dataset $(DATASET) --out build/bench.json

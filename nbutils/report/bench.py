@@ -9,30 +9,39 @@ speed affects both.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Sampler
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from nbutils.accumulation.window import windows_of_batches
+from nbutils.analysis.outcomes import setting_name
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress, processor_name, processors
 from nbutils.paths import write_atomically
-from nbutils.report.floors import floor_seconds, seconds_of
 from nbutils.training.config import RunConfig
+from nbutils.training.cuda_graph import record
 from nbutils.training.model import DigitCNN
 from nbutils.training.setup import deterministic, generator_for, resolve_device
 from nbutils.training.train import train
 
-SETTINGS = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
-"""Batch size and accumulation steps of the rows."""
+SETTINGS = (
+    *((size, 1) for size in (32, 64, 128, 256, 512, 1024)),
+    *((128, 8), (64, 16), (32, 32)),
+)
+"""Batch size and accumulation steps: the settings of the study `batch-size`, whose pick takes its
+times from here."""
 
 VERIFIED_IMAGES = 2100
 """Images of the epoch in float64 after which the weights must be equal."""
@@ -41,41 +50,7 @@ TOLERANCE = 1e-8
 """Allowed difference of the weights in float64, relative to their size. Adam enlarges rounding
 where gradients are small; a wrong update makes a difference above 1e-4."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """The result of one setting. Seconds are for an epoch of all training images.
-
-    Attributes:
-        setting: The batch size; "8 x 128" is 8 accumulation steps of 128.
-        device: Where it ran.
-        baseline_seconds: Median of the usual loop.
-        seconds: Median of ours.
-        ratio: Median of the quotients of neighbouring epochs.
-        floor_ratio: Median of our seconds over the largest floor.
-        floors: Seconds that an epoch takes at least: "arithmetic", its operations at the speed of
-            a float32 matrix product. On a GPU also "memory", the bytes that its kernels read and
-            write at the speed of a copy, and "launch", its kernels at the pace of a graph of
-            empty ones.
-        spread: Lowest and highest of each of the four figures.
-        repeats: Timed epochs of each loop.
-        images: Images in a timed epoch; the seconds are scaled to all of them.
-        workers: Processes of the DataLoader: the fastest of 0, 1 and the number of processors.
-        weights_differ: Largest relative difference of the weights in float64.
-    """
-
-    setting: str
-    device: str
-    baseline_seconds: float
-    seconds: float
-    ratio: float
-    floor_ratio: float
-    floors: dict[str, float]
-    spread: dict[str, tuple[float, float]]
-    repeats: int
-    images: int
-    workers: int
-    weights_differ: float
+Row = dict[str, Any]
 
 
 def run_bench(
@@ -84,15 +59,11 @@ def run_bench(
     repeats: int = 5,
     device: str = "auto",
     settings: Sequence[tuple[int, int]] = SETTINGS,
-) -> list[Row]:
-    """Time both loops at every setting.
+) -> Iterator[Row]:
+    """Time `repeats` epochs of `images` images with both loops, at every setting.
 
-    Args:
-        data: Its training images are used, `images` of them per epoch (all, where it has fewer).
-        images: At least the largest effective batch size.
-        repeats: Timed epochs of each loop at each setting, >= 1.
-        device: As in `RunConfig`.
-        settings: Pairs of batch size and accumulation steps.
+    Yields:
+        One row per setting, see `_time`, with the `weights_differ` of `verify`.
 
     Raises:
         InputError: `images` or `repeats` is too small, or the device is not there.
@@ -106,55 +77,13 @@ def run_bench(
             f"images = {images} and repeats = {repeats}, but there must be {largest} images or "
             f"more, and 1 repeat or more"
         )
-    rows = []
-    with tqdm(total=len(settings) * repeats, unit="pair", disable=no_progress()) as bar:
-        for batch_size, steps in settings:
-            # A GPU holds the rate in float32, so the rate is one that float32 holds exactly.
-            config = RunConfig(
-                data.name,
-                batch_size,
-                steps,
-                learning_rate=2**-10,
-                device=device,
-                precision="float64",
-            )
-            bar.set_description(setting_name(config))
-            verified = data.subset(max(VERIFIED_IMAGES, largest + 7))
-            difference = verify(config, verified, place)
-            config = replace(config, precision="float32")
-            few = data.subset(images)
-            all_images = len(data.train.labels)
-            rows.append(_time(config, few, place, all_images, difference, repeats, bar))
-    return rows
-
-
-def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """The rows for reading: median and range of each figure."""
-
-    def text(row: Row, figure: str, digits: int) -> str:
-        low, high = row.spread[figure]
-        return f"{getattr(row, figure):.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
-    return pd.DataFrame(
-        {
-            "setting": [row.setting for row in rows],
-            "usual loop, s/epoch": [text(row, "baseline_seconds", 1) for row in rows],
-            "ours, s/epoch": [text(row, "seconds", 2) for row in rows],
-            "times as fast": [text(row, "ratio", 1) for row in rows],
-            "ours / floor": [f"{row.floor_ratio:.2f}" for row in rows],
-        }
-    ).set_index("setting")
-
-
-def save(rows: Sequence[Row], path: Path) -> None:
-    """Write the rows as JSON, a list of objects with the attributes of `Row`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps([asdict(row) for row in rows], indent=1) + "\n").encode())
-
-
-def load(path: Path) -> list[Row]:
-    """The rows that `save` wrote."""
-    return [Row(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    verified, timed = data.subset(max(VERIFIED_IMAGES, largest + 7)), data.subset(images)
+    for batch_size, steps in tqdm(settings, unit="setting", disable=no_progress()):
+        # A GPU holds the rate in float32, so the rate is one that float32 holds exactly.
+        config = RunConfig(data.name, batch_size, steps, learning_rate=2**-10, device=device)
+        differ = verify(replace(config, precision="float64"), verified, place)
+        row = _time(config, timed, place, len(data.train.labels), repeats)
+        yield row | {"weights_differ": differ}
 
 
 class UsualLoop:
@@ -173,11 +102,11 @@ class UsualLoop:
             to_tensor = [transforms.PILToTensor(), transforms.ConvertImageDtype(self.dtype)]
         digits.transform = transforms.Compose([*to_tensor, transforms.Normalize((mean,), (std,))])
         digits.target_transform = None
-        self.order = _Order(len(digits), config.seed)
+        order = torch.Generator().manual_seed(config.seed)
         self.loader = DataLoader(
             digits,
             config.batch_size,
-            sampler=self.order,
+            sampler=RandomSampler(digits, generator=order),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
@@ -202,20 +131,6 @@ class UsualLoop:
             self.optimizer.step()
 
 
-class _Order(Sampler[int]):
-    """A new order of the images for each epoch, the same as in `train`."""
-
-    def __init__(self, images: int, seed: int) -> None:
-        self.images = images
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.images, generator=self.generator).tolist())
-
-    def __len__(self) -> int:
-        return self.images
-
-
 def verify(config: RunConfig, data: Dataset, device: torch.device) -> float:
     """Largest relative difference of a weight tensor after one epoch of each loop.
 
@@ -230,66 +145,148 @@ def verify(config: RunConfig, data: Dataset, device: torch.device) -> float:
     difference = max(((ours - usual).norm() / usual.norm()).item() for ours, usual in pairs)
     if not difference <= TOLERANCE:
         raise RuntimeError(
-            f"{setting_name(config)}: after an epoch in {config.precision} the weights of the two "
-            f"loops differ by {difference:.1e} of their size; their times cannot be compared"
+            f"{setting_name(config.batch_size, config.accumulation_steps)}: after an epoch in "
+            f"{config.precision} the weights of the two loops differ by {difference:.1e} of their "
+            f"size; their times cannot be compared"
         )
     return difference
 
 
 def _time(
-    config: RunConfig,
-    data: Dataset,
-    device: torch.device,
-    all_images: int,
-    weights_differ: float,
-    repeats: int,
-    bar: tqdm,
+    config: RunConfig, data: Dataset, device: torch.device, all_images: int, repeats: int
 ) -> Row:
-    scale = all_images / len(data.train.labels)
+    """Time one setting; all seconds are scaled to an epoch of `all_images`.
+
+    Returns:
+        The medians `baseline_seconds` of the usual loop, `seconds` of ours, `ratio` of neighbouring
+        epochs and `floor_ratio`, our seconds over the largest of `floors`; `spread`, the lowest and
+        highest of these four; `images` of a timed epoch; `workers` of the DataLoader, the fastest
+        of 0, 1 and the number of processors.
+    """
     # One epoch each warms up, and finds the DataLoader's best number of processes.
-    candidates = [
-        UsualLoop(config, data, device, workers) for workers in sorted({0, 1, processors()})
-    ]
-    trials = [seconds_of(loop.epoch, device) for loop in candidates]
-    usual = candidates[trials.index(min(trials))]
-    del candidates  # their processes end
+    loops = [UsualLoop(config, data, device, workers) for workers in sorted({0, 1, processors()})]
+    trials = [seconds_of(loop.epoch, device) for loop in loops]
+    usual = loops[trials.index(min(trials))]
+    del loops  # their processes end
     floors = floor_seconds(config, data, device, all_images)
-    figures: dict[str, list[float]] = {
-        name: [] for name in ("baseline_seconds", "seconds", "ratio", "floor_ratio")
-    }
+    images, rows = len(data.train.labels), []
     for _ in range(repeats):
-        ours = _second_epoch(config, data) * scale
-        theirs = seconds_of(usual.epoch, device) * scale
-        values = (theirs, ours, theirs / ours, ours / max(floors.values()))
-        for name, value in zip(figures, values, strict=True):
-            figures[name].append(value)
-        bar.update()
-    return Row(
-        setting=setting_name(config),
-        device=_processor(device),
-        **{name: median(values) for name, values in figures.items()},
-        floors=floors,
-        spread={name: (min(values), max(values)) for name, values in figures.items()},
-        repeats=repeats,
-        images=len(data.train.labels),
-        workers=usual.loader.num_workers,
-        weights_differ=weights_differ,
-    )
+        ours = second_epoch(config, data) * all_images / images
+        theirs = seconds_of(usual.epoch, device) * all_images / images
+        rows.append((theirs, ours, theirs / ours, ours / max(floors.values())))
+    figures = ["baseline_seconds", "seconds", "ratio", "floor_ratio"]
+    timed = pd.DataFrame(rows, columns=figures)
+    cpu = f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
+    return {
+        "setting": setting_name(config.batch_size, config.accumulation_steps),
+        "device": cpu if device.type == "cpu" else device_name(device),
+        **{name: timed[name].median() for name in figures},
+        "floors": floors,
+        "spread": {name: [timed[name].min(), timed[name].max()] for name in figures},
+        "repeats": repeats,
+        "images": images,
+        "workers": usual.loader.num_workers,
+    }
 
 
-def _second_epoch(config: RunConfig, data: Dataset) -> float:
+def second_epoch(config: RunConfig, data: Dataset, **options: Any) -> float:
     """Seconds of training in the second epoch of a run, after one that warms up."""
-    history = train(replace(config, epochs=2), data, progress=False).history
+    history = train(replace(config, epochs=2), data, progress=False, **options).history
     return history["seconds"].diff().iloc[-1]
 
 
-def _processor(device: torch.device) -> str:
-    if device.type == "cpu":
-        return f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
-    return device_name(device)
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that `work` takes, on a GPU until it has finished there."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
-def setting_name(config: RunConfig) -> str:
-    """The one spelling of a setting: "128", or "8 x 128" with accumulation."""
-    steps = config.accumulation_steps
-    return f"{config.batch_size}" if steps == 1 else f"{steps} x {config.batch_size}"
+class _Traffic(TorchDispatchMode):
+    """Counts the kernels that run inside it, and the bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        written = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        seen = {t.untyped_storage().data_ptr() for t in read}
+        new = any(t.untyped_storage().data_ptr() not in seen for t in written)
+        if func._schema.is_mutable or new:  # not a mere view
+            self.kernels += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read, *written))
+        return result
+
+
+def work_per_image(config: RunConfig, data: Dataset, device: torch.device) -> dict[str, float]:
+    """Operations, bytes and kernels per image of a micro-batch, forward and backward."""
+    images = data.normalised(data.train.images[: config.batch_size], device, torch.float32)
+    model = DigitCNN(config.norm, config.dropout, len(data.class_names), config.model).to(device)
+    with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
+        model(images).sum().backward()
+    return {
+        "arithmetic": flops.get_total_flops() / len(images),
+        "memory": traffic.bytes / len(images),
+        "launch": traffic.kernels / len(images),
+    }
+
+
+def floor_seconds(
+    config: RunConfig, data: Dataset, device: torch.device, images: int
+) -> dict[str, float]:
+    """Seconds for this number of images, if one kind of work alone took time.
+
+    Returns:
+        "arithmetic": the operations at the speed of a float32 matrix product. On a GPU also
+        "memory": the bytes that kernels read and write, at the speed of a copy, and "launch": the
+        kernels at the pace of a graph of empty ones.
+    """
+
+    def best(work: Callable[[], object]) -> float:
+        return min(seconds_of(work, device) for _ in range(8))
+
+    size, copied, kernels = 1536, 2**28, 1000
+    matrix = torch.rand(size, size, device=device)
+    per_unit = {"arithmetic": best(lambda: torch.mm(matrix, matrix)) / (2 * size**3)}
+    if device.type == "cuda":
+        source = torch.zeros(copied, dtype=torch.uint8, device=device)
+        target, one = torch.empty_like(source), torch.zeros(1, device=device)
+
+        def launches() -> None:
+            for _ in range(kernels):
+                one.add_(1)
+
+        per_unit["memory"] = best(lambda: target.copy_(source)) / (2 * copied)
+        with torch.cuda.stream(torch.cuda.Stream(device)):
+            per_unit["launch"] = best(record(launches, [])) / kernels
+    work = work_per_image(config, data, device)
+    return {name: work[name] * images * seconds for name, seconds in per_unit.items()}
+
+
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """The rows for reading: median and range of each figure."""
+
+    def text(row: Row, figure: str, digits: int) -> str:
+        low, high = row["spread"][figure]
+        return f"{row[figure]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    return pd.DataFrame(
+        {
+            "setting": [row["setting"] for row in rows],
+            "usual loop, s/epoch": [text(row, "baseline_seconds", 1) for row in rows],
+            "ours, s/epoch": [text(row, "seconds", 2) for row in rows],
+            "times as fast": [text(row, "ratio", 1) for row in rows],
+            "ours / floor": [f"{row['floor_ratio']:.2f}" for row in rows],
+        }
+    ).set_index("setting")
+
+
+def save(rows: Sequence[Row], path: Path) -> None:
+    """Write the rows as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())

@@ -1,43 +1,41 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from nbutils.paths import ROOT
+from nbutils.__main__ import main
 from nbutils.report import gpu_check
-from nbutils.report.gpu_stages import STAGES
-
-
-def command(*arguments):
-    line = [sys.executable, "-m", "nbutils", "gpu-check", *map(str, arguments)]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+from nbutils.report.gpu_check import STAGES
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_without_a_gpu_it_ends_with_one_line(tmp_path):
-    done = command("--out", tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.splitlines() == [
+def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys):
+    assert main(["gpu-check", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
         "error: device = 'cuda', but this machine has no CUDA device; use 'auto' or 'cpu'"
     ]
 
 
-def test_every_stage_runs_on_the_cpu(tmp_path):
-    done = command("--out", tmp_path, "--device", "cpu", "--quick")
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_stage_runs_on_the_cpu(tmp_path, capsys):
+    assert main(["gpu-check", "--out", str(tmp_path), "--device", "cpu", "--quick"]) == 0
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     assert list(stages) == list(STAGES)
     assert {stage["state"] for stage in stages.values()} == {"passed"}
+    assert all(stage["rows"] for stage in stages.values())
     assert (tmp_path / "gpu.txt").read_text().startswith("cpu\nprobes: passed in ")
+    assert sum(limit for _, limit in STAGES.values()) <= 8 * 60
 
 
-def test_a_stage_that_takes_too_long_is_cut_and_leaves_the_others(tmp_path, monkeypatch):
-    stages = {"probes": (None, 0), "unknown": (None, 60)}
-    monkeypatch.setattr("nbutils.report.gpu_stages.STAGES", stages)
-    assert not gpu_check.run_gpu_check(tmp_path, "cpu", quick=True)
-    outcome = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert outcome["probes"]["state"] == "cut"
-    assert outcome["unknown"]["state"] == "failed"  # its own process does not know it
-    assert "KeyError: 'unknown'" in outcome["unknown"]["reason"]
+def test_a_stage_that_is_cut_keeps_its_rows_and_leaves_the_others():
+    row = '{"name": "first", "value": 1, "ok": true}'
+    write = f"import time; print('{row}', flush=True)"
+    cut = gpu_check.in_process(f"{write}; time.sleep(60)", limit=2)
+    assert cut["state"] == "cut"
+    assert cut["rows"] == [json.loads(row)]
+    broken = gpu_check.in_process(f"{write}; [][1]", limit=60)
+    assert broken["state"] == "failed"
+    assert broken["reason"] == "IndexError: list index out of range"
+    assert broken["rows"] == cut["rows"]
+    missing = gpu_check.in_process("import nothing_of_this_name", limit=60)
+    assert missing["state"] == "skipped"
+    assert "nothing_of_this_name" in missing["reason"]

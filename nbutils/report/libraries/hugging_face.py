@@ -10,9 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation.trainers import transformers_callback
-from nbutils.report.libraries.task import BATCH_SIZE, EPOCHS, STEPS, Task, constant_rate
+from nbutils.report.libraries.task import (
+    BATCH_SIZE,
+    EPOCHS,
+    NO_TOKENS,
+    NOT_ITS_JOB,
+    STEPS,
+    Task,
+    constant_rate,
+    library,
+)
+
+NO_TOKENS_NO_LOG = NO_TOKENS | {"logged loss": NOT_ITS_JOB}
 
 
+@library("accelerate", NO_TOKENS_NO_LOG)
 def accelerate(task: Task, prepare_loader: bool = True) -> None:
     """`Accelerator.accumulate`."""
     from accelerate import Accelerator
@@ -33,6 +45,7 @@ def accelerate(task: Task, prepare_loader: bool = True) -> None:
         task.end_epoch()
 
 
+@library("accelerate, loader not prepared", NO_TOKENS_NO_LOG)
 def accelerate_unprepared(task: Task) -> None:
     """`Accelerator.accumulate` over a DataLoader that did not go through `prepare`."""
     accelerate(task, prepare_loader=False)
@@ -68,51 +81,44 @@ def _train(task: Task, model: nn.Module) -> None:
 
 
 class _Classifier(nn.Module):
-    """Returns its own loss, as the Trainer wants it."""
+    """Returns its own loss, as the Trainer wants it. Takes images and labels only."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
         self.table = task.model
 
-    def loss(self, pixel_values: Tensor, labels: Tensor, images: Any = None) -> dict[str, Tensor]:
-        logits = self.table(pixel_values)
-        if images is None:
-            return {"loss": F.cross_entropy(logits, labels)}
-        return {"loss": F.cross_entropy(logits, labels, reduction="sum") / images}
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(self.table(pixel_values), labels)}
 
 
+class _WithKwargs(_Classifier):
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
+        return super().forward(pixel_values, labels)
+
+
+class _WithNumItems(_Classifier):
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any
+    ) -> dict[str, Tensor]:
+        if num_items_in_batch is None:
+            return super().forward(pixel_values, labels)
+        loss = F.cross_entropy(self.table(pixel_values), labels, reduction="sum")
+        return {"loss": loss / num_items_in_batch}
+
+
+@library("transformers, plain model")
 def transformers_plain(task: Task) -> None:
     """The Trainer with a model that takes images and labels only."""
-
-    class Model(_Classifier):
-        def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-            return self.loss(pixel_values, labels)
-
-    _train(task, Model(task))
+    _train(task, _Classifier(task))
 
 
+@library("transformers, model with **kwargs")
 def transformers_kwargs(task: Task) -> None:
     """The Trainer with a model that takes `**kwargs` and does nothing with them."""
-
-    class Model(_Classifier):
-        def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
-            return self.loss(pixel_values, labels)
-
-    _train(task, Model(task))
+    _train(task, _WithKwargs(task))
 
 
-def transformers_num_items(task: Task) -> None:
-    """The Trainer with a model that divides by `num_items_in_batch`."""
-
-    class Model(_Classifier):
-        def forward(
-            self, pixel_values: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any
-        ) -> dict[str, Tensor]:
-            return self.loss(pixel_values, labels, num_items_in_batch)
-
-    _train(task, Model(task))
-
-
+@library("transformers, ResNetForImageClassification")
 def transformers_resnet(task: Task) -> None:
     """The Trainer with `ResNetForImageClassification`, whose last layer is the model to train."""
     from transformers import ResNetConfig, ResNetForImageClassification
@@ -126,3 +132,9 @@ def transformers_resnet(task: Task) -> None:
     model = ResNetForImageClassification(config)
     model.resnet, model.classifier = Backbone(), task.model
     _train(task, model)
+
+
+@library("transformers, model with num_items_in_batch")
+def transformers_num_items(task: Task) -> None:
+    """The Trainer with a model that divides by `num_items_in_batch`."""
+    _train(task, _WithNumItems(task))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,73 +18,20 @@ from torch import Tensor
 
 from nbutils.accumulation.check.probe import Batches, Probe, make_probe
 from nbutils.accumulation.check.watch import Run, Update, watch
-from nbutils.report.libraries import hugging_face, others
+from nbutils.report.libraries import hugging_face, others  # noqa: F401 # fill LIBRARIES
 from nbutils.report.libraries.task import (
     BATCH_SIZE,
     EPOCHS,
     IGNORED,
+    LIBRARIES,
     STEPS,
     WINDOW,
     Task,
-    this_project,
 )
 
-NOT_ITS_JOB, NOT_OFFERED = "not its job", "not offered"
-TOLERANCE = 1e-4
-CLIP = 1.0
-
-
-@dataclass(frozen=True)
-class Library:
-    """How to run a library.
-
-    Attributes:
-        loop: Trains with it.
-        package: Its name on PyPI; "" for this project.
-        answers: Probes that cannot be run with it, and why.
-        words: Verdicts of this library where a probe is not right.
-    """
-
-    loop: Callable[[Task], None]
-    package: str
-    answers: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
-
-
-_TOKENS = {"unequal tokens": NOT_ITS_JOB}
-_NO_LOG = {"logged loss": NOT_ITS_JOB}
-LIBRARIES = {
-    "this project": Library(this_project, ""),
-    "accelerate": Library(hugging_face.accelerate, "accelerate", _TOKENS | _NO_LOG),
-    "accelerate, loader not prepared": Library(
-        hugging_face.accelerate_unprepared, "accelerate", _TOKENS | _NO_LOG
-    ),
-    "transformers, plain model": Library(hugging_face.transformers_plain, "transformers"),
-    "transformers, model with **kwargs": Library(hugging_face.transformers_kwargs, "transformers"),
-    "transformers, ResNetForImageClassification": Library(
-        hugging_face.transformers_resnet, "transformers"
-    ),
-    "transformers, model with num_items_in_batch": Library(
-        hugging_face.transformers_num_items, "transformers"
-    ),
-    "lightning": Library(others.lightning, "lightning", _TOKENS),
-    "keras": Library(others.keras, "keras"),
-    "pytorch-ignite": Library(
-        others.ignite,
-        "pytorch-ignite",
-        _TOKENS | {"clipping": NOT_OFFERED, "schedule": NOT_ITS_JOB},
-    ),
-    "fastai": Library(
-        others.fastai,
-        "fastai",
-        _TOKENS,
-        {"schedule": "by fraction of training", "logged loss": "smoothed"},
-    ),
-    "poutyne": Library(others.poutyne, "poutyne", _TOKENS),
-    "torchtnt": Library(others.torchtnt, "torchtnt", _TOKENS),
-    "pytorch-accelerated": Library(others.pytorch_accelerated, "pytorch-accelerated", _TOKENS),
-    "composer": Library(others.composer, "mosaicml"),
-}
+TOLERANCE, CLIP = 1e-4, 1.0
+Runs = Mapping[str, Run]
+"""The runs of one library, by what was trained."""
 
 
 def _problem(name: str) -> Probe:
@@ -107,28 +53,25 @@ def observe(name: str) -> list[dict[str, object]]:
     """Run every probe with a library, in this process.
 
     Returns:
-        One row per probe: `probe`, `measured` (None where it was not run), `verdict`.
+        One row per probe: `library`, `probe`, `measured` (None if it was not run), `verdict`.
     """
-    library = LIBRARIES[name]
+    loop, _, answers, words = LIBRARIES[name]
     runs = {}
     for problem in ("full", "short", "unequal", "tokens", "clipping"):
-        if not {problem, f"unequal {problem}"} & set(library.answers):
+        if not {problem, f"unequal {problem}"} & set(answers):
             with watch(_problem(problem)) as runs[problem]:
-                library.loop(Task(runs[problem], CLIP if problem == "clipping" else None))
+                loop(Task(runs[problem], CLIP if problem == "clipping" else None))
     rows: list[dict[str, object]] = []
     for probe, judge in PROBES.items():
-        measured: float | None = None
-        if probe in library.answers:
-            verdict = library.answers[probe]
+        row: dict[str, object] = {"library": name, "probe": probe, "measured": None}
+        if probe in answers:
+            row["verdict"] = answers[probe]
         else:
-            value, verdict = judge(runs)
-            measured = float(f"{value:.5g}")
-            verdict = verdict if verdict == "right" else library.words.get(probe, verdict)
-        rows.append({"probe": probe, "measured": measured, "verdict": verdict})
+            measured, verdict = judge(runs)
+            row["measured"] = float(f"{measured:.5g}")
+            row["verdict"] = verdict if verdict == "right" else words.get(probe, verdict)
+        rows.append(row)
     return rows
-
-
-Measured = tuple[float, str]
 
 
 def _weights(run: Run, update: Update) -> Tensor:
@@ -140,44 +83,47 @@ def _weights(run: Run, update: Update) -> Tensor:
     return (seen * alone).sum(1) / (alone * alone).sum(1)
 
 
-def _second_window(run: Run) -> tuple[Update | None, Tensor, str]:
-    """The update of the first epoch's second window, its weights, and whether it has more in it."""
-    labels = run.probe.batches.dataset.tensors[1]
+def _second_window(run: Run) -> tuple[Tensor, str]:
+    """The images' weights in the first epoch's second window, and where else its gradient went."""
     for update in run.updates:
         if any(one.epoch == 0 and WINDOW in one.images for one in update.backwards):
-            weights = _weights(run, update)[: len(labels)]
-            return update, weights[WINDOW:], "carried over" if update.carried else ""
-    return None, torch.zeros(1), "dropped"
+            return _weights(run, update)[WINDOW:], "carried over" if update.carried else ""
+    return torch.zeros(1), "dropped"
 
 
-def _full_window(runs: Mapping[str, Run]) -> Measured:
+def _word(value: float, words: Mapping[float, str]) -> str:
+    """The word of the number that `value` equals."""
+    near = (word for one, word in words.items() if abs(value - one) <= TOLERANCE * abs(one))
+    return next(near, "other")
+
+
+def _full_window(runs: Runs) -> tuple[float, str]:
     """Sum of the images' weights in a full window; 1 is right."""
-    run = runs["full"]
-    size = _weights(run, run.updates[0]).sum().item()
-    return size, "right" if _near(size, 1) else "not divided" if _near(size, STEPS) else "other"
+    size = _weights(runs["full"], runs["full"].updates[0]).sum().item()
+    return size, _word(size, {1: "right", STEPS: "not divided"})
 
 
-def _short_window(runs: Mapping[str, Run]) -> Measured:
+def _short_window(runs: Runs) -> tuple[float, str]:
     """Sum of the images' weights of a last window of two micro-batches; 1 is right."""
-    _, weights, elsewhere = _second_window(runs["short"])
+    weights, elsewhere = _second_window(runs["short"])
     size = weights.sum().item()
-    words = {1.0: "right", 2 / 3: "divided by a full window", 2.0: "not divided"}
-    return size, elsewhere or next((w for value, w in words.items() if _near(size, value)), "other")
+    words = {1: "right", 2 / 3: "divided by a full window", 2: "not divided"}
+    return size, elsewhere or _word(size, words)
 
 
-def _unequal(runs: Mapping[str, Run], probe: str = "unequal") -> Measured:
+def _unequal(runs: Runs, problem: str = "unequal") -> tuple[float, str]:
     """The weight of the only image in a micro-batch, relative to one in a micro-batch of 4."""
-    _, weights, elsewhere = _second_window(runs[probe])
+    weights, elsewhere = _second_window(runs[problem])
     share = (weights[2 * BATCH_SIZE] / weights[0]).item()
-    return share, elsewhere or ("right" if _near(share, 1) else "mean of means")
+    return share, elsewhere or ("right" if abs(share - 1) <= TOLERANCE else "mean of means")
 
 
-def _tokens(runs: Mapping[str, Run]) -> Measured:
+def _tokens(runs: Runs) -> tuple[float, str]:
     """The same for tokens: the weight of the only one in a micro-batch that is not ignored."""
     return _unequal(runs, "tokens")
 
 
-def _clipping(runs: Mapping[str, Run]) -> Measured:
+def _clipping(runs: Runs) -> tuple[float, str]:
     """Relative difference from the true gradient of a window, clipped once; 0 is right."""
     run = runs["clipping"]
     model, update = run.probe.model, run.updates[0]
@@ -194,19 +140,19 @@ def _clipping(runs: Mapping[str, Run]) -> Measured:
     return error, "each micro-batch" if between else "other"
 
 
-def _schedule(runs: Mapping[str, Run]) -> Measured:
+def _schedule(runs: Runs) -> tuple[float, str]:
     """Steps of the schedule per update; 1 is right."""
     steps = len(runs["full"].schedule) / len(runs["full"].updates)
     return steps, "right" if steps == 1 else "each micro-batch" if steps > 1 else "each epoch"
 
 
-def _updates(runs: Mapping[str, Run]) -> Measured:
+def _updates(runs: Runs) -> tuple[float, str]:
     """Updates per epoch of five micro-batches; 2 is right."""
     updates = len(runs["short"].updates) / EPOCHS
     return updates, "right" if updates == 2 else "too few"
 
 
-def _logged_loss(runs: Mapping[str, Run]) -> Measured:
+def _logged_loss(runs: Runs) -> tuple[float, str]:
     """The loss reported for an epoch, relative to the mean over its images; 1 is right."""
     for name in ("full", "unequal"):
         images, labels = runs[name].probe.batches.dataset.tensors
@@ -215,23 +161,16 @@ def _logged_loss(runs: Mapping[str, Run]) -> Measured:
         words = {truth: "right", truth / STEPS: "divided by the steps"}
         words |= {truth * STEPS: "multiplied by the steps"}
         if name == "unequal":
-            words[_mean_of_means(losses, BATCH_SIZE)] = "mean of micro-batches"
-            words[_mean_of_means(losses, WINDOW)] = "mean of updates"
-        verdict = next((word for value, word in words.items() if _near(logged, value)), "other")
+            for size, unit in ((BATCH_SIZE, "micro-batches"), (WINDOW, "updates")):
+                means = torch.stack([part.mean() for part in losses.split(size)])
+                words[means.mean().item()] = f"mean of {unit}"
+        verdict = _word(logged, words)
         if verdict != "right":
             break
     return logged / truth, verdict
 
 
-def _mean_of_means(losses: Tensor, size: int) -> float:
-    return torch.stack([part.mean() for part in losses.split(size)]).mean().item()
-
-
-def _near(value: float, other: float) -> bool:
-    return abs(value - other) <= TOLERANCE * abs(other)
-
-
-PROBES: dict[str, Callable[[Mapping[str, Run]], Measured]] = {
+PROBES: dict[str, Callable[[Runs], tuple[float, str]]] = {
     "full window": _full_window,
     "short last window": _short_window,
     "unequal micro-batches": _unequal,
@@ -246,11 +185,7 @@ PROBES: dict[str, Callable[[Mapping[str, Run]], Measured]] = {
 
 def main(package: str, out: str) -> None:
     """Observe what needs a package; write the rows as JSON to the file `out`."""
-    rows = [
-        {"library": name, **row}
-        for name, library in LIBRARIES.items()
-        if library.package == package
-        for row in observe(name)
-    ]
+    names = [name for name, library in LIBRARIES.items() if library.package == package]
     number = torch.__version__.partition("+")[0]
-    Path(out).write_text(json.dumps({"torch": number, "rows": rows}))
+    found = {"torch": number, "rows": [row for name in names for row in observe(name)]}
+    Path(out).write_text(json.dumps(found))

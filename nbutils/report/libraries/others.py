@@ -13,13 +13,18 @@ from nbutils.report.libraries.task import (
     BATCH_SIZE,
     EPOCHS,
     IGNORED,
+    NO_TOKENS,
+    NOT_ITS_JOB,
+    NOT_OFFERED,
     STEPS,
     WINDOW,
     Task,
     constant_rate,
+    library,
 )
 
 
+@library("lightning", NO_TOKENS)
 def lightning(task: Task) -> None:
     """`Trainer(accumulate_grad_batches=3)`."""
     from lightning import pytorch as pl
@@ -52,6 +57,7 @@ def lightning(task: Task) -> None:
     ).fit(Module(), task.loader)
 
 
+@library("keras")
 def keras(task: Task) -> None:
     """`SGD(gradient_accumulation_steps=3)` of Keras on torch."""
     import keras
@@ -67,6 +73,7 @@ def keras(task: Task) -> None:
     model.fit(task.loader, epochs=EPOCHS, verbose=0, callbacks=[keras_callback(task.run)])
 
 
+@library("pytorch-ignite", NO_TOKENS | {"clipping": NOT_OFFERED, "schedule": NOT_ITS_JOB})
 def ignite(task: Task) -> None:
     """`create_supervised_trainer(gradient_accumulation_steps=3)`."""
     from ignite.engine import Events, create_supervised_trainer
@@ -82,6 +89,9 @@ def ignite(task: Task) -> None:
     trainer.run(task.loader, max_epochs=EPOCHS)
 
 
+@library(
+    "fastai", NO_TOKENS, words={"schedule": "by fraction of training", "logged loss": "smoothed"}
+)
 def fastai(task: Task) -> None:
     """`GradientAccumulation(12)`, which counts images, and `GradientClip`."""
     from fastai.callback.core import Callback
@@ -111,6 +121,7 @@ def fastai(task: Task) -> None:
         learner.fit(EPOCHS)
 
 
+@library("poutyne", NO_TOKENS)
 def poutyne(task: Task) -> None:
     """`Model.fit_generator(batches_per_step=3)`, with its callbacks for clipping and schedule."""
     from poutyne import Callback, ClipNorm, LambdaLR, Model
@@ -137,6 +148,7 @@ def poutyne(task: Task) -> None:
     )
 
 
+@library("torchtnt", NO_TOKENS)
 def torchtnt(task: Task) -> None:
     """`AutoUnit(gradient_accumulation_steps=3)`."""
     from torchtnt.framework.auto_unit import AutoUnit
@@ -170,6 +182,7 @@ def torchtnt(task: Task) -> None:
     train(unit, task.loader, max_epochs=EPOCHS)
 
 
+@library("pytorch-accelerated", NO_TOKENS)
 def pytorch_accelerated(task: Task) -> None:
     """`Trainer.train(gradient_accumulation_steps=3)`; it clips values, not the norm."""
     from pytorch_accelerated.callbacks import TrainerCallback
@@ -191,6 +204,7 @@ def pytorch_accelerated(task: Task) -> None:
     )
 
 
+@library("composer", package="mosaicml")
 def composer(task: Task) -> None:
     """`Trainer(device_train_microbatch_size=4)`, which cuts batches of 12 into micro-batches."""
     from composer import Callback, ComposerModel, DataSpec, Trainer

@@ -1,8 +1,9 @@
-"""What a library is given to train, and the loop of this project beside which it is put."""
+"""What a library is given to train, the list of libraries, and this project's own loop."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +12,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
 from nbutils.accumulation import accumulate_gradient, windows_of_batches
-from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, Table
+from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE
 from nbutils.accumulation.check.watch import Run
 from nbutils.accumulation.trainers import loader_of, watch_schedule
 
 STEPS, EPOCHS, WINDOW = ACCUMULATION_STEPS, 2, ACCUMULATION_STEPS * BATCH_SIZE
 IGNORED = -100
+NOT_ITS_JOB, NOT_OFFERED = "not its job", "not offered"
+NO_TOKENS = {"unequal tokens": NOT_ITS_JOB}
 
 
 class Task:
-    """A model to train with plain SGD, and its run, which is watched.
-
-    Attributes:
-        model: Its `weight` is the only parameter.
-        clip: What to clip the gradient's norm to, where it is to be clipped.
-    """
+    """A model to train with plain SGD in a run that is watched, clipped to the norm `clip`."""
 
     def __init__(self, run: Run, clip: float | None = None) -> None:
         self.run, self.clip = run, clip
-        self.model: Table = run.probe.model
+        self.model = run.probe.model
         self.dataset = run.probe.batches.dataset
         self.rate = run.probe.learning_rate
         self.end_epoch = run.end_epoch
@@ -55,6 +53,39 @@ def constant_rate(optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda _: 1.0)
 
 
+Loop = TypeVar("Loop", bound=Callable[..., None])
+
+
+class Library(NamedTuple):
+    """How to run a library, and the verdicts that a probe of it has instead of those measured."""
+
+    loop: Callable[[Task], None]
+    package: str  # on PyPI; "" for this project
+    answers: Mapping[str, str]  # probes that cannot be run with it, and why
+    words: Mapping[str, str]  # where the verdict is not "right"
+
+
+LIBRARIES: dict[str, Library] = {}
+"""By their names in the table, in its order: a package, or "package, variant"."""
+
+
+def library(
+    name: str,
+    answers: Mapping[str, str] = {},
+    words: Mapping[str, str] = {},
+    package: str | None = None,
+) -> Callable[[Loop], Loop]:
+    """Add the decorated loop to `LIBRARIES`."""
+
+    def add(loop: Loop) -> Loop:
+        found = name.partition(",")[0] if package is None else package
+        LIBRARIES[name] = Library(loop, found, answers, words)
+        return loop
+
+    return add
+
+
+@library("this project", package="")
 def this_project(task: Task) -> None:
     """`accumulate_gradient` over `windows_of_batches`."""
 

@@ -25,20 +25,14 @@ from nbutils.paths import write_atomically
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep `folder` for this process by the file `.lock` in it; made where there is none.
-
-    Raises:
-        InputError: Another process has it, or it cannot be written.
-    """
+    """Keep `folder`, made where there is none, for this process; InputError if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise InputError(
             f"another command is at work in {folder}; wait for it to end, or choose another --out"
         ) from error
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from error
     with lock:
         yield
 
@@ -55,11 +49,7 @@ def write_manifest(path: Path, content: Mapping[str, Any], files: Iterable[str])
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a manifest says; its checksum and those of the files are verified.
-
-    Raises:
-        InputError: Says what is wrong.
-    """
+    """What a manifest says, its checksums verified; InputError says what is wrong."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         older = content.keys() == {"environments", "files"}  # a reference, before checksums

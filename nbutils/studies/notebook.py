@@ -18,9 +18,6 @@ from nbutils.errors import InputError, suggest
 from nbutils.paths import NOTEBOOKS
 from nbutils.training.config import RunConfig
 
-LONGEST_PIPE_FOLDER = 70
-"""Characters; the system limits the name of a pipe to about 104, and 26 are added to its folder."""
-
 
 def notebook_path(name: str) -> Path:
     """The file of the notebook called `name` in `notebooks/`; InputError if there is none."""
@@ -55,11 +52,7 @@ def check_injected_parameters() -> None:
 
 
 def config_from_parameters(variables: Mapping[str, Any]) -> RunConfig:
-    """In a notebook: the settings of a run, from `globals()`; what is not there has its default.
-
-    Raises:
-        InputError: A value is not allowed, or papermill added an unknown parameter.
-    """
+    """In a notebook: the settings of a run, from `globals()`; what is not there has its default."""
     check_injected_parameters()
     names = RunConfig.field_names()
     return RunConfig(**{name: variables[name] for name in names if name in variables})
@@ -86,30 +79,25 @@ def execute_notebook(
 ) -> None:
     """Run a notebook of the project with papermill, in a kernel that ends with this process.
 
-    May be called from several threads at a time.
+    May be called from several threads at a time. Raises what papermill does.
 
     Args:
         notebook: Its name in `notebooks/`.
         output: Where the executed notebook goes.
         parameters: Plain Python values for parameters that it declares.
-        threads: CPU threads of the kernel; None for the default.
-        time_limit: Seconds that a cell may take, rounded up; None for no limit.
-
-    Raises:
-        Exception: What papermill raises when a cell fails or the kernel dies.
+        threads: CPU threads of the kernel.
+        time_limit: Seconds that a cell may take, rounded up.
     """
     import papermill
     from traitlets.config import Config
 
     logging.getLogger("papermill").setLevel(logging.ERROR)
     environment = {"TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    long = len(os.fsencode(tempfile.gettempdir())) > LONGEST_PIPE_FOLDER
-    with tempfile.TemporaryDirectory(prefix="nbutils-", dir="/tmp" if long else None) as folder:
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    short = "/tmp" if os.name == "posix" else None  # the system limits the names of pipes
+    with tempfile.TemporaryDirectory(prefix="nbutils-", dir=short) as folder:
         connection = {"connection_file": str(Path(folder, "kernel.json"))}
-        if os.name == "posix":
-            # Pipes, not TCP ports: kernels that start at the same time may claim the same port.
+        if short:  # Pipes, not TCP ports: kernels that start together may claim the same port.
             connection |= {"transport": "ipc", "ip": str(Path(folder, "kernel"))}
         papermill.execute_notebook(
             str(notebook_path(notebook)),

@@ -28,14 +28,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.studies.files import (
-    read_arrays,
-    read_csv,
-    read_manifest,
-    replace_folder,
-    replaced,
-    write_manifest,
-)
+from nbutils.studies import files
 from nbutils.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -76,31 +69,25 @@ def save_run(result: RunResult, out: str | Path) -> Path:
             predictions=result.late_predictions.numpy(),
             labels=result.data.test.labels.numpy().astype(np.uint8),
         )
-        write_manifest(partial / "run.json", _content(result), RECORD_FILES)
-        replace_folder(partial, folder)
+        files.write_manifest(partial / "run.json", _content(result), RECORD_FILES)
+        files.replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 def _content(result: RunResult) -> dict[str, Any]:
-    data, last = result.data, result.history.iloc[-1]
-    images = result.images_per_epoch * result.config.epochs
-    where = environment(device_name(result.device))
+    config, data, last = result.config, result.data, result.history.iloc[-1]
+    where = environment(device_name(result.device)) | {"cuda_graph": result.cuda_graph}
+    splits = {name: len(getattr(data, name).images) for name in ("train", "validation", "test")}
     return {
-        "run_id": result.config.run_id,
-        "config": result.config.to_dict(),
-        "dataset": {
-            "name": data.name,
-            "fingerprint": data.fingerprint,
-            "train": len(data.train.labels),
-            "validation": len(data.validation.labels),
-            "test": len(data.test.images),
-        },
+        "run_id": config.run_id,
+        "config": config.to_dict(),
+        "dataset": {"name": data.name, "fingerprint": data.fingerprint, **splits},
         "images_per_epoch": result.images_per_epoch,
-        "environment": where | {"cuda_graph": result.cuda_graph},
+        "environment": where,
         "final": last.to_dict(),
-        "images_per_second": images / last["seconds"],
+        "images_per_second": result.images_per_epoch * config.epochs / last["seconds"],
         "peak_memory": result.peak_memory,
         "micro_batch": result.micro_batch,
         "schema_version": SCHEMA_VERSION,
@@ -110,14 +97,13 @@ def _content(result: RunResult) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What `run.json` in `folder` says; InputError names what is damaged."""
     try:
-        content = read_manifest(folder / "run.json")
+        content = files.read_manifest(folder / "run.json")
         version = content.get("schema_version")
         if version not in (1, SCHEMA_VERSION):
             raise InputError(f"its schema version is {version!r}, and only 1 and 2 can be read")
-        if wrong := (content.keys() - {"micro_batch"}) ^ KEYS:
+        found = content.keys() - {"micro_batch"} | {*content["files"]}
+        if wrong := found ^ {*KEYS, *RECORD_FILES}:
             raise InputError(f"run.json lacks, or should not have: {', '.join(sorted(wrong))}")
-        if set(content["files"]) != set(RECORD_FILES):
-            raise InputError(f"run.json lists the files {', '.join(content['files'])}")
         run_id = RunConfig.from_dict(content["config"]).run_id
         if not folder.name == content["run_id"] == run_id:
             raise InputError(f"it belongs to the run {run_id}")
@@ -135,8 +121,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         `images_per_second`, `peak_memory`, then the columns of the history.
 
     Raises:
-        InputError: There are no runs, or some are damaged, or they used different images; the
-            message names them.
+        InputError: There are no runs, or it names those that are damaged or on different images.
     """
     runs = read_runs(folder)
     return runs.table.merge(runs.history, on="run_id", validate="one_to_many")
@@ -156,7 +141,7 @@ def read_runs(folder: str | Path) -> Runs:
     """All runs of a study's folder, or of a reference; errors as of `load_runs`."""
     folder = Path(folder)
     if not folder.is_dir():
-        hint = f"; rename {aside} to it" if (aside := replaced(folder)).is_dir() else ""
+        hint = f"; rename {aside} to it" if (aside := files.replaced(folder)).is_dir() else ""
         raise InputError(f"no folder {folder}{hint}")
     runs = _from_reference(folder) if (folder / "runs.csv").exists() else _from_records(folder)
     names = runs.table.groupby("dataset_fingerprint")["run_id"].agg(list)
@@ -176,8 +161,8 @@ def _from_records(folder: Path) -> Runs:
                 damaged.append(str(error))
     if damaged or not records:
         raise InputError("\n".join(damaged) or f"no runs in {folder}")
-    histories = {run_id: read_csv(folder / run_id / "history.csv") for run_id in records}
-    arrays = {run_id: read_arrays(folder / run_id / "predictions.npz") for run_id in records}
+    histories = {run_id: files.read_csv(folder / run_id / "history.csv") for run_id in records}
+    arrays = {run_id: files.read_arrays(folder / run_id / "predictions.npz") for run_id in records}
     return Runs(
         table=pd.DataFrame([_row(record) for record in records.values()]),
         history=pd.concat(histories, names=["run_id"]).reset_index("run_id").reset_index(drop=True),
@@ -189,32 +174,32 @@ def _from_records(folder: Path) -> Runs:
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig.from_dict(record["config"])  # which knows settings that came later
+    dataset, measured = record["dataset"], ("images_per_second", "peak_memory")
     return {
         "run_id": record["run_id"],
         **config.to_dict(),
         "effective_batch_size": config.effective_batch_size,
-        "dataset_fingerprint": record["dataset"]["fingerprint"],
+        "dataset_fingerprint": dataset["fingerprint"],
         "images_per_epoch": record["images_per_epoch"],
-        "validation_images": record["dataset"]["validation"],
-        "test_images": record["dataset"]["test"],
-        "images_per_second": record["images_per_second"],
-        "peak_memory": record["peak_memory"],
+        "validation_images": dataset["validation"],
+        "test_images": dataset["test"],
+        **{name: record[name] for name in measured},
     }
 
 
 def _from_reference(folder: Path) -> Runs:
     try:
-        content = read_manifest(folder / MANIFEST)
-        if set(content["files"]) != set(REFERENCE_FILES):
+        content = files.read_manifest(folder / MANIFEST)
+        if {*content["files"]} != {*REFERENCE_FILES}:
             raise InputError(f"{MANIFEST} lists {', '.join(content['files'])}")
     except InputError as error:
         raise InputError(f"the reference {folder} is damaged: {error}") from error
-    history, table = read_csv(folder / "history.csv"), read_csv(folder / "runs.csv")
+    history, table = files.read_csv(folder / "history.csv"), files.read_csv(folder / "runs.csv")
     final = table.columns.intersection(history.columns).drop("run_id")
     settings = RunConfig().to_dict()
     later = {name: value for name, value in settings.items() if name not in table}
     columns = dict.fromkeys(["run_id", *settings, *table.columns.drop(final)])
-    arrays = read_arrays(folder / "predictions.npz")
+    arrays = files.read_arrays(folder / "predictions.npz")
     return Runs(
         table=table.assign(**later)[list(columns)],
         history=history,

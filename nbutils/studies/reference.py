@@ -21,7 +21,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import environment
-from nbutils.studies.files import read_csv, read_manifest, replace_folder, replaced, write_manifest
+from nbutils.studies import files
 from nbutils.studies.record import MANIFEST, REFERENCE_FILES, read_runs
 
 
@@ -48,8 +48,8 @@ def export(folder: str | Path, reference: str | Path) -> None:
 
 def _export_runs(folder: Path, reference: Path) -> None:
     runs = read_runs(folder)
-    if replaced(reference).exists() and not reference.exists():
-        os.rename(replaced(reference), reference)  # an export was killed between two renames
+    if files.replaced(reference).exists() and not reference.exists():
+        os.rename(files.replaced(reference), reference)  # an export was killed between two renames
     parts = [runs]
     if (reference / "runs.csv").exists():
         held = read_runs(reference)
@@ -60,11 +60,12 @@ def _export_runs(folder: Path, reference: Path) -> None:
     table = pd.concat([part.table for part in parts]).drop_duplicates("run_id", keep="last")
     history = pd.concat([part.history for part in parts])
     history = history.drop_duplicates(["run_id", "epoch"], keep="last")
+    history = history.sort_values(["run_id", "epoch"])
+    final = history.groupby("run_id").tail(1).drop(columns="epoch")
+    table = table.sort_values("run_id").merge(final, on="run_id")
     late = {name: array for part in parts for name, array in part.predictions.items()}
     places = [place for part in parts for place in part.environments]
     distinct = {json.dumps(place, sort_keys=True): place for place in places}
-    history = history.sort_values(["run_id", "epoch"])
-    final = history.groupby("run_id").tail(1).drop(columns="epoch")
     arrays: dict[str, Any] = {"labels": runs.labels, **dict(sorted(late.items()))}
     reference.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{reference.name}.", dir=reference.parent) as aside:
@@ -72,30 +73,28 @@ def _export_runs(folder: Path, reference: Path) -> None:
         if reference.exists():  # it may hold other files too
             shutil.copytree(reference, partial)
         partial.mkdir(exist_ok=True)
-        table.sort_values("run_id").merge(final, on="run_id").to_csv(
-            partial / "runs.csv", index=False
-        )
+        table.to_csv(partial / "runs.csv", index=False)
         history.to_csv(partial / "history.csv", index=False)
         np.savez_compressed(partial / "predictions.npz", **arrays)
         content = {"environments": list(distinct.values())}
-        write_manifest(partial / MANIFEST, content, REFERENCE_FILES)
-        replace_folder(partial, reference)
+        files.write_manifest(partial / MANIFEST, content, REFERENCE_FILES)
+        files.replace_folder(partial, reference)
 
 
 def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
     """Write tables by name, without their index, measured on "cpu" or the GPU of that name."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {f"{name}.csv": table for name, table in tables.items()}
-    for name, table in files.items():
-        table.to_csv(folder / name, index=False)
-    write_manifest(folder / MANIFEST, {"environments": [environment(device)]}, files)
+    for name, table in tables.items():
+        table.to_csv(folder / f"{name}.csv", index=False)
+    content = {"environments": [environment(device)]}
+    files.write_manifest(folder / MANIFEST, content, [f"{name}.csv" for name in tables])
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """The tables that `save_tables` wrote, by name; InputError if they are not there or changed."""
     try:
-        files = read_manifest(Path(folder, MANIFEST))["files"]
+        names = files.read_manifest(Path(folder, MANIFEST))["files"]
     except InputError as error:
         raise InputError(f"{folder} holds no whole tables: {error}") from error
-    return {name.removesuffix(".csv"): read_csv(Path(folder, name)) for name in files}
+    return {name.removesuffix(".csv"): files.read_csv(Path(folder, name)) for name in names}

@@ -66,10 +66,9 @@ def run_study(
             `executor`, this machine; nothing was run or changed.
     """
     out = Path(out).absolute()
-    if jobs is not None and jobs < 1:
-        raise InputError(f"jobs = {jobs}, but it must be a whole number >= 1")
-    if time_limit is not None and not 0 < time_limit < math.inf:
-        raise InputError(f"time_limit = {time_limit}, but it must be a number of seconds > 0")
+    for name, value in {"jobs": jobs, "time_limit": time_limit}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} = {value}, but it must be a number > 0")
     merge_with_folder(study, out)
     fingerprints = _check_runnable(study, status.missing(study, out), on_oom, executor is None)
     with locked(out):

@@ -81,11 +81,7 @@ class Study:
 
 
 def load_study(name: str, overrides: Overrides | None = None) -> Study:
-    """Read and check a study in `notebooks/studies/`, or a YAML file by its path.
-
-    Raises:
-        InputError: The study, a key, a notebook, a parameter or a value is unknown or not allowed.
-    """
+    """Read and check a study in `notebooks/studies/`, or a YAML file by its path."""
     known = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
@@ -193,12 +189,10 @@ def merge_with_folder(study: Study, out: Path) -> Study:
     Raises:
         InputError: `out` holds something else, or runs that no summary could compare.
     """
-    held = _held_runs(study, out)
-    plan = replace(study, runs=(*held, *(run for run in study.runs if run not in held)))
-    datasets = list(dict.fromkeys(run.config.dataset for run in plan.runs))
-    if len(datasets) > 1:
+    plan = replace(study, runs=tuple(dict.fromkeys([*_held_runs(study, out), *study.runs])))
+    if len({run.config.dataset for run in plan.runs}) > 1:
         raise InputError(
-            f"dataset = {', '.join(map(repr, datasets))}, but the runs in {out} must share one; "
+            f"the runs in {out} must share a dataset, and not have {', '.join(plan.datasets)}; "
             f"choose another --out for each"
         )
     return plan

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -36,16 +35,16 @@ def write_study(folder, **grid):
 
 
 def wait_for(condition):
-    """What `condition` returns, once it is true."""
+    """What `condition` returns, once it is true, within five minutes."""
     end = time.monotonic() + 300
-    while not (value := condition()):
-        assert time.monotonic() < end, "nothing happened within five minutes"
+    while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.05)
+    assert value
     return value
 
 
 class Cluster:
-    """A scheduler, and workers that can be started and killed."""
+    """A scheduler, and workers that can be started and killed; a context manager."""
 
     def __init__(self, folder):
         self.folder, self.processes = folder, []
@@ -75,15 +74,12 @@ class Cluster:
     def run(self, study_file, out):
         return main(["run", study_file, "--out", str(out), "--scheduler", self.address])
 
+    def __enter__(self):
+        return self
 
-@contextmanager
-def new_cluster(folder):
-    started = Cluster(folder)
-    try:
-        yield started
-    finally:
-        started.client.close()
-        for process in started.processes:
+    def __exit__(self, *error):
+        self.client.close()
+        for process in self.processes:
             process.kill()
             process.wait()
 
@@ -91,7 +87,7 @@ def new_cluster(folder):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A cluster with one worker."""
-    with new_cluster(tmp_path_factory.mktemp("cluster")) as started:
+    with Cluster(tmp_path_factory.mktemp("cluster")) as started:
         started.worker = started.start_worker()
         yield started
 
@@ -133,6 +129,7 @@ def test_workers_that_do_not_see_the_folder_are_refused_by_name(one, tmp_path, c
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
+@pytest.mark.slow
 def test_workers_with_other_code_are_refused_by_name_also_those_that_come_later(tmp_path, capsys):
     other = tmp_path / "other"
     ignored = shutil.ignore_patterns("__pycache__", "reference")
@@ -140,7 +137,7 @@ def test_workers_with_other_code_are_refused_by_name_also_those_that_come_later(
     shutil.copytree(NOTEBOOKS, other / "notebooks", ignore=ignored)
     with open(other / "nbutils" / "errors.py", "a") as module:
         module.write("# changed\n")
-    with new_cluster(tmp_path) as mixed:
+    with Cluster(tmp_path) as mixed:
         good = mixed.start_worker()
         with cluster(mixed.address, tmp_path) as executor:
             assert executor.submit(os.getpid).result() == good.pid
@@ -177,7 +174,7 @@ def test_ctrl_c_ends_the_runs_on_the_workers(one, tmp_path):
 @pytest.mark.slow
 def test_the_runs_of_a_killed_worker_are_made_by_another(tmp_path, no_summary):
     study, out = write_study(tmp_path, epochs=[3], seed=[0, 1]), tmp_path / "out"
-    with new_cluster(tmp_path) as pair, ThreadPoolExecutor(1) as background:
+    with Cluster(tmp_path) as pair, ThreadPoolExecutor(1) as background:
         workers = [pair.start_worker(), pair.start_worker()]
         command = background.submit(pair.run, study, out)
         wait_for(lambda: list(out.glob(".work/*/*/checkpoint.pt")))
@@ -192,7 +189,7 @@ def test_the_runs_of_a_killed_worker_are_made_by_another(tmp_path, no_summary):
 @pytest.mark.slow
 def test_a_lost_scheduler_is_told(tmp_path, no_summary):
     study, out = write_study(tmp_path, epochs=[500]), tmp_path / "out"
-    with new_cluster(tmp_path) as frail, ThreadPoolExecutor(1) as background:
+    with Cluster(tmp_path) as frail, ThreadPoolExecutor(1) as background:
         worker = frail.start_worker()
         command = background.submit(frail.run, study, out)
         wait_for(lambda: list(out.glob(".work/*/*/checkpoint.pt")))
@@ -205,7 +202,7 @@ def test_a_lost_scheduler_is_told(tmp_path, no_summary):
 
 @pytest.mark.slow
 def test_runs_go_to_the_gpu_where_workers_declare_one(tmp_path):
-    with new_cluster(tmp_path) as mixed:
+    with Cluster(tmp_path) as mixed:
         mixed.start_worker("--resources", "GPU=1", "--name", "gpu")
         mixed.start_worker("--name", "plain")
         with cluster(mixed.address, tmp_path) as executor:

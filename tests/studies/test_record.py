@@ -109,7 +109,7 @@ def forge(run, **changes):
         (lambda run: forge(run, schema_version=3), "schema version is 3, and only 1 and 2 can be"),
         (lambda run: forge(run, comment="more", dataset=None), "not have: comment, dataset"),
         (lambda run: forge(run, files={"../run.json": "0"}), "'../run.json' is not the name of"),
-        (lambda run: forge(run, files={}), "lists the files"),
+        (lambda run: forge(run, files={}), "not have: history.csv, predictions.npz"),
         (lambda run: forge(run, config={"momentun": 0.9}), "no setting 'momentun'; did you mean"),
     ],
 )

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pandas as pd
 import torch
 
-from nbutils.advise import reasons
-from nbutils.advise.costs import cost_table, trial_costs, update_cost
-from nbutils.advise.entrants import choose, entrants, usual_row
+from nbutils.advise import race, report
+from nbutils.advise.costs import trial_costs, update_cost
 from nbutils.advise.measurements import trial_noise, trial_rates, typical
-from nbutils.advise.race import Race, Setting, run_race
-from nbutils.advise.reasons import Measured
+from nbutils.advise.race import candidates, choose, entrants, relative_time, run_race, usual_row
 from nbutils.advise.task import Losses, Task, read_task
-from nbutils.advise.trials import Clock, Recipe, format_seconds, parse_time, recipe_for
+from nbutils.advise.trials import Setting
 from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.measure.cost import Cost
 from nbutils.measure.factory import Factory
-from nbutils.measure.memory import format_memory, free_memory, parse_memory
+from nbutils.measure.memory import free_memory, parse_memory
 from nbutils.measure.process import OutOfMemory
 from nbutils.training.setup import resolve_device
 
@@ -41,123 +40,57 @@ SHARES = {"costs": 0.25, "noise": 0.1, "rates": 0.2, "race": 0.45}
 class Advice:
     """What to train with, why, and what it rests on. All values are plain, for JSON.
 
-    Attributes:
-        model: Name of the model's factory.
-        dataset: Name of the dataset.
-        optimizer: "adam" or "sgd".
-        device: Where it was measured.
-        noun: What an example is called: "images" or "examples".
-        batch_size: Examples in one forward/backward pass.
-        accumulation_steps: Passes per update; 1: do not accumulate.
-        effective_batch_size: Examples per update.
-        learning_rate: Of the setting that won the race.
-        usual: The usual setting, as in `race`.
-        saved: Share of its time that the advice saves; negative if it needs more.
-        saved_range: 95 % interval of `saved`; None with one start.
-        starts: From which the advised and the usual setting both trained.
-        seconds_per_epoch: Of training alone, with the whole dataset, at the speed of the race.
-        seconds_per_epoch_range: At the highest and the lowest speed measured.
-        peak_memory: Bytes that training adds.
-        memory_budget: Bytes that it might have added.
-        noise_scale: In examples, the median along a short training. None if not measured or
-            infinite.
-        noise_scale_range: The lowest lower and the highest upper end of its intervals. An upper end
-            of None is infinite.
-        warnings: What to beware of.
-        reasons: Why this, as sentences.
-        questions: Two usual questions, each with its answer.
-        not_checked: What the advice does not rest on.
-        code: The loop to paste.
-        costs: Rows of `trial_costs`, with `relative_time` by the formula, the advised being 1.
-        noise: Rows of `trial_noise`.
-        rates: Rows of `trial_rates`.
-        rates_at: The examples per update at which the rates were tried.
-        race: Rows of `Race.points`.
-        settings: Rows of `Race.settings`.
-        seconds_taken: All the waiting.
-        time_budget: Seconds that the measurements might have taken.
-        environment: Versions and hardware.
+    What is not finite is None. Settings are written as in "8 x 128 at 0.001".
     """
 
-    model: str
+    model: str  # name of its factory
     dataset: str
-    optimizer: str
+    optimizer: str  # "adam" or "sgd"
     device: str
-    noun: str
-    batch_size: int
-    accumulation_steps: int
+    noun: str  # what an example is called: "images" or "examples"
+    batch_size: int  # examples in one forward/backward pass
+    accumulation_steps: int  # 1: do not accumulate
     effective_batch_size: int
     learning_rate: float
-    usual: str
-    saved: float | None
-    saved_range: list[float | None]
-    starts: int
-    seconds_per_epoch: float
-    seconds_per_epoch_range: list[float]
-    peak_memory: int
-    memory_budget: int
-    noise_scale: float | None
-    noise_scale_range: list[float | None]
-    warnings: list[str]
-    reasons: list[str]
-    questions: dict[str, str]
-    not_checked: list[str]
-    code: str
-    costs: list[dict[str, Any]]
-    noise: list[dict[str, Any]]
-    rates: list[dict[str, Any]]
-    rates_at: int
-    race: list[dict[str, Any]]
-    settings: list[dict[str, Any]]
-    seconds_taken: float
-    time_budget: float
-    environment: dict[str, Any]
+    usual: str  # the usual setting
+    saved: float | None  # share of its time that the advice saves; negative if it needs more
+    saved_range: list[float | None]  # 95 % interval; None with one start
+    starts: int  # from which the advised and the usual setting both trained
+    seconds_per_epoch: float  # of training alone, on the whole dataset, at the speed of the race
+    seconds_per_epoch_range: list[float]  # at the highest and the lowest speed measured
+    peak_memory: int  # bytes that training adds
+    memory_budget: int  # bytes that it might have added
+    noise_scale: float | None  # in examples, the median along a short training
+    noise_scale_range: list[float | None]  # the lowest and the highest end of its intervals
+    code: str  # the loop to paste
+    costs: list[dict[str, Any]]  # of `trial_costs`, and two columns of `_measured`
+    noise: list[dict[str, Any]]  # of `trial_noise`
+    rates: list[dict[str, Any]]  # of `trial_rates`
+    rates_at: int  # examples per update at which they were tried
+    race: list[dict[str, Any]]  # of `run_race`
+    settings: list[dict[str, Any]]  # that raced, and `times` the time that they needed
+    seconds_taken: float  # all the waiting
+    time_budget: float  # seconds
+    environment: dict[str, Any]  # versions and hardware
+    warnings: Sequence[str] = ()
+    reasons: Sequence[str] = ()
+    questions: Mapping[str, str] = field(default_factory=dict)  # two usual ones, with answers
+    not_checked: Sequence[str] = ()
 
     @property
     def setting(self) -> str:
         """The advised setting, as in `race`."""
-        sizes = self.batch_size, self.accumulation_steps
-        return str(Setting(*sizes, self.learning_rate, 1.0))
+        return str(Setting(self.batch_size, self.accumulation_steps, self.learning_rate))
 
     @property
     def headline(self) -> str:
         """The advice in one line."""
-        steps = self.accumulation_steps
-        accumulate = f"{steps} accumulation steps" if steps > 1 else "no accumulation"
-        return (
-            f"Train with batch size {self.batch_size}, {accumulate} and learning rate "
-            f"{self.learning_rate:g}."
-        )
-
-    @property
-    def saving(self) -> str:
-        """How much time the advice saves against the usual setting, and how sure that is."""
-        if self.setting == self.usual:
-            return "the same: no other setting that raced was faster"
-        if self.saved is None:
-            return "not known: one of the two did not learn"
-        less = "less" if self.saved >= 0 else "more"
-        starts = f"{self.starts} starts" if self.starts > 1 else "1 start, so no interval"
-        low, high = self.saved_range
-        if low is not None and high is not None:
-            starts = f"{low:.0%} to {high:.0%}, {starts}"
-        return f"{abs(self.saved):.0%} {less} time to the same validation loss ({starts})"
+        return report.words("headline", self)
 
     @property
     def answer(self) -> str:
         """The advice in a few lines."""
-        low, high = map(format_seconds, self.seconds_per_epoch_range)
-        times = f"{format_seconds(self.seconds_per_epoch)} ({low} to {high})"
-        return "\n".join(
-            [
-                self.headline,
-                f"  for               {self.model} on {self.dataset}, {self.optimizer}, "
-                f"{self.device}",
-                f"  against {self.usual:<9} {self.saving}",
-                f"  time per epoch    {times}",
-                f"  peak memory       {format_memory(self.peak_memory)}",
-            ]
-        )
+        return report.words("answer", self)
 
 
 def advise(
@@ -175,7 +108,7 @@ def advise(
     """Measure a training, race a few settings, and advise on sizes and learning rate.
 
     Args:
-        model: Makes the model; as `read_task` takes it, like the next four.
+        model: As `read_task` takes it, like the next four.
         dataset: The examples.
         losses: `losses(model, batch)`; by default the cross-entropy of a classifier of images.
         collate: Makes a batch of items.
@@ -191,85 +124,131 @@ def advise(
         InputError: An argument cannot be used, the model cannot be trained, or the memory budget
             is too small.
     """
-    began = time.perf_counter()
-    recipe, place = recipe_for(optimizer), resolve_device(device)
+    began, place = perf_counter(), resolve_device(device)
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
-    budget = memory_budget if isinstance(memory_budget, int) else None
     if isinstance(memory_budget, str):
-        budget = parse_memory(memory_budget)
-    memory = budget or free_memory(str(place))
-    seconds = parse_time(time_budget)
-    task = read_task(model, dataset, losses, collate, columns)
+        memory_budget = parse_memory(memory_budget)
+    memory, seconds = memory_budget or free_memory(str(place)), parse_time(time_budget)
+    task = read_task(model, dataset, losses, collate, columns, optimizer, place)
     with suppress(OutOfMemory):  # what takes long only once: starting the measuring processes
-        update_cost(task, recipe.optimizer, place, 2)
-    recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
+        update_cost(task, 2)
+    task.recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
     mean_interval([0.0, 1.0])  # loads scipy
-    measured = _measured(task, recipe, place, memory * (1 - MARGIN), seconds)
-    return Advice(
+    measured, bounded, left_out = _measured(task, memory * (1 - MARGIN), seconds)
+    advice = Advice(
         optimizer=optimizer,
         device=str(place),
         memory_budget=memory,
-        **reasons.from_race(task, measured),
-        **reasons.from_tables(task, measured),
-        code=reasons.loop(task, measured, recipe, str(place)),
-        seconds_taken=time.perf_counter() - began,
+        **measured,
+        seconds_taken=perf_counter() - began,
         time_budget=seconds,
         environment=environment(device_name(place)),
     )
+    return replace(advice, **report.sentences(task, advice, bounded, left_out))
 
 
-def _measured(
-    task: Task, recipe: Recipe, place: torch.device, limit: float, seconds: float
-) -> Measured:
-    """Everything in turn: costs, noise scale, rates, race."""
-    clock = Clock(seconds)
-    costs, bounded, left_out = trial_costs(
-        task, recipe.optimizer, place, limit, SHARES["costs"] * seconds
-    )
-    usual, accumulate = usual_row(costs), not task.batch_norms
-    share = SHARES["noise"] * seconds
-    sizes = min(32, usual["batch_size"]), usual["images_per_second"]
-    fitting = int(costs["batch_size"].max())
-    noise, missed = trial_noise(task, recipe, place, *sizes, fitting, limit, share)
+def parse_time(text: str | float) -> float:
+    """The seconds, more than 0, that a number, or a text like "90s" or "1.5 h", means."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|sec|m|min|h|)\s*", str(text).lower())
+    seconds = float(match[1]) * {"h": 3600, "m": 60}.get(match[2][:1], 1) if match else 0.0
+    if not seconds:
+        raise InputError(
+            f"time budget {text!r}: it must be a number > 0 and a unit, such as 90s, 10min or 1h"
+        )
+    return seconds
+
+
+def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any], bool, list[str]]:
+    """Costs, noise scale, rates and race: fields of `Advice`.
+
+    The costs get `relative_time` to get equally far, the advised being 1, and `share_of_whole`: the
+    speed of an accumulated update over that of one batch of its size. Then whether memory was the
+    limit, and what was left out.
+    """
+    end, share = perf_counter() + seconds, {name: part * seconds for name, part in SHARES.items()}
+    costs, bounded, left_out = trial_costs(task, limit, share["costs"])
+    usual, fitting = usual_row(costs), int(costs["batch_size"].max())
+    sizes = min(32, usual.batch_size), usual.images_per_second
+    noise, missed = trial_noise(task, *sizes, fitting, limit, share["noise"])
     left_out += missed
-    scale = typical(noise)[0]
-    first = choose(costs, scale, accumulate)
-    sizes = first["batch_size"], first["accumulation_steps"]
-    share = min(SHARES["rates"] * seconds, 0.5 * clock.left)
-    rates, missed = trial_rates(task, recipe, place, *sizes, first["images_per_second"], share)
+    scale = typical(noise)
+    open_to_choice = candidates(costs, scale[0], not task.batch_norm)
+    first = choose(open_to_choice)
+    sizes = first.batch_size, first.accumulation_steps
+    time = min(share["rates"], 0.5 * max(0.0, end - perf_counter()))
+    rates, missed = trial_rates(task, *sizes, first.images_per_second, time)
     left_out += missed
-    settings = entrants(costs, scale, rates, recipe, accumulate, bounded)
-    share = max(clock.left, SHARES["race"] * seconds)
-    race = run_race(task, recipe, place, settings, share)
-    costs = _confirmed(
-        costs, race, lambda *sizes: update_cost(task, recipe.optimizer, place, *sizes)
+    settings = entrants(open_to_choice, usual, rates, task.recipe, bounded)
+    time = max(share["race"], end - perf_counter())
+    winner, points = run_race(task, settings, time)
+
+    whole = costs[costs["accumulation_steps"] == 1].set_index("effective_batch_size")
+    costs["relative_time"] = relative_time(costs, scale[0])
+    costs["share_of_whole"] = costs["images_per_second"] / costs["effective_batch_size"].map(
+        whole["images_per_second"]
     )
-    return Measured(costs, noise, rates, first["effective_batch_size"], bounded, left_out, race)
+    won = costs["effective_batch_size"] == winner.effective_batch_size
+    cost = costs[won & (costs["batch_size"] == winner.batch_size)].iloc[0]
+    costs["relative_time"] /= cost["relative_time"]
+    facts = {
+        "noise_scale": _finite(scale[0]),
+        "noise_scale_range": [_finite(each) for each in scale[1:]],
+        "costs": _rows(costs),
+        "noise": _rows(noise),
+        "rates": _rows(rates),
+        "rates_at": first.effective_batch_size,
+    }
+    return facts | _raced(task, settings, winner, points, cost), bounded, left_out
 
 
-def _confirmed(costs: pd.DataFrame, race: Race, measure: Callable[..., Cost]) -> pd.DataFrame:
-    """The costs without assumed rows; the winner's is measured if need be."""
-    known = costs[costs["measurements"] > 0]
-    sizes = race.winner.batch_size, race.winner.accumulation_steps
-    if sizes in set(zip(known["batch_size"], known["accumulation_steps"], strict=True)):
-        return known
-    table = pd.concat([known, cost_table([measure(*sizes)])], ignore_index=True)
-    return table.sort_values("effective_batch_size", ignore_index=True)
+def _raced(
+    task: Task, settings: dict[Setting, float], winner: Setting, points: pd.DataFrame, cost: Any
+) -> dict[str, Any]:
+    """The fields that the race decides; `cost` is the winner's row of the costs."""
+    names = [str(setting) for setting in settings]
+    saved = {name: race.time_saved(points, str(winner), name) for name in names}
+    end = points[points["setting"] == str(winner)].iloc[-1]
+    speed = end["updates"] * winner.effective_batch_size / end["seconds"]
+    speeds = sorted([cost["images_per_second"], cost["slowest"], speed])
+    rows = [
+        setting._asdict()
+        | {"setting": name, "images_per_second": settings[setting], "usual": name == names[0]}
+        | {"times": _finite(1 / (1 - saved[name][0]))}
+        for setting, name in zip(settings, names, strict=True)
+    ]
+    return {
+        **winner._asdict(),
+        "effective_batch_size": winner.effective_batch_size,
+        "model": task.model_name,
+        "dataset": task.data.name,
+        "noun": task.noun,
+        "usual": names[0],
+        "saved": _finite(saved[names[0]][0]),
+        "saved_range": [_finite(each) for each in saved[names[0]][1:]],
+        "starts": int(end["start"]) + 1,
+        "seconds_per_epoch": task.data.examples_per_epoch / speed,
+        "seconds_per_epoch_range": [
+            task.data.examples_per_epoch / each for each in (speeds[-1], speeds[0])
+        ],
+        "peak_memory": int(cost["peak_memory"]),
+        "code": report.loop(task, winner),
+        "race": _rows(points),
+        "settings": rows,
+    }
 
 
-def save_advice(advice: Advice, path: str | Path) -> None:
-    """Write `advice` as JSON, its fields as keys."""
-    text = json.dumps(asdict(advice), indent=1, allow_nan=False, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Plain values; those that are not finite become None."""
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
 
 
 def load_advice(path: str | Path) -> Advice:
-    """Read what `save_advice` wrote.
-
-    Raises:
-        InputError: It is not there or something else.
-    """
+    """Read an `advice.json`; an `InputError` if it is not there or something else."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         return Advice(**{field.name: content[field.name] for field in fields(Advice)})
@@ -278,20 +257,11 @@ def load_advice(path: str | Path) -> Advice:
 
 
 def write_report(advice: Advice, out: str | Path) -> list[Path]:
-    """Write `advice.json` and `report.html`, a page with figures that needs no other file.
-
-    Args:
-        advice: From `advise`.
-        out: Folder; made where there is none.
-
-    Returns:
-        The two paths.
-    """
-    from nbutils.advise.report import html
-
+    """Write `advice.json` and `report.html`, which needs no other file, into the folder `out`."""
     out = Path(out).absolute()
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "advice.json", out / "report.html"]
-    save_advice(advice, paths[0])
-    paths[1].write_text(html(advice), encoding="utf-8")
+    text = json.dumps(asdict(advice), indent=1, allow_nan=False, ensure_ascii=False)
+    paths[0].write_text(text + "\n", encoding="utf-8")
+    paths[1].write_text(report.html(advice), encoding="utf-8")
     return paths

@@ -1,4 +1,4 @@
-"""A reader's own images and classes: from tensors, from the items of a dataset, or from a folder.
+"""A reader's own examples: images and classes from tensors, a dataset or a folder, or any others.
 
 Images of uint8 stay as they are; the loss scales them. A third of what follows refuses, with the
 cause, what would otherwise become a training on noise.
@@ -6,59 +6,120 @@ cause, what would otherwise become a training on noise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import TensorDataset, default_collate
 from tqdm.auto import tqdm
 
-from nbutils.advise.pictures import image_folder, read_picture
+from nbutils.advise.pictures import ImageFolder, read_picture
 from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
 from nbutils.machine import no_progress
 from nbutils.measure.factory import describe, find_factory
 
 HELD_BYTES = 2**29
-"""Bytes of images that are held in memory. Of a larger dataset, evenly spread images are taken."""
+"""Bytes that are held in memory. Of a larger dataset, evenly spread examples are taken."""
 
-FEWEST_IMAGES = 10
-"""A tenth is for validation."""
+FEWEST = 10
+"""Examples of a dataset: a tenth is for validation."""
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label", "targets", "y")
 """Keys of an item that is a mapping, in the order in which they are looked for."""
 
-Pair = tuple[Tensor, Tensor]
+CPU = torch.device("cpu")
 
 
-class OwnImages(NamedTuple):
-    """Images and labels, divided.
+class Examples(NamedTuple):
+    """Examples in memory: a list of items with `collate`, or without it one batch of them all."""
 
-    Attributes:
-        name: Of the dataset.
-        train: Images, shape (n, ...), and labels, int64, shape (n,).
-        validation: As `train`.
-        classes: The name of each class.
-        images_per_epoch: Training images of the whole dataset, of which `train` may be a part.
-        item: How a loop finds image and label in a batch: two keys, or two positions.
-        text_labels: Whether the labels of the items are the names of the classes.
-        notes: What the reader should know about how the images were read.
-    """
+    items: Any
+    collate: Callable[[list[Any]], Any] | None = None
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.items) if self.collate else len(tensors(self.items)[0])
+
+    def batch(self, chosen: Tensor, device: torch.device = CPU) -> Any:
+        """The batch of the examples with these indices, on `device`."""
+        if self.collate:
+            made = self.collate(self.take(chosen).items)
+            return mapped(made, lambda part: part.to(device))
+        return mapped(self.items, lambda part: part[chosen].to(device))
+
+    def take(self, chosen: Tensor) -> Examples:
+        """Those with these indices; of tensors a copy, which is pickled without all the others."""
+        if self.collate:
+            return Examples([self.items[index] for index in chosen.tolist()], self.collate)
+        return Examples(self.batch(chosen))
+
+    def first(self, number: int) -> Examples:
+        """The first ones, at most as many as there are."""
+        return self.take(torch.arange(min(number, self.number)))
+
+
+def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A batch, any nesting of tuples, lists and mappings, with each of its tensors changed."""
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {key: mapped(part, change) for key, part in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(part, change) for part in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(mapped(part, change) for part in batch)
+    return batch
+
+
+def tensors(batch: Any) -> list[Tensor]:
+    """The tensors of a batch."""
+    found: list[Tensor] = []
+    mapped(batch, found.append)
+    return found
+
+
+class Data(NamedTuple):
+    """A dataset, divided into examples to train on and to judge by."""
 
     name: str
-    train: Pair
-    validation: Pair
-    classes: list[str]
-    images_per_epoch: int
-    item: tuple[Any, Any] = (0, 1)
-    text_labels: bool = False
-    notes: tuple[str, ...] = ()
+    train: Examples  # of a classifier: images, shape (n, ...), and labels, int64, shape (n,)
+    validation: Examples
+    examples_per_epoch: int  # of the whole dataset, of which `train` may be a part
+    classes: Sequence[str] = ()  # the names of a classifier's
+    keys: tuple[Any, Any] = (0, 1)  # of image and label in an item or batch
+    text_labels: bool = False  # whether the labels of the items are names of classes
+    notes: tuple[str, ...] = ()  # what the reader should know about the reading
 
 
-def read_images(dataset: Any, columns: Sequence[str] | None = None) -> OwnImages:
+def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> Data:
+    """Read examples of any kind; a tenth, drawn with a fixed seed, is for validation.
+
+    The dataset is map-style, a tuple of tensors, or "package.module:name" of what returns one.
+
+    Raises:
+        InputError: It is none of these, is too small, or its items make no batch.
+    """
+    name, items = _opened(dataset)
+    try:
+        indices = _spread(len(items), items[0])
+        held = [items[index] for index in indices.tolist()]
+        together = None if collate else default_collate(held)
+        as_one = {len(part) for part in tensors(together)} == {len(held)}
+    except Exception as error:  # whatever the reader's dataset raises
+        raise InputError(
+            f"dataset = {name}: {describe(error)}; items of unequal shapes need a collate function"
+        ) from error
+    examples = Examples(together) if as_one else Examples(held, collate or default_collate)
+    return _divided(name, examples, torch.zeros(len(held)), len(items))
+
+
+def read_images(dataset: Any, columns: Sequence[str] | None = None) -> Data:
     """Read the images of a classifier.
 
     Args:
@@ -68,108 +129,71 @@ def read_images(dataset: Any, columns: Sequence[str] | None = None) -> OwnImages
             are pairs, longer tuples, or mappings; or "package.module:name", which returns one
             of the last two. A tenth of each class, drawn with a fixed seed, is for validation.
         columns: The keys of image and label, where the items are mappings with unusual keys.
-
-    Raises:
-        InputError: Something of this cannot be used; the message says what and why.
     """
-    if not isinstance(dataset, (str, Path)):
-        return _checked(_from_object(dataset, type(dataset).__name__, columns))
-    name = str(dataset)
-    if name in DATASETS or name.startswith(KAGGLE):
-        data = load_dataset(name)
-        return _checked(
-            OwnImages(
-                name, data.train, data.validation, list(data.class_names), len(data.train.labels)
-            )
-        )
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        found, notes = image_folder(folder)
-        return _checked(_from_items(found, name, None)._replace(notes=tuple(notes)))
-    if ":" in name:
-        return _checked(_from_object(call(f"dataset = {name!r}", name), name, columns))
-    raise InputError(f"no dataset or folder {name!r}; {suggest(name, DATASETS)}; or a folder")
+    name = ""
+    if isinstance(dataset, (str, Path)):
+        name = str(dataset)
+        if name in DATASETS or name.startswith(KAGGLE):
+            data = load_dataset(name)
+            parts = Examples(tuple(data.train)), Examples(tuple(data.validation))
+            return _checked(Data(name, *parts, parts[0].number, list(data.class_names)))
+        if Path(name).expanduser().is_dir():
+            dataset = ImageFolder(Path(name).expanduser())
+        elif ":" not in name:
+            raise InputError(f"no dataset or folder {name!r}; {suggest(name, DATASETS)}")
+    return _checked(_from_items(*_opened(dataset, name), columns))
 
 
-def _from_object(dataset: Any, name: str, columns: Sequence[str] | None) -> OwnImages:
-    if isinstance(dataset, tuple):
-        return _from_tensors(dataset, name)
-    return _from_items(dataset, name, columns)
-
-
-def _from_tensors(pair: tuple[Any, ...], name: str) -> OwnImages:
-    if len(pair) != 2 or not all(isinstance(part, (Tensor, np.ndarray)) for part in pair):
-        raise InputError(
-            f"dataset = {name}, but a tuple must hold two tensors or arrays: images and labels"
-        )
-    images, labels = (torch.as_tensor(part).detach().cpu() for part in pair)
-    if labels.ndim == 2 and len(labels) == len(images):
-        raise InputError(
-            f"dataset = {name}: the labels have shape {tuple(labels.shape)}; one-hot labels "
-            f"become classes by labels.argmax(1)"
-        )
-    if images.ndim < 2 or labels.shape != images.shape[:1] or not len(images):
-        raise InputError(
-            f"dataset = {name}: the images have shape {tuple(images.shape)} and the labels "
-            f"{tuple(labels.shape)}, but they must be (n, ...) and (n,), n >= 1"
-        )
-    held = spread(len(images), images[0].numel() * images.element_size())
-    return _divided(name, images[held], labels[held].tolist(), len(images))
-
-
-def _from_items(items: Any, name: str, columns: Sequence[str] | None) -> OwnImages:
-    if not hasattr(items, "__getitem__") or not hasattr(items, "__len__"):
+def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
+    """Name and items of a dataset."""
+    name = name or (dataset if isinstance(dataset, str) else type(dataset).__name__)
+    if isinstance(dataset, str):
+        dataset = call(f"dataset = {name!r}", dataset)
+    if isinstance(dataset, tuple) and all(isinstance(p, (Tensor, np.ndarray)) for p in dataset):
+        try:
+            dataset = TensorDataset(*map(torch.as_tensor, dataset))
+        except Exception as error:  # torch raises many kinds
+            shapes = " and ".join(str(tuple(part.shape)) for part in dataset)
+            raise InputError(
+                f"dataset = {name} of the shapes {shapes}, but they must begin with the same n"
+            ) from error
+    if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"dataset = {name}, but it must have a length, and items by index")
-    if not len(items):
-        raise InputError(f"dataset = {name}, but it has no images")
-    keys = _keys(items[0], name, columns)
-    first, _ = _image_and_label(items, name, 0, keys)
-    held = spread(len(items), first.numel() * first.element_size())
-    bar = tqdm(held.tolist(), "images", unit="image", leave=False, disable=no_progress())
-    read = [_image_and_label(items, name, index, keys) for index in bar]
-    images = [image for image, _ in read]
-    if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:
-        images = [image.expand(3, -1, -1) for image in images]
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
+    if len(dataset) < FEWEST:
         raise InputError(
-            f"dataset = {name}: images have the shapes {', '.join(map(str, sorted(shapes)[:3]))};"
-            f" bring them to one size, for example by the dataset's transform"
+            f"dataset = {name} has {len(dataset)} examples, but a tenth is for validation: there "
+            f"must be at least {FEWEST}"
         )
-    names = [str(each) for each in getattr(items, "classes", None) or ()]
-    divided = _divided(name, torch.stack(images), [label for _, label in read], len(items), names)
-    return divided._replace(item=keys)
+    return name, dataset
 
 
-def _keys(item: Any, name: str, columns: Sequence[str] | None) -> tuple[Any, Any]:
-    if not isinstance(item, Mapping):
-        return 0, 1
-    if columns:
-        found = list(columns)
-    else:
-        first = [
-            next((key for key in keys if key in item), None) for keys in (IMAGE_KEYS, LABEL_KEYS)
-        ]
-        found = [key for key in first if key]
-    if len(found) != 2 or not all(key in item for key in found):
-        raise InputError(
-            f"dataset = {name}: its items have the keys {', '.join(map(str, item))}; give those of "
-            f"the image and of the label as columns, such as columns = ('image', 'label')"
-        )
-    return found[0], found[1]
+def call(what: str, factory: Any) -> Any:
+    """What a reader's factory returns, found by its name if need be.
 
-
-def _image_and_label(
-    items: Any, name: str, index: int, keys: tuple[Any, Any]
-) -> tuple[Tensor, Any]:
+    An error is told as an `InputError` with the reader's own line.
+    """
+    made = find_factory(factory)
     try:
-        item = items[index]
-        if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
-            raise TypeError(f"it is {item!r:.80}")
-        image, label = item[keys[0]], item[keys[1]]
-        if not isinstance(image, (Tensor, np.ndarray)):
-            image = read_picture(image)
-        return torch.as_tensor(image).detach().cpu(), _label(label)
+        return made()
+    except Exception as error:  # whatever the reader's function raises
+        raise InputError(f"{what} raised {describe(error)}") from error
+
+
+def _spread(number: int, item: Any) -> Tensor:
+    """Indices of as many of the items, evenly spread, as may be held in memory."""
+    size = sum(part.nbytes for part in tensors(item))
+    held = min(number, max(1, HELD_BYTES // max(1, size)))
+    return torch.arange(held) * number // held
+
+
+def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
+    """Images of a map-style dataset, read item by item."""
+    index, read = 0, []
+    try:
+        keys = _keys(items[0], columns)
+        indices = _spread(len(items), _image_and_label(items[0], keys)[0])
+        for index in tqdm(indices.tolist(), "images", leave=False, disable=no_progress()):
+            read.append(_image_and_label(items[index], keys))
     except InputError:
         raise
     except Exception as error:  # whatever the reader's dataset raises
@@ -177,32 +201,17 @@ def _image_and_label(
             f"dataset = {name}, item {index}: {describe(error)}; it must be an image (a "
             f"tensor, array or PIL image) and its class, as a pair or mapping"
         ) from error
-
-
-def _label(label: Any) -> Any:
-    """A whole number or a text; a float as it is, which is refused later with all the others."""
-    if isinstance(label, str):
-        return label
-    value = np.asarray(label)
-    if value.size != 1:
-        raise TypeError(
-            f"the label has shape {value.shape}; one-hot labels become classes by argmax"
+    images = [image for image, _ in read]
+    if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:
+        images = [image.expand(3, -1, -1) for image in images]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        found = ", ".join(map(str, sorted(shapes)[:3]))
+        raise InputError(
+            f"dataset = {name}: images have the shapes {found}; bring them to one size"
         )
-    if value.item() is None:
-        raise TypeError("the label is missing")
-    return value.item()
-
-
-def spread(number: int, bytes_each: int) -> Tensor:
-    """Indices of as many of the examples, evenly spread, as may be held in memory."""
-    held = min(number, max(1, HELD_BYTES // max(1, bytes_each)))
-    return torch.arange(held) * number // held
-
-
-def _divided(
-    name: str, images: Tensor, labels: list[Any], total: int, names: Sequence[str] = ()
-) -> OwnImages:
-    """Into training and validation: a tenth of each class, at least one of two images."""
+    names = [str(each) for each in getattr(items, "classes", None) or ()]
+    labels = [label for _, label in read]
     text_labels = any(isinstance(label, str) for label in labels)
     if text_labels:
         names = sorted(set(map(str, labels)))
@@ -213,58 +222,71 @@ def _divided(
             f"dataset = {name}: label {wrong} is {labels[wrong]!r}, but labels must be whole "
             f"numbers >= 0, or names of classes"
         )
-    if len(labels) < FEWEST_IMAGES:
-        raise InputError(
-            f"dataset = {name} has {len(labels)} images, but a tenth is for validation: there must "
-            f"be at least {FEWEST_IMAGES}"
-        )
     classes = torch.tensor(labels).long()
-    number = max(len(names), int(classes.max()) + 1)
-    names = [*names, *map(str, range(len(names), number))]
-    held_out = torch.zeros(len(classes), dtype=torch.bool)
+    names += map(str, range(len(names), int(classes.max()) + 1))
+    lonely = ", ".join(names[value] for value in (classes.bincount() == 1).nonzero()[:3])
+    told = f"class {lonely}: validation has none of it, as there is one image"
+    data = _divided(name, Examples((torch.stack(images), classes)), classes, len(items))
+    notes = (*getattr(items, "notes", ()), *([told] if lonely else []))
+    return data._replace(classes=names, keys=keys, text_labels=text_labels, notes=notes)
+
+
+def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, Any]:
+    """Where an item has image and label."""
+    if not isinstance(item, Mapping):
+        return 0, 1
+    found = list(columns or ())
+    if not columns:
+        usual = [[key for key in keys if key in item] for keys in (IMAGE_KEYS, LABEL_KEYS)]
+        found = [keys[0] for keys in usual if keys]
+    if len(found) != 2 or not all(key in item for key in found):
+        raise TypeError(
+            f"it has the keys {', '.join(map(str, item))}; give those of image and label as "
+            f"columns, such as columns = ('image', 'label')"
+        )
+    return found[0], found[1]
+
+
+def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
+    """The label as it is: a text or number; a float is refused later, with the others."""
+    if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
+        raise TypeError(f"it is {item!r:.80}")
+    image, label = item[keys[0]], item[keys[1]]
+    if not isinstance(image, (Tensor, np.ndarray)):
+        image = read_picture(image)
+    image = torch.as_tensor(image).detach().cpu()
+    if not image.ndim:
+        raise TypeError("the image is a single number")
+    if isinstance(label, str):
+        return image, label
+    value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+    if value.size != 1:
+        raise TypeError(f"the label has shape {value.shape}; one-hot: take labels.argmax(1)")
+    if value.item() is None:
+        raise TypeError("the label is missing")
+    return image, value.item()
+
+
+def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data:
+    """Into training and validation: a tenth of each class, at least one of two examples."""
     order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
-    lonely = []
-    for value in classes.unique().tolist():
+    held_out = torch.zeros(len(classes), dtype=torch.bool)
+    for value in classes.unique():
         of_class = order[classes[order] == value]
         held_out[of_class[: max(len(of_class) > 1, round(len(of_class) / 10))]] = True
-        lonely += [names[value]] if len(of_class) == 1 else []
-    notes = [f"class {', '.join(lonely[:3])}: validation has none of it, as there is one image"]
-    return OwnImages(
-        name,
-        (images[~held_out], classes[~held_out]),
-        (images[held_out], classes[held_out]),
-        list(names),
-        round(total * (~held_out).double().mean().item()),
-        text_labels=text_labels,
-        notes=tuple(notes if lonely else ()),
-    )
+    train, validation = (examples.take(order[held_out[order] == part]) for part in (False, True))
+    return Data(name, train, validation, round(total * train.number / len(classes)))
 
 
-def _checked(found: OwnImages) -> OwnImages:
-    """As they are, if a classifier can learn from them."""
-    images, labels = found.train
+def _checked(data: Data) -> Data:
+    """As it is, if a classifier can learn from it."""
+    what, (images, labels) = f"dataset = {data.name}", data.train.items
     if len(labels.unique()) < 2:
-        raise InputError(f"dataset = {found.name}: all training images are of one class")
-    for part, _ in (found.train, found.validation):
-        finite = part.isfinite().flatten(1).all(1)
-        if not finite.all():
-            raise InputError(
-                f"dataset = {found.name}: {int((~finite).sum())} images hold values that are not "
-                f"finite"
-            )
+        raise InputError(f"{what}: all training images are of one class")
+    for part in (images, data.validation.items[0]):
+        wrong = int((~part.isfinite()).flatten(1).any(1).sum())
+        if wrong:
+            raise InputError(f"{what}: {wrong} images hold values that are not finite")
     if (images == images[:1]).all():
-        raise InputError(f"dataset = {found.name}: all {len(images)} training images are the same")
-    return found
-
-
-def call(what: str, factory: Any) -> Any:
-    """What a reader's factory returns, found by its name if need be.
-
-    Raises:
-        InputError: It is not there or raised something; the message has the reader's own line.
-    """
-    made = find_factory(factory)
-    try:
-        return made()
-    except Exception as error:  # whatever the reader's function raises
-        raise InputError(f"{what} raised {describe(error)}") from error
+        raise InputError(f"{what}: all {len(images)} training images are the same")
+    return data

@@ -16,15 +16,44 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 
 class ImageFolder:
-    """Paths and classes; the pictures are read as they are asked for.
+    """The pictures of a folder with one folder per class; they are read as they are asked for.
 
-    Args:
-        classes: Each class's name and its files.
+    Hidden files and folders and `__MACOSX` are left out. Of a root that holds parts of a dataset,
+    `train/` is read, and `notes` tells so.
+
+    Raises:
+        InputError: There are no classes, or one without images; later, a file is no picture.
     """
 
-    def __init__(self, classes: dict[str, list[Path]]) -> None:
-        self.classes = list(classes)
-        self._files = [(path, n) for n, paths in enumerate(classes.values()) for path in paths]
+    def __init__(self, folder: Path) -> None:
+        from PIL import Image
+
+        what = f"dataset = {str(folder)!r}"
+        self.notes: tuple[str, ...] = ()
+        parts = {path.name.lower(): path for path in _folders(folder)}
+        if parts and set(parts) <= SPLITS:
+            train = parts.get("train", parts.get("training"))
+            if train is None or not _folders(train):
+                raise InputError(
+                    f"{what}: it holds {', '.join(sorted(parts))}, which are parts of a dataset, "
+                    f"not classes; give the folder that holds one folder per class"
+                )
+            others = ", ".join(sorted(set(parts) - {train.name.lower()}))
+            self.notes = (f"only {train.name}/ was read, not {others or 'anything beside it'}",)
+            folder = train
+        self.classes = [path.name for path in _folders(folder)]
+        endings = Image.registered_extensions()
+        self._files = [
+            (path, number)
+            for number, name in enumerate(self.classes)
+            for path in _visible(folder / name, "**/*")
+            if path.suffix.lower() in endings and path.is_file()
+        ]
+        filled = {number for _, number in self._files}
+        empty = [name for number, name in enumerate(self.classes) if number not in filled]
+        if empty or not self.classes:
+            found = f"no image in {', '.join(empty[:3])}" if empty else "no folder in it"
+            raise InputError(f"{what}: {found}; it must hold a folder of images for each class")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -40,65 +69,23 @@ class ImageFolder:
             raise InputError(f"{path}: no picture: {type(error).__name__}: {error}") from error
 
 
-def image_folder(folder: Path) -> tuple[ImageFolder, list[str]]:
-    """The images of a folder that holds one folder per class, and what to tell about it.
-
-    Hidden files and folders and `__MACOSX` are left out. Of a root that holds parts of a dataset,
-    `train/` is read.
-
-    Raises:
-        InputError: There are no classes, or one without images.
-    """
-    parts = {path.name.lower(): path for path in _folders(folder)}
-    if parts and set(parts) <= SPLITS:
-        train = parts.get("train") or parts.get("training")
-        if train is None or not _folders(train):
-            raise InputError(
-                f"dataset = {str(folder)!r}: it holds {', '.join(sorted(parts))}, which are parts "
-                f"of a dataset, not classes; give the folder that holds one folder per class"
-            )
-        others = ", ".join(sorted(set(parts) - {train.name.lower()}))
-        images, notes = image_folder(train)
-        return images, [
-            *notes,
-            f"only {train.name}/ was read, not {others or 'anything beside it'}",
-        ]
-    classes = {path.name: _pictures(path) for path in _folders(folder)}
-    empty = [name for name, files in classes.items() if not files]
-    if empty or not classes:
-        found = f"no image in {', '.join(empty[:3])}" if empty else "no folder in it"
-        raise InputError(
-            f"dataset = {str(folder)!r}: {found}; it must hold a folder of images for each class"
-        )
-    return ImageFolder(classes), []
-
-
 def _folders(folder: Path) -> list[Path]:
+    return [path for path in _visible(folder, "*") if path.is_dir()]
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(
         path
-        for path in folder.iterdir()
-        if path.is_dir() and not path.name.startswith(".") and path.name != "__MACOSX"
-    )
-
-
-def _pictures(folder: Path) -> list[Path]:
-    from PIL import Image
-
-    endings = Image.registered_extensions()
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in endings
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        for path in folder.glob(pattern)
+        if not any(part.startswith((".", "__MACOSX")) for part in path.relative_to(folder).parts)
     )
 
 
 def read_picture(picture: Any) -> Tensor:
     """A PIL image as a person sees it, uint8, shape (1 or 3, height, width).
 
-    It is turned as its camera says; what is transparent lies on white; 16 bits and floats are
-    scaled to 8 bits.
+    It is turned as its camera says; what is transparent lies on white. Grey values of 16 bits or
+    floats are scaled: from 0 to 1, to 255 or to 65535, whichever holds the largest.
     """
     from PIL import Image, ImageOps
 
@@ -106,20 +93,15 @@ def read_picture(picture: Any) -> Tensor:
         raise TypeError(f"the image is {type(picture).__name__}")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
-        return _scaled(np.array(picture, dtype=np.float64))
+        values = np.array(picture, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
+        return torch.from_numpy((values.clip(0) / top * 255).round().astype(np.uint8))[None]
     if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
         grey = picture.mode in ("L", "LA", "La")
         over = Image.new("RGBA", picture.size, "white")
         over.alpha_composite(picture.convert("RGBA"))
         picture = over.convert("L" if grey else "RGB")
     picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-    values = np.array(picture)
-    return torch.from_numpy(values[None] if values.ndim == 2 else values.transpose(2, 0, 1).copy())
-
-
-def _scaled(values: np.ndarray) -> Tensor:
-    """Grey values from 0 to 1, to 255, or to 65535, whichever holds the largest, to 8 bits."""
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
-    return torch.from_numpy((values.clip(0) / top * 255).round().astype(np.uint8))[None]
+    return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1).contiguous()

@@ -1,9 +1,16 @@
 """The race that decides: a few settings train from one start for equal time.
 
-Successive halving: after each round the worse half stops, the rest goes on for as long again. The
-lowest validation loss so far judges, smoothed over three looks. Turns are short and taken in
-rotation, so that other work on the machine slows all alike; time spent on judging does not count.
-Then the winner meets the usual setting from further starts, where there is time.
+**Who races.** By McCandlish et al. (2018), section 2.3, B examples per update need `1 + B / B_crit`
+times the fewest examples to get equally far, each batch size at its best rate; they expect `B_crit`
+to be near the noise scale. A device processes a number of examples per second at each size. So the
+time that a size needs is, up to a factor, `(1 + B / noise scale) / examples per second`. The
+smallest size within `NEAR` of the least time races, another size far from it, and the usual
+setting: 128 at the optimizer's usual rate, or the nearest that fits.
+
+**How.** Successive halving: after each round the worse half stops, the rest goes on for as long
+again. The lowest validation loss so far judges, smoothed over three looks. Turns are short and
+taken in rotation, so that other work on the machine slows all alike; time spent on judging does not
+count. Then the winner meets the usual setting from further starts, where there is time.
 
 Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic best arm identification".
 """
@@ -11,20 +18,28 @@ Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic best arm i
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import asdict, dataclass
-from functools import partial
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import torch
 from tqdm.auto import tqdm
 
-from nbutils.advise.measurements import MOST_JUDGED, SHORTEST
-from nbutils.advise.task import Task
-from nbutils.advise.trials import Recipe, Trial, judge
+from nbutils.advise.costs import USUAL
+from nbutils.advise.measurements import FEWEST_JUDGED, MOST_JUDGED, SHORTEST
+from nbutils.advise.task import Recipe, Task
+from nbutils.advise.trials import Setting, Trial, smooth
 from nbutils.analysis.intervals import mean_interval
 from nbutils.machine import no_progress
+
+NEAR = 1.1
+"""Times up to this factor of the least count as equal: measured times differ by about as much."""
+
+ASSUMED = 128
+"""The noise scale that is assumed where it was not measured."""
+
+SUPPORTED = 1024
+"""Larger updates race only where the noise scale is at least as large."""
 
 TURNS = 6
 """Turns of each setting in the first round, each followed by a look at the validation loss."""
@@ -39,129 +54,104 @@ ENOUGH = 10
 """Epochs of the usual setting. A longer race is worth more than further starts up to there."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What races.
+def relative_time(costs: pd.DataFrame, noise_scale: float) -> pd.Series:
+    """Time to get equally far at each setting of `costs`; `ASSUMED` is for a NaN noise scale."""
+    scale = ASSUMED if math.isnan(noise_scale) else max(noise_scale, 1e-9)
+    return (1 + costs["effective_batch_size"] / scale) / costs["images_per_second"]
 
-    Attributes:
-        batch_size: Of a micro-batch.
-        accumulation_steps: Of an update.
-        learning_rate: Of the optimizer.
-        images_per_second: As measured.
-        usual: Whether it is the setting that most people would take.
+
+def candidates(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> pd.DataFrame:
+    """The settings that may race, by size, with `time`, the least being 1.
+
+    Those that accumulate are among them where that many examples do not fit at once.
     """
-
-    batch_size: int
-    accumulation_steps: int
-    learning_rate: float
-    images_per_second: float
-    usual: bool = False
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Examples per update."""
-        return self.batch_size * self.accumulation_steps
-
-    def __str__(self) -> str:
-        """As it is written everywhere: "8 x 128 at 0.001"."""
-        steps = f"{self.accumulation_steps} x " if self.accumulation_steps > 1 else ""
-        return f"{steps}{self.batch_size} at {self.learning_rate:g}"
+    whole = costs["accumulation_steps"] == 1
+    too_large = costs["effective_batch_size"] > costs.loc[whole, "batch_size"].max()
+    most = SUPPORTED if math.isnan(noise_scale) else max(SUPPORTED, noise_scale)
+    allowed = costs[(whole | (too_large & accumulate)) & (costs["effective_batch_size"] <= most)]
+    times = relative_time(allowed, noise_scale)
+    return allowed.assign(time=times / times.min()).sort_values("effective_batch_size")
 
 
-class _Racer:
-    """A setting from one start, and its validation losses so far."""
-
-    def __init__(
-        self, task: Task, recipe: Recipe, device: torch.device, setting: Setting, start: int
-    ) -> None:
-        optimizer = partial(recipe.optimizer, lr=setting.learning_rate)
-        sizes = setting.batch_size, setting.accumulation_steps
-        self.setting, self.start, self._task, self._device = setting, start, task, device
-        self.trial = Trial(task, optimizer, device, *sizes, start)
-        self.points: list[dict[str, Any]] = []
-
-    def look(self, most: int) -> None:
-        """Note the validation loss."""
-        losses, accuracy = judge(self.trial, self._task, self._device, most)
-        self.points.append(
-            {
-                "setting": str(self.setting),
-                "start": self.start,
-                "seconds": self.trial.seconds,
-                "updates": self.trial.done,
-                "validation_loss": losses.mean().item(),
-                "validation_accuracy": accuracy,
-            }
-        )
-
-    def go(self, until: float, most: int) -> None:
-        """Train until so many seconds of training in all, at least one update, and look."""
-        if not self.trial.finite or self.trial.seconds >= until:
-            return
-        trial, size = self.trial, self.setting.effective_batch_size
-        while trial.finite and trial.seconds < until:
-            speed = self.setting.images_per_second / size
-            if trial.done:
-                speed = trial.done / trial.seconds
-            trial.train(max(1, round((until - trial.seconds) * speed * 0.9)))
-        self.look(most)
-        trial.finite &= math.isfinite(self.points[-1]["validation_loss"])
-
-    @property
-    def lowest(self) -> float:
-        """The lowest validation loss so far."""
-        lowest = smooth(pd.DataFrame(self.points))["validation_loss"].min()
-        return lowest if math.isfinite(lowest) else math.inf
+def choose(open_to_choice: pd.DataFrame) -> Any:
+    """The smallest of the `candidates` that are near the least time, as a named tuple."""
+    return next(open_to_choice[open_to_choice["time"] <= NEAR].itertuples())
 
 
-@dataclass(frozen=True)
-class Race:
-    """How a race went.
+def usual_row(costs: pd.DataFrame) -> Any:
+    """The row of the batch size nearest to the usual one, as a named tuple."""
+    whole = costs[costs["accumulation_steps"] == 1]
+    nearest = np.log(whole["batch_size"] / USUAL).abs().idxmin()
+    return next(whole.loc[[nearest]].itertuples())
 
-    Attributes:
-        winner: The setting that is advised.
-        usual: The usual setting.
-        points: One row per look at a validation loss: `setting`, `start`, `seconds`, `updates`,
-            `validation_loss`, `validation_accuracy`.
-        seconds: Of training of the settings that went all the way.
-        starts: From which winner and usual setting both trained.
-        settings: All that raced, as rows.
+
+def entrants(
+    open_to_choice: pd.DataFrame, usual: Any, rates: pd.DataFrame, recipe: Recipe, bounded: bool
+) -> dict[Setting, float]:
+    """Who races: two to four settings, the usual one first, and their examples per second.
+
+    The size of the least time by the formula races at the best and the next best of the rates
+    tried; and another size, at least four times larger or smaller, at the lower of those rates
+    scaled by the square root of the size: rates that win short trials tend to be too high for
+    longer ones. Where memory is the limit (`bounded`), that other size is an accumulated one, so
+    that the race tells what accumulation is worth.
+
+    Args:
+        open_to_choice: From `candidates`.
+        usual: From `usual_row`.
+        rates: From `trial_rates`, at the size that `choose` picks.
+        recipe: The optimizer.
+        bounded: Whether memory is the limit.
     """
+    first, sizes = choose(open_to_choice), open_to_choice["effective_batch_size"]
+    learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
+    usually = recipe.rates.index(recipe.usual_rate)
+    best = [*learnt["learning_rate"]]
+    best += [rate for rate in recipe.rates[usually : usually + 2] if rate not in best]
 
-    winner: Setting
-    usual: Setting
-    points: list[dict[str, Any]]
-    seconds: float
-    starts: int
-    settings: list[dict[str, Any]]
+    def scaled(row: Any) -> float:
+        factor = math.sqrt(row.effective_batch_size / first.effective_batch_size)
+        return float(f"{min(best[:2]) * factor:.2g}")
+
+    factors = np.maximum(sizes / first.effective_batch_size, first.effective_batch_size / sizes)
+    others = open_to_choice[factors >= 4]
+    accumulated = open_to_choice[open_to_choice["accumulation_steps"] > 1]
+    if bounded and len(accumulated) and first.accumulation_steps == 1:
+        others = accumulated
+    other = [(row, scaled(row)) for row in others.sort_values("time").head(1).itertuples()]
+    wanted = [(usual, recipe.usual_rate), (first, best[0]), *other, (first, best[1])]
+    settings: dict[Setting, float] = {}
+    for row, rate in [*wanted, (usual, scaled(usual))]:
+        sizes_of = int(row.batch_size), int(row.accumulation_steps)
+        settings.setdefault(Setting(*sizes_of, rate), row.images_per_second)
+    return dict(list(settings.items())[:4])
 
 
 def run_race(
-    task: Task, recipe: Recipe, device: torch.device, settings: list[Setting], seconds: float
-) -> Race:
-    """Let the settings race.
+    task: Task, settings: dict[Setting, float], seconds: float
+) -> tuple[Setting, pd.DataFrame]:
+    """Let the settings of `entrants` race.
 
-    Args:
-        task: What they train.
-        recipe: The optimizer.
-        device: Where.
-        settings: Two to four, the usual one among them.
-        seconds: Time for all this. Each setting makes `SHORTEST` updates whatever the time.
+    Each setting makes `SHORTEST` updates whatever the time.
+
+    Returns:
+        The winner. One row per look at a validation loss: `setting`, `start`, `seconds` of
+        training, `updates`, `validation_loss`, `validation_accuracy`.
     """
-    usual = next(setting for setting in settings if setting.usual)
-    racers = [_Racer(task, recipe, device, setting, 0) for setting in settings]
-    begun = time.perf_counter()
+    racers = [Trial(task, setting) for setting in settings]
+    usual, begun = racers[0], perf_counter()
     for racer in racers:
         racer.look(MOST_JUDGED)
-    look = (time.perf_counter() - begun) / len(racers)
-    rounds = max(1, math.ceil(math.log2(len(racers))))
-    first, starts = _plan(task, settings, usual, seconds, rounds)
-    most = MOST_JUDGED if TURNS * look < JUDGING * first else _fewer(first, look)
+    look = (perf_counter() - begun) / len(racers)
+    rounds = math.ceil(math.log2(len(racers)))
+    first, starts = _plan(task.data.train.number, settings, seconds, rounds)
+    judged = int(MOST_JUDGED * JUDGING * first / (TURNS * look))
+    most = min(max(judged, FEWEST_JUDGED), MOST_JUDGED)
     bar = tqdm(desc="race", unit="turn", leave=False, disable=no_progress())
 
-    def turns(those: list[_Racer], begin: float, end: float) -> None:
+    def turns(running: list[Trial], begin: float, end: float) -> None:
         for turn in range(1, TURNS + 1):
-            for racer in those:
+            for racer in running:
                 racer.go(begin + (end - begin) * turn / TURNS, most)
                 bar.update()
 
@@ -170,30 +160,27 @@ def run_race(
         begin, end = end, first * 2**number
         turns(running, begin, end)
         running = sorted(running, key=lambda racer: racer.lowest)[: math.ceil(len(running) / 2)]
-    of_usual = next(racer for racer in racers if racer.setting.usual)
-    turns([of_usual], of_usual.trial.seconds, end)
-    winner = min(running[0], of_usual, key=lambda racer: racer.lowest).setting
-    rival = usual if winner != usual else _second(racers, usual)
-    pairs = [(winner, rival)]
+    turns([usual], usual.seconds, end)
+    best = min(running[0], usual, key=lambda racer: racer.lowest)
+    rival = min(racers[1:], key=lambda racer: racer.lowest) if best is usual else usual
     for start in range(1, starts):
-        pair = [_Racer(task, recipe, device, setting, start) for setting in pairs[0]]
+        pair = [Trial(task, each.setting, start) for each in (best, rival)]
         for racer in pair:
             racer.look(most)
         turns(pair, 0.0, end)
         racers += pair
     bar.close()
-    winner = _better(task, racers, winner, rival)
-    points = [point for racer in racers for point in racer.points]
-    rows = [asdict(setting) | {"setting": str(setting)} for setting in settings]
-    return Race(winner, usual, points, end, starts, rows)
+    lowest = {(racer.setting, racer.start): racer.lowest for racer in racers}
+    points = pd.DataFrame([point for racer in racers for point in racer.points])
+    return _better(task.data.train.number, lowest, best.setting, rival.setting), points
 
 
 def _plan(
-    task: Task, settings: list[Setting], usual: Setting, seconds: float, rounds: int
+    number: int, settings: dict[Setting, float], seconds: float, rounds: int
 ) -> tuple[float, int]:
     """Seconds of the first round for each setting, and the number of starts."""
-    slowest = max(each.effective_batch_size / each.images_per_second for each in settings)
-    end, epoch = 2 ** (rounds - 1), task.train.number / usual.images_per_second
+    slowest = max(each.effective_batch_size / speed for each, speed in settings.items())
+    end, epoch = 2 ** (rounds - 1), number / next(iter(settings.values()))
     for starts in (3, 2, 1):
         turns = len(settings) + rounds + end / 2 + 2 * end * (starts - 1)
         first = min(seconds * (1 - JUDGING) / turns, EPOCHS * epoch / end)
@@ -202,26 +189,17 @@ def _plan(
     return max(first, SHORTEST * slowest), starts
 
 
-def _fewer(first: float, look: float) -> int:
-    """Validation examples that can be judged in the time for it."""
-    return max(100, int(MOST_JUDGED * JUDGING * first / (TURNS * look)))
-
-
-def _second(racers: list[_Racer], usual: Setting) -> Setting:
-    others = [racer for racer in racers if racer.setting != usual]
-    return min(others, key=lambda racer: racer.lowest).setting if others else usual
-
-
-def _better(task: Task, racers: list[_Racer], winner: Setting, rival: Setting) -> Setting:
+def _better(
+    number: int, lowest: dict[tuple[Setting, int], float], winner: Setting, rival: Setting
+) -> Setting:
     """The one of lower mean loss over the starts that both trained from.
 
     One that makes fewer than 50 updates per epoch and a fifth of the other's wins only by every
     start of two or more.
     """
-    lowest = {(racer.setting, racer.start): racer.lowest for racer in racers}
     starts = [start for setting, start in lowest if setting == rival and (winner, start) in lowest]
     ahead = [lowest[rival, start] - lowest[winner, start] for start in starts]
-    few = task.train.number / winner.effective_batch_size < 50
+    few = number / winner.effective_batch_size < 50
     few &= winner.effective_batch_size > 5 * rival.effective_batch_size
     if few and (len(ahead) < 2 or min(ahead) <= 0):
         return rival
@@ -234,46 +212,27 @@ def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, fl
     In each start the lowest loss that both reach is taken, and when each first reached it; the
     interval is Student's, of the logarithms of the ratios.
 
-    Args:
-        points: `Race.points` as a table.
-        winner: Name of the setting.
-        usual: Name of the other one.
-
     Returns:
         The geometric mean; its interval, NaN where there is one start or the settings are the same.
     """
-    ratios = []
-    for _, of_start in points.groupby("start"):
-        mine, other = (smooth(of_start[of_start["setting"] == name]) for name in (winner, usual))
-        if mine.empty or other.empty:
-            continue
-        target = max(mine["validation_loss"].min(), other["validation_loss"].min())
-        ratios.append(time_to(mine, target) / time_to(other, target))
     if winner == usual:
         return 0.0, math.nan, math.nan
-    logs = [math.log(max(ratio, 1e-3)) for ratio in ratios if math.isfinite(ratio)]
+    logs = []
+    for _, of_start in points.groupby("start"):
+        mine, other = (smooth(of_start[of_start["setting"] == name]) for name in (winner, usual))
+        target = max(mine["validation_loss"].min(), other["validation_loss"].min())
+        times = [time_to(each, target) for each in (mine, other)]
+        if 0 < min(times) <= max(times) < math.inf:  # else one did not learn, or did not start
+            logs.append(math.log(times[0] / times[1]))
     if not logs:
         return math.nan, math.nan, math.nan
     low, high = mean_interval(logs)
     return 1 - math.exp(sum(logs) / len(logs)), 1 - math.exp(high), 1 - math.exp(low)
 
 
-def smooth(points: pd.DataFrame) -> pd.DataFrame:
-    """With the mean loss of each look and the two before, so that no lucky look decides."""
-    losses = points["validation_loss"].astype(float).replace(math.inf, math.nan)
-    return points.assign(validation_loss=losses.rolling(3, min_periods=1).mean())
-
-
 def time_to(points: pd.DataFrame, target: float) -> float:
     """Seconds until the lowest loss so far first is `target`, on straight lines between looks."""
-    loss = points["validation_loss"].cummin()
-    reached = (loss <= target).to_numpy()
-    if not reached.any():
+    loss = points["validation_loss"].cummin().dropna().drop_duplicates()
+    if not loss.min() <= target:
         return math.inf
-    at = int(reached.argmax())
-    seconds = points["seconds"].to_numpy()
-    if at == 0:
-        return float(seconds[0])
-    before, after = loss.iloc[at - 1], loss.iloc[at]
-    share = (before - target) / (before - after)
-    return float(seconds[at - 1] + share * (seconds[at] - seconds[at - 1]))
+    return float(np.interp(-target, -loss, points["seconds"][loss.index]))

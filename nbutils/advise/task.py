@@ -6,8 +6,9 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -16,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from nbutils.advise.examples import Examples, read_examples
-from nbutils.advise.own_data import OwnImages, call, read_images
-from nbutils.errors import InputError
+from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
+from nbutils.errors import InputError, suggest
 from nbutils.measure.factory import Factory, describe, find_factory
 from nbutils.training.out_of_memory import is_out_of_memory
 
@@ -30,19 +30,36 @@ CHECKED = 64
 HALF = (torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class ClassLosses:
-    """Cross-entropy of a classifier's logits; `losses(model, (images, labels))`.
+class Recipe(NamedTuple):
+    """An optimizer and the rates to try with it, ascending."""
 
-    Attributes:
-        scaling: Mean and deviation of a pixel in [0, 1], by which uint8 images are normalised.
-        dtype: Of the model's weights, to which images that are floats are cast.
-        output: Where a training model's output has the logits, as source: "", ".logits", "[0]".
-    """
+    optimizer: Callable[..., torch.optim.Optimizer]  # takes the parameters and `lr`
+    call: str  # that makes it, as source, with the rate as `{rate}`
+    usual_rate: float
+    rates: tuple[float, ...]
 
-    scaling: tuple[float, float] | None = None
-    dtype: torch.dtype = torch.float32
-    output: str = ""
+
+RECIPES = {
+    "adam": Recipe(
+        torch.optim.Adam,
+        "torch.optim.Adam(model.parameters(), lr={rate:g})",
+        1e-3,
+        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
+    ),
+    "sgd": Recipe(
+        partial(torch.optim.SGD, momentum=0.9),
+        "torch.optim.SGD(model.parameters(), lr={rate:g}, momentum=0.9)",
+        1e-2,
+        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
+    ),
+}
+
+
+class ClassLosses(NamedTuple):
+    """Cross-entropy of a classifier's logits; `losses(model, (images, labels))`."""
+
+    scaling: tuple[float, float] | None  # mean and deviation of the pixels of uint8 images
+    dtype: torch.dtype  # of the model's weights, to which images that are floats are cast
 
     def __call__(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The loss of each image, shape (images,)."""
@@ -50,82 +67,42 @@ class ClassLosses:
 
     def logits(self, model: nn.Module, images: Tensor) -> Tensor:
         """Shape (images, classes); float32 of a model in half precision."""
-        _, logits = _part(model(self.prepared(images)))
+        _, logits = self.found(model, images)
         return logits.float() if isinstance(logits, Tensor) and logits.dtype in HALF else logits
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """Images as the model takes them."""
+    def found(self, model: nn.Module, images: Tensor) -> tuple[str, Any]:
+        """Where the model's output has the logits, as source such as "[0]", and these."""
         if self.scaling:
             images = (images / 255 - self.scaling[0]) / self.scaling[1]
-        return images.to(self.dtype) if images.is_floating_point() else images
-
-
-def _part(output: Any) -> tuple[str, Any]:
-    """Where an output has the logits, as source, and these."""
-    if hasattr(output, "logits"):
-        return ".logits", output.logits
-    if isinstance(output, Mapping):
-        key = next((key for key in ("logits", "out") if key in output), None)
-        return (f"[{key!r}]", output[key]) if key else ("", output)
-    if isinstance(output, (tuple, list)) and output:
-        return "[0]", output[0]
-    return "", output
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes the model of a start: anew by the reader's factory, seeded, its lazy layers filled."""
-
-    factory: Factory
-    losses: Losses
-    few: Examples
-
-    def __call__(self, device: torch.device, start: int = 0) -> nn.Module:
-        """A new model in training mode, with the same weights for the same `start`."""
-        with seeded(device, start):
-            model = self.factory().to(device)
-            if any(isinstance(module, LazyModuleMixin) for module in model.modules()):
-                with torch.no_grad():
-                    self.losses(model.eval(), self.few.batch(torch.arange(2), device))
-            return model.train()
+        output = model(images.to(self.dtype) if images.is_floating_point() else images)
+        if hasattr(output, "logits"):
+            return ".logits", output.logits
+        if isinstance(output, Mapping):
+            key = next((key for key in ("logits", "out") if key in output), None)
+            return (f"[{key!r}]", output[key]) if key else ("", output)
+        if isinstance(output, (tuple, list)) and output:
+            return "[0]", output[0]
+        return "", output
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model, its examples and its losses, all checked.
+    """A training, all checked."""
 
-    Attributes:
-        make: Makes the model.
-        losses: The loss of each example of a batch, or these and their weights.
-        model_name: Of the factory: "package.module:name" where it has such a name.
-        dataset_name: Of the dataset.
-        train: Examples to train on.
-        validation: Examples to judge by.
-        examples_per_epoch: Of the whole dataset, of which `train` may be a part.
-        batch_norms: Names of the layers that normalise by the statistics of a batch.
-        images: The images, where it is a classifier.
-        notes: What the reader should know.
-        losses_name: "package.module:name" of the reader's losses, where they have such a name.
-        weighted: Whether they come with weights.
-    """
-
-    make: Maker = field(repr=False)
-    losses: Losses = field(repr=False)
-    model_name: str
-    dataset_name: str
-    train: Examples = field(repr=False)
-    validation: Examples = field(repr=False)
-    examples_per_epoch: int
-    batch_norms: list[str]
-    images: OwnImages | None = field(default=None, repr=False)
-    notes: tuple[str, ...] = ()
-    losses_name: str = ""
-    weighted: bool = False
+    make: Callable[..., nn.Module] = field(repr=False)  # `make_model` but for device and start
+    losses: Losses = field(repr=False)  # of each example of a batch, or these and their weights
+    data: Data = field(repr=False)
+    recipe: Recipe
+    device: torch.device
+    batch_norm: bool  # whether layers normalise by the statistics of a batch
+    weighted: bool  # whether the losses come with weights
+    model_name: str  # "package.module:name", where it has such a name; so has the next
+    losses_name: str
 
     @property
     def noun(self) -> str:
         """What an example is called."""
-        return "images" if self.images else "examples"
+        return "images" if self.data.classes else "examples"
 
 
 def read_task(
@@ -134,56 +111,61 @@ def read_task(
     losses: Losses | str | None = None,
     collate: Callable[[list[Any]], Any] | str | None = None,
     columns: Sequence[str] | None = None,
+    optimizer: str = "adam",
+    device: torch.device = CPU,
 ) -> Task:
     """Find the model, read the examples, and check that the one can learn the other.
 
     Args:
         model: Makes the model, a new one at each call: a function or class, or
             "package.module:name".
-        dataset: Without `losses`, as `read_images` takes it; with them, any map-style dataset, or
-            "package.module:name" of what returns it. A tenth, drawn with a fixed seed, is for
-            validation.
+        dataset: As `read_images` takes it; with `losses` as `read_examples` does.
         losses: `losses(model, batch)` returns the loss of every example, shape (n,), or a pair:
             these and a weight for each, such as its number of tokens. The batch is on the model's
             device. Without it the model is a classifier, learnt by cross-entropy.
         collate: Makes a batch of a list of items, as for a `DataLoader`; or where to find it.
         columns: As for `read_images`.
+        optimizer: One of `RECIPES`.
+        device: Where to train.
 
     Raises:
         InputError: Something of this cannot be used; the message says what and why.
     """
+    if optimizer not in RECIPES:
+        raise InputError(f"optimizer = {optimizer!r}; {suggest(optimizer, RECIPES)}")
     what = f"model = {model!r}"
-    made = _made(what, model)
-    weights = next((p for p in made.parameters() if p.is_floating_point()), None)
+    made = _checked_model(what, model)
     if losses is None:
-        images = read_images(dataset, columns)
-        own: Losses = ClassLosses(_scaling(images.train[0]), _dtype(weights))
-        train, validation = Examples(images.train), Examples(images.validation)
-        name, total, notes = images.name, images.images_per_epoch, images.notes
+        data = read_images(dataset, columns)
+        dtype = next((p.dtype for p in made.parameters() if p.is_floating_point()), torch.float32)
+        own = cast(Losses, ClassLosses(_scaling(data.train.items[0]), dtype))
     else:
-        images, notes = None, ()
         own = cast(Losses, find_factory(cast(Any, losses)))
-        train, validation, name, total = read_examples(
-            dataset, cast(Any, collate and find_factory(cast(Any, collate)))
-        )
-    maker = Maker(find_factory(model), own, train.first(2))
-    output, with_weights = _check_losses(what, maker, train.first(CHECKED), images)
-    if isinstance(own, ClassLosses):
-        own = replace(own, output=output)
+        data = read_examples(dataset, cast(Any, collate and find_factory(cast(Any, collate))))
+    make = partial(make_model, find_factory(model), own, data.train.first(2))
     return Task(
-        make=replace(maker, losses=own),
-        losses=own,
+        make,
+        own,
+        data,
+        RECIPES[optimizer],
+        device,
+        batch_norm=any(isinstance(layer, _BatchNorm) for layer in made.modules()),
+        weighted=_check_losses(what, make, own, data, min(CHECKED, data.train.number)),
         model_name=_name_of(model),
-        dataset_name=name,
-        train=train,
-        validation=validation,
-        examples_per_epoch=total,
-        batch_norms=[n for n, layer in made.named_modules() if isinstance(layer, _BatchNorm)],
-        images=images,
-        notes=notes,
         losses_name=_name_of(losses) if losses else "",
-        weighted=with_weights,
     )
+
+
+def make_model(
+    factory: Factory, losses: Losses, few: Examples, device: torch.device, start: int = 0
+) -> nn.Module:
+    """A new model in training mode, its lazy layers filled; the same for the same `start`."""
+    with seeded(device, start):
+        model = factory().to(device)
+        if any(isinstance(module, LazyModuleMixin) for module in model.modules()):
+            with torch.no_grad():
+                losses(model.eval(), few.batch(torch.arange(2), device))
+        return model.train()
 
 
 def weighted(losses: Any) -> tuple[Tensor, Tensor | None]:
@@ -208,27 +190,22 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _name_of(factory: Any) -> str:
-    if isinstance(factory, str):
-        return factory
     name = getattr(factory, "__qualname__", None)
-    return f"{factory.__module__}:{name}" if name else repr(factory)
+    return f"{factory.__module__}:{name}" if name else str(factory)
 
 
-def _made(what: str, factory: Factory | str) -> nn.Module:
+def _checked_model(what: str, factory: Factory | str) -> nn.Module:
     model, other = call(what, factory), call(what, factory)
     if not isinstance(model, nn.Module):
         raise InputError(f"{what} returned {type(model).__name__}, not a torch.nn.Module")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
         raise InputError(f"{what} has no parameters to train")
-    if {id(p) for p in model.parameters() if p.requires_grad} & {id(p) for p in other.parameters()}:
+    if trained & {id(parameter) for parameter in other.parameters()}:
         raise InputError(
             f"{what} returned the same weights twice; it must make a new model each time"
         )
     return model
-
-
-def _dtype(weight: Tensor | None) -> torch.dtype:
-    return torch.float32 if weight is None else weight.dtype
 
 
 def _scaling(images: Tensor) -> tuple[float, float] | None:
@@ -243,22 +220,22 @@ def _scaling(images: Tensor) -> tuple[float, float] | None:
 
 
 def _check_losses(
-    what: str, make: Maker, examples: Examples, images: OwnImages | None
-) -> tuple[str, bool]:
-    """Show a new model some examples. Where its logits are; whether losses have weights."""
-    cpu, number = torch.device("cpu"), examples.number
+    what: str, make: Callable[..., nn.Module], losses: Losses, data: Data, number: int
+) -> bool:
+    """Show a new model the first examples; whether their losses have weights."""
     try:
-        model, batch = make(cpu), examples.batch(torch.arange(number), cpu)
-        if images and isinstance(make.losses, ClassLosses):
-            _check_logits(what, make.losses.logits(model, batch[0]), images, number)
-        each, weights = weighted(make.losses(model, batch))
+        model, batch = make(CPU), data.train.batch(torch.arange(number))
+        if isinstance(losses, ClassLosses):
+            _check_logits(what, losses.logits(model, batch[0]), len(data.classes), batch[0])
+        each, weights = weighted(losses(model, batch))
     except InputError:
         raise
     except Exception as error:  # whatever the reader's model raises
         if is_out_of_memory(error) and number > 2:
-            return _check_losses(what, make, examples.first(number // 2), images)
-        shape = images and (number, *images.train[0].shape[1:])
-        shown = f"images of shape {shape}" if images else "its first examples"
+            return _check_losses(what, make, losses, data, number // 2)
+        shown = "its first examples"
+        if data.classes:
+            shown = f"images of shape {(number, *data.train.items[0].shape[1:])}"
         raise InputError(f"{what} refuses {shown}: {describe(error)}") from error
     if each.shape != (number,) or (weights is not None and weights.shape != (number,)):
         raise InputError(
@@ -267,21 +244,14 @@ def _check_losses(
         )
     if not each.isfinite().all():
         raise InputError(f"{what}: the loss of its first {number} examples is {each.mean().item()}")
-    if not isinstance(make.losses, ClassLosses):
-        return "", weights is not None
-    return _part(model(make.losses.prepared(batch[0])))[0], False
+    return weights is not None
 
 
-def _check_logits(what: str, logits: Any, images: OwnImages, number: int) -> None:
-    classes, shape = len(images.classes), tuple(images.train[0][:number].shape)
-    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != number:
+def _check_logits(what: str, logits: Any, classes: int, images: Tensor) -> None:
+    is_tensor = isinstance(logits, Tensor)
+    if not is_tensor or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < classes:
+        found = f"the shape {tuple(logits.shape)}" if is_tensor else type(logits).__name__
         raise InputError(
-            f"{what} makes {found} of images of shape {shape}, but it must make logits of shape "
-            f"({number}, {classes})"
-        )
-    if logits.shape[1] < classes:
-        raise InputError(
-            f"{what} gives {logits.shape[1]} logits per image, but there are {classes} classes, "
-            f"which need a logit each"
+            f"{what} makes {found} of images of shape {tuple(images.shape)}, but it must make "
+            f"logits of shape ({len(images)}, {classes}), one for each of the {classes} classes"
         )

@@ -15,36 +15,27 @@ PURPLE, GREEN, GREY = "#440154", "#29af7f", "0.6"
 
 
 def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
-    """Validation loss against seconds of training; thin lines are further starts.
+    """Validation loss against seconds of training, of `Advice.race` as a table.
 
-    Args:
-        ax: Where to draw.
-        race: `Advice.race` as a table.
-        advised: Name of the setting that won.
-        usual: Name of the usual setting.
+    Thin lines are further starts of `advised` and `usual`, the names of two settings.
     """
-    colours = {usual: RED, advised: PURPLE}
     dashes = iter(("--", ":", "-."))
-    styles = {name: next(dashes) for name in race["setting"].unique() if name not in colours}
-    trained = race[race["seconds"] > 0]
-    for (name, start), points in trained.groupby(["setting", "start"], sort=False):
-        name = str(name)
+    trained = race.astype({"validation_loss": float})[race["seconds"] > 0]
+    for name, of_setting in trained.groupby("setting", sort=False):
         roles = [role for role, n in (("advised", advised), ("usual", usual)) if n == name]
-        label = f"{name} ({', '.join(roles)})" if roles else name
-        ax.plot(
-            points["seconds"],
-            points["validation_loss"].astype(float),
-            linestyle=styles.get(name, "-"),
-            color=colours.get(name, GREY),
-            linewidth=2.5 if start == 0 and roles else 1.2,
-            alpha=1 if start == 0 else 0.5,
-            label=label if start == 0 else None,
-            zorder=2 + len(roles),
-        )
+        look: dict[str, Any] = {
+            "color": PURPLE if name == advised else RED if name == usual else GREY
+        }
+        look |= {"linestyle": "-" if roles else next(dashes), "zorder": 2 + len(roles)}
+        label = f"{name} ({', '.join(roles)})" if roles else str(name)
+        for start, points in of_setting.groupby("start"):
+            width, alpha = (2.5 if roles else 1.2, 1.0) if start == 0 else (1.2, 0.5)
+            look |= {"linewidth": width, "alpha": alpha, "label": None if start else label}
+            ax.plot(points["seconds"], points["validation_loss"], **look)
     ax.set(yscale="log", xlabel="seconds of training", ylabel="validation loss")
     ax.set_title("The race: lowest at the end wins")
-    low, high = np.nanmin(trained["validation_loss"].astype(float)), trained.groupby("setting")
-    first = high["validation_loss"].first().astype(float).max()
+    low = trained["validation_loss"].min()
+    first = trained.groupby("setting")["validation_loss"].first().max()
     if 0 < low < first:
         ax.set_ylim(low * 0.9, first * 1.05)
         fixed_ticks(ax.yaxis, _round_ticks(low, first))
@@ -52,15 +43,9 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
 
 
 def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: str) -> None:
-    """Speed, memory, and the time to get equally far, against examples per update.
+    """Speed, memory, and the time to get equally far, against examples (`noun`) per update.
 
-    Bars at the speeds reach down to the slowest measurement.
-
-    Args:
-        axes: Three, side by side.
-        costs: `Advice.costs` as a table.
-        advised: The effective batch size that is advised.
-        noun: What an example is called, in the plural.
+    The three `axes` show `Advice.costs`; bars reach down to the slowest measurement.
     """
     whole = costs["accumulation_steps"] == 1
     for label, kind, colour, line in (
@@ -90,41 +75,32 @@ def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: st
 def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, same: bool) -> None:
     """Validation loss after equally many updates at each rate, with 95 % intervals.
 
-    Args:
-        ax: Where to draw.
-        rates: `Advice.rates` as a table. Rates that diverged are crosses at the top.
-        advised: The rate that won the race.
-        rates_at: Examples per update in these trials.
-        same: Whether the advised setting has as many examples per update.
+    Of `Advice.rates`, tried at `rates_at` examples per update; is that the `same` as is advised?
+    Rates that diverged are crosses at the top.
     """
-    learnt = rates[rates["outcome"] != "diverged"].astype({"validation_loss": float})
+    rates = rates.astype({"validation_loss": float, "low": float, "high": float})
+    learnt = rates[rates["outcome"] != "diverged"]
     loss = learnt["validation_loss"]
-    spread = [loss - learnt["low"].astype(float), learnt["high"].astype(float) - loss]
+    spread = [loss - learnt["low"], learnt["high"] - loss]
     ax.errorbar(learnt["learning_rate"], loss, spread, fmt="o-", color=PURPLE, capsize=4)
     best = learnt[learnt["best"]]
     look: dict[str, Any] = {"mfc": "none", "color": GREEN, "ls": "none"}
     ax.plot(best["learning_rate"], best["validation_loss"], "o", ms=12, **look, label="lowest here")
     where = "advised" if same else "advised, at another size"
     ax.axvline(advised, color="0.5", linestyle=":", label=where)
-    top = 1.1 * learnt["high"].astype(float).max()
+    top = 1.1 * learnt["high"].max()
     diverged = rates.loc[rates["outcome"] == "diverged", "learning_rate"]
     if len(diverged):
-        label = "diverged"
-        ax.plot(diverged, [top] * len(diverged), "x", color=RED, ms=9, clip_on=False, label=label)
+        cross: dict[str, Any] = {"color": RED, "ms": 9, "clip_on": False, "label": "diverged"}
+        ax.plot(diverged, [top] * len(diverged), "x", **cross)
     ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
-    ax.set_ylim(min(0.0, 1.1 * learnt["low"].astype(float).min()), 1.05 * top)
+    ax.set_ylim(min(0.0, 1.1 * learnt["low"].min()), 1.05 * top)
     ax.set_title(f"Learning rates at {rates_at} per update")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:
-    """The noise scale along a short training, with its 95 % interval.
-
-    Args:
-        ax: Where to draw.
-        noise: `Advice.noise` as a table; what is not finite is missing.
-        noun: What an example is called, in the plural.
-    """
+    """The noise scale along a short training, of `Advice.noise`, with its 95 % interval."""
     ends = noise[["low", "value", "high"]].astype(float)
     top, bottom = 3 * np.nanmax(ends.to_numpy()), max(1.0, ends["low"].min() / 2)
     high = ends["high"].fillna(top)

@@ -63,17 +63,18 @@ NAMES = ("cat", "dog", "eel")
 )
 def test_the_same_images_in_every_usual_form(dataset, options):
     task = read_task(linear, dataset, **options)
-    expected = read_images((IMAGES, LABELS))
-    assert task.train.items[0].flatten(1).equal(expected.train[0].flatten(1))
-    assert task.train.items[1].equal(expected.train[1])
-    scaled = task.losses.prepared(task.train.items[0])
-    assert abs(scaled.mean()) < 0.01
-    assert abs(scaled.std() - 1) < 0.01
+    images, labels = task.data.train.items
+    expected = read_images((IMAGES, LABELS)).train.items
+    assert images.flatten(1).equal(expected[0].flatten(1))
+    assert labels.equal(expected[1])
+    mean, deviation = task.losses.scaling
+    assert mean == pytest.approx((images / 255).mean().item(), abs=1e-4)
+    assert deviation == pytest.approx((images / 255).std().item(), abs=1e-4)
 
 
 def test_a_tenth_of_each_class_is_for_validation_and_a_lone_image_is_told():
     found = read_images((torch.rand(101, 4), torch.tensor([0] * 80 + [1] * 20 + [2])))
-    assert found.validation[1].bincount(minlength=3).tolist() == [8, 2, 0]
+    assert found.validation.items[1].bincount(minlength=3).tolist() == [8, 2, 0]
     assert found.notes == ("class 2: validation has none of it, as there is one image",)
 
 
@@ -81,15 +82,15 @@ def test_a_tenth_of_each_class_is_for_validation_and_a_lone_image_is_told():
     ("dataset", "message"),
     [
         ((torch.rand(20, 8), torch.arange(20) / 2), "label 0 is 0.0, but labels must be whole"),
-        ((torch.rand(20, 8), torch.eye(20)), r"one-hot labels become classes by labels.argmax"),
-        ((torch.rand(20, 8), torch.arange(19)), r"must be \(n, ...\) and \(n,\)"),
+        ((torch.rand(20, 8), torch.eye(20)), "one-hot: take labels.argmax"),
+        ((torch.rand(20, 8), torch.arange(19)), r"\(20, 8\) and \(19,\), but they must begin with"),
         ((torch.rand(20, 8), torch.zeros(20).long()), "all training images are of one class"),
         ((torch.rand(5, 8), torch.arange(5)), "must be at least 10"),
         ((torch.ones(20, 8), torch.arange(20) % 2), "training images are the same"),
         ((torch.full((20, 8), math.nan), torch.arange(20) % 2), "values that are not finite"),
         (Items(lambda i: None if i == 7 else (IMAGES[i], 1)), r"item 7: TypeError: it is None"),
         (Items(lambda i: (IMAGES[i], None)), "the label is missing"),
-        (Items(lambda i: (IMAGES[i], np.eye(3)[0])), "one-hot labels become classes by argmax"),
+        (Items(lambda i: (IMAGES[i], np.eye(3)[0])), "one-hot: take labels.argmax"),
         (Items(lambda i: {"scan": 1, "kind": 2}), "keys scan, kind; give those"),
         (Items(lambda i: (torch.rand(1, 8, 8 + i % 2), i % 3)), r"shapes \(1, 8, 8\), \(1, 8, 9\)"),
         (3, "must have a length"),
@@ -120,17 +121,15 @@ def checker(mode, size=(16, 8)):
     return picture.convert(mode)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "I", "I;16", "F", "RGB", "CMYK", "palette", "alpha"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "I", "I;16", "F", "RGB", "CMYK", "palette", "alpha", "turned"]
+)
 def test_a_picture_is_read_as_a_person_sees_it(mode):
     seen = read_picture(checker(mode))
     assert seen.shape == (3 if mode in ("RGB", "CMYK", "palette") else 1, 16, 8)
     expected = torch.zeros(16, 8, dtype=torch.uint8)
     expected[:4, :4] = 255
     assert (seen.int() - expected.int()).abs().max() <= 1
-
-
-def test_a_picture_is_turned_as_its_camera_says():
-    assert read_picture(checker("turned"))[0].equal(read_picture(checker("L"))[0])
 
 
 @pytest.fixture
@@ -148,9 +147,6 @@ def test_folders_beside_the_classes_are_no_classes(folder):
         (folder / stray / "0.png").write_bytes(b"no picture")
     (folder / "cat" / "._000.PNG").write_bytes(b"no picture")
     assert read_images(folder).classes == list(NAMES)
-
-
-def test_parts_of_a_dataset_are_no_classes(folder):
     root = folder.parent / "root"
     (root / "test").mkdir(parents=True)
     with pytest.raises(InputError, match="test, which are parts of a dataset, not classes"):
@@ -214,7 +210,7 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_every_kind_are_made_alike_and_have_losses(name):
     task = read_task(MODELS[name], (IMAGES, LABELS))
-    batch = task.train.batch(torch.arange(8), CPU)
+    batch = task.data.train.batch(torch.arange(8))
     with torch.no_grad():
         losses = [task.losses(task.make(CPU, start), batch) for start in (0, 0, 1)]
     assert losses[0].shape == (8,)
@@ -240,7 +236,7 @@ def raising():
         (lambda: "a model", "returned str, not a torch.nn.Module"),
         (lambda: linear().requires_grad_(False), "no parameters to train"),
         (lambda: SHARED, "must make a new model each time"),
-        (narrow, "2 logits per image, but there are 3 classes"),
+        (narrow, r"makes the shape \(54, 2\) .* one for each of the 3 classes"),
         (lambda: nn.Conv2d(1, 3, 1), r"must make logits of shape \(\d+, 3\)"),
         (lambda: nn.Linear(9, 3), r"refuses images of shape \(\d+, 1, 8, 8\)"),
         ("nowhere:model", "No module named 'nowhere'"),
@@ -258,7 +254,7 @@ def regression(model, batch):
 def test_any_training_is_read_with_its_losses_and_weights():
     data = TensorDataset(torch.rand(50, 4), torch.rand(50, 2))
     task = read_task(lambda: nn.Linear(4, 2), data, regression)
-    assert (task.train.number, task.validation.number, task.noun) == (45, 5, "examples")
+    assert (task.data.train.number, task.data.validation.number, task.noun) == (45, 5, "examples")
     assert not isinstance(task.losses, ClassLosses)
     ragged = Items(lambda i: torch.ones(1 + i % 5, 4))
 

@@ -3,19 +3,12 @@
 import torch
 from torch import nn
 
-WEIGHTS = 2_000_000  # of `Wide`
 
-
-class Wide(nn.Module):
+class Wide(nn.Sequential):
     """Many weights, few activations: 8 MB of weights."""
 
     def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(16, WEIGHTS // 32)
-        self.outer = nn.Linear(WEIGHTS // 32, 3, bias=False)
-
-    def forward(self, images):
-        return self.outer(self.inner(images.flatten(1)))
+        super().__init__(nn.Flatten(), nn.Linear(16, 62_500), nn.Linear(62_500, 3, bias=False))
 
 
 class Hungry(nn.Module):
@@ -42,27 +35,16 @@ class Broken(nn.Linear):
         return super().forward(images.flatten(1)) * torch.nan
 
 
-def not_a_model():
-    return "model"
+class LazyPair(nn.Module):
+    """Lazy layers, and an output that only losses of one's own understand."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyLinear(3))
+
+    def forward(self, images):
+        return self.layers(images), None
 
 
 def no_width():
     return nn.Linear(16, 3 // 0)
-
-
-def lazy_pair():
-    """Lazy layers, and an output that only losses of one's own understand."""
-
-    class Pair(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.Sequential(nn.Flatten(), nn.LazyLinear(8), nn.LazyLinear(3))
-
-        def forward(self, images):
-            return self.layers(images), None
-
-    return Pair()
-
-
-def out_of_cuda_memory():
-    raise torch.OutOfMemoryError("CUDA out of memory")

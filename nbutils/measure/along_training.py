@@ -28,18 +28,11 @@ def noise_along_training(
     batch_size: int = 64,
     micro_batches: int = 64,
 ) -> pd.DataFrame:
-    """Train as `config` says, and measure the noise scale after some of the updates.
+    """Train as `config` says, and measure the noise scale after the updates with these numbers.
 
-    The measurements leave no trace in the training. Their images are drawn from the training
-    images with replacement, so that they are independent. At a constant learning rate the training
-    ends with the epoch of the last measurement.
-
-    Args:
-        config: The settings of the run.
-        data: Its images.
-        updates: Numbers of updates, each >= 1, after which to measure.
-        batch_size: Images in each micro-batch of a measurement.
-        micro_batches: Micro-batches of a measurement.
+    The measurements leave no trace in the training. Their images, `micro_batches` times
+    `batch_size`, are drawn from the training images with replacement, so that they are independent.
+    At a constant learning rate the training ends with the epoch of the last measurement.
 
     Returns:
         One row per measurement: `optimizer`, `learning_rate`, `seed`, `update`,
@@ -48,8 +41,8 @@ def noise_along_training(
     Raises:
         InputError: As `train` and `noise_scale`, or the run has fewer updates.
     """
-    images = len(data.train.labels)
-    per_epoch = updates_per_epoch(images, config.effective_batch_size, config.last_window)
+    count = len(data.train.labels)
+    per_epoch = updates_per_epoch(count, config.effective_batch_size, config.last_window)
     if not updates or min(updates) < 1 or max(updates) > per_epoch * config.epochs:
         raise InputError(
             f"updates = {list(updates)}, but they must be in 1 to {per_epoch * config.epochs}, "
@@ -57,37 +50,36 @@ def noise_along_training(
         )
     if config.schedule == "constant":  # another schedule would follow from fewer epochs
         config = replace(config, epochs=math.ceil(max(updates) / per_epoch))
-    settings = {name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")}
-    rows = []
+    device, rows = resolve_device(config.device), []
 
     def after_update(update: int, model: DigitCNN) -> None:
-        if update in updates:
-            measured = _measure(model, config, data, update, (micro_batches, batch_size))
-            rows.append(settings | {"update": update} | measured)
+        if update not in updates:
+            return
+        purpose = config.seed, f"noise scale after {update}"
+        generator = generator_for(torch.device("cpu"), *purpose)
+        chosen = torch.randint(count, (micro_batches * batch_size,), generator=generator)
+        dtype, labels = next(model.parameters()).dtype, data.train.labels.to(device)
+        images = data.normalised(data.train.images, device, dtype)
+
+        def losses(micro_batch: Tensor) -> Tensor:
+            logits = model(images[micro_batch])
+            return F.cross_entropy(logits, labels[micro_batch], reduction="none")
+
+        validation = data.normalised(data.validation.images, device, dtype)
+        predicted = logits_of(model.eval(), validation).argmax(1)
+        model.train()
+        of_the_run = model.dropout.generator
+        model.dropout.generator = generator_for(device, *purpose)
+        measured = noise_scale(model, chosen.to(device).split(batch_size), losses)
+        model.dropout.generator = of_the_run
+        rows.append(
+            {
+                **{name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")},
+                "update": update,
+                "validation_accuracy": (predicted == data.validation.labels).double().mean().item(),
+                **asdict(measured),
+            }
+        )
 
     train(config, data, progress=False, cuda_graph=False, after_update=after_update)
     return pd.DataFrame(rows)
-
-
-def _measure(
-    model: DigitCNN, config: RunConfig, data: Dataset, update: int, shape: tuple[int, int]
-) -> dict[str, float]:
-    """Validation accuracy and noise scale of `shape` (micro-batches, images) at these weights."""
-    device, dtype = resolve_device(config.device), next(model.parameters()).dtype
-    purpose = config.seed, f"noise scale after {update}"
-    generator = generator_for(torch.device("cpu"), *purpose)
-    chosen = torch.randint(len(data.train.labels), (math.prod(shape),), generator=generator)
-    images = data.normalised(data.train.images, device, dtype)
-    labels = data.train.labels.to(device)
-
-    def losses(micro_batch: Tensor) -> Tensor:
-        return F.cross_entropy(model(images[micro_batch]), labels[micro_batch], reduction="none")
-
-    validation = data.normalised(data.validation.images, device, dtype)
-    predicted = logits_of(model.eval(), validation).argmax(1)
-    model.train()
-    of_the_run, model.dropout.generator = model.dropout.generator, generator_for(device, *purpose)
-    measured = noise_scale(model, chosen.to(device).split(shape[1]), losses)
-    model.dropout.generator = of_the_run
-    accuracy = (predicted == data.validation.labels).double().mean().item()
-    return {"validation_accuracy": accuracy, **asdict(measured)}

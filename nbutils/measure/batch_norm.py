@@ -20,12 +20,8 @@ def running_statistics_error(
 ) -> dict[int, float]:
     """Error of the running variances of `DigitCNN(norm="batch")` at fixed, initial weights.
 
-    The averages start at the statistics of all training images, then see micro-batches.
-
-    Args:
-        data: The micro-batches are drawn at random from its training images.
-        batch_sizes: Images in a micro-batch.
-        seed: Decides the weights and the draws.
+    The averages start at the statistics of all training images, then see micro-batches of each of
+    the sizes, drawn at random from these.
 
     Returns:
         For each batch size, the mean relative difference between the running variance and the
@@ -35,27 +31,22 @@ def running_statistics_error(
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         settled = DigitCNN("batch").train()
-        _set_momentum(settled, 1.0)
-        settled.features(images)
-        truth = _running_variances(settled)
+        truth = _see(settled, images, momentum=1.0)
         errors = {}
         for size in batch_sizes:
-            model = copy.deepcopy(settled)
-            _set_momentum(model, 0.1)  # BatchNorm's default
-            seen = []
+            model, seen = copy.deepcopy(settled), []
             for _ in range(SETTLE + MEASURE):
-                model.features(images[torch.randperm(len(images))[:size]])
-                seen.append(((_running_variances(model) - truth) / truth).abs().mean())
+                batch = images[torch.randperm(len(images))[:size]]
+                running = _see(model, batch, momentum=0.1)  # BatchNorm's default
+                seen.append(((running - truth) / truth).abs().mean())
             errors[size] = torch.stack(seen[SETTLE:]).mean().item()
     return errors
 
 
-def _set_momentum(model: nn.Module, momentum: float) -> None:
-    for layer in model.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = momentum
-
-
-def _running_variances(model: nn.Module) -> Tensor:
-    named = model.named_buffers()
-    return torch.cat([value.clone() for name, value in named if name.endswith("running_var")])
+def _see(model: DigitCNN, images: Tensor, momentum: float) -> Tensor:
+    """The running variances of all channels after a pass."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.momentum = momentum
+    model.features(images)
+    return torch.cat([torch.as_tensor(layer.running_var).clone() for layer in layers])

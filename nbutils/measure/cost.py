@@ -17,21 +17,24 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from tqdm.auto import tqdm
 
+from nbutils.accumulation.batch import check_counts
 from nbutils.accumulation.window import accumulate_gradient
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress
-from nbutils.measure.factory import Factory, find_factory, make_model
+from nbutils.measure.factory import Factory, find_factory
 from nbutils.measure.memory import begin_peak, peak
 from nbutils.measure.process import OutOfMemory, in_own_process
 from nbutils.training.setup import resolve_device
@@ -46,42 +49,23 @@ PASSES = 12
 the peak grows over the first passes."""
 
 
-class Options(TypedDict, total=False):
-    """Settings of every measurement.
-
-    Attributes:
-        device: As in `RunConfig`, but not "mps"; by default "auto".
-        optimizer: Makes the optimizer from the parameters; by default `torch.optim.Adam`.
-        losses: `losses(model, (images, labels))` returns the loss of each image, not reduced; by
-            default the cross-entropy of the model's output.
-    """
-
-    device: str
-    optimizer: OptimizerFactory
-    losses: Losses
-
-
 @dataclass(frozen=True)
 class Cost:
-    """The cost of an update of `accumulation_steps` micro-batches of `batch_size` images.
-
-    Attributes:
-        batch_size: Images in a micro-batch.
-        accumulation_steps: Micro-batches in an update.
-        effective_batch_size: Images in an update.
-        peak_memory: Bytes; the module's docstring says of what.
-        seconds_per_update: Median over the timed updates.
-        images_per_second: Images of an update, divided by its seconds.
-        device: "cpu", or the name of the GPU.
-    """
+    """The cost of an update of `accumulation_steps` micro-batches of `batch_size` images."""
 
     batch_size: int
     accumulation_steps: int
     effective_batch_size: int
-    peak_memory: int
-    seconds_per_update: float
+    peak_memory: int  # bytes; the module's docstring says of what
+    seconds_per_update: float  # the median over the timed updates
     images_per_second: float
-    device: str
+    device: str  # "cpu", or the name of the GPU
+
+
+def cross_entropies(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The cross-entropy of each image, shape (n,)."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels, reduction="none")
 
 
 def measure(
@@ -92,7 +76,9 @@ def measure(
     accumulation_steps: int = 1,
     *,
     updates: int = 3,
-    **options: Unpack[Options],
+    device: str = "auto",
+    optimizer: OptimizerFactory = torch.optim.Adam,
+    losses: Losses = cross_entropies,
 ) -> Cost:
     """Measure updates of one setting of a model that takes images, after one to warm up.
 
@@ -105,68 +91,57 @@ def measure(
         batch_size: Images in a micro-batch, >= 1.
         accumulation_steps: Micro-batches in an update, >= 1.
         updates: The least number of timed updates, >= 1. There are also at least `PASSES` passes.
-        **options: As in `Options`.
+        device: As in `RunConfig`, but not "mps".
+        optimizer: Makes the optimizer from the parameters.
+        losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
 
     Raises:
-        InputError: An argument is not allowed, or the model cannot be made or trained. The message
-            has the cause and the reader's own line.
+        ValueError: An argument is not allowed, or (`InputError`) the model cannot be made or
+            trained. The message has the cause and the reader's own line.
         OutOfMemory: It needs more memory than there is.
         RuntimeError: The measuring process ended in another way.
     """
-    if not 1 <= len(images) == len(labels):
-        raise InputError(
-            f"{len(images)} images and {len(labels)} labels, but there must be one label per "
-            f"image, and at least 1 image"
-        )
-    _check(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
+    make = find_factory(factory)
     # A copy: pickling a slice takes along the whole tensor.
-    used = torch.arange(min(batch_size * accumulation_steps, len(images)))
-    prepare = partial(
-        _prepare,
-        find_factory(factory),
-        options.get("optimizer", torch.optim.Adam),
-        options.get("losses", cross_entropies),
-        images[used].detach().cpu(),
-        labels[used].detach().cpu(),
-    )
-    device = options.get("device", "auto")
+    chosen = torch.arange(min(batch_size * accumulation_steps, len(images)))
+    data = images[chosen].detach().cpu(), labels[chosen].detach().cpu()
+
+    def prepare(device: torch.device) -> Callable[[], Update]:
+        images, labels = (tensor.to(device) for tensor in data)
+        first = iter([True])  # only one update is checked, since a check waits for a GPU
+
+        def start() -> Update:
+            model = _new_model(make, device, images)
+            stepped = optimizer(model.parameters())
+
+            def of_part(part: Tensor) -> Tensor:
+                return losses(model, (images[part], labels[part]))
+
+            def update(window: Sequence[Tensor]) -> None:
+                stepped.zero_grad()
+                check = next(first, False)
+                accumulate_gradient(model, window, of_part, check_finite=check)
+                stepped.step()
+
+            return update
+
+        return start
+
     return measure_updates(
-        prepare, len(used), batch_size, accumulation_steps, device=device, updates=updates
+        prepare, len(chosen), batch_size, accumulation_steps, device=device, updates=updates
     )
 
 
-def _prepare(
-    factory: Factory,
-    make_optimizer: OptimizerFactory,
-    losses_of: Losses,
-    images: Tensor,
-    labels: Tensor,
-    device: torch.device,
-) -> Callable[[], Update]:
-    """What `measure_updates` asks for, of a model that takes images."""
-    images, labels = images.to(device), labels.to(device)
-
-    def start() -> Update:
-        model = make_model(factory, device, images)
-        optimizer = make_optimizer(model.parameters())
-
-        def losses(chosen: Tensor) -> Tensor:
-            return losses_of(model, (images[chosen], labels[chosen]))
-
-        def update(window: Sequence[Tensor]) -> None:
-            optimizer.zero_grad()
-            accumulate_gradient(model, window, losses)
-            optimizer.step()
-
-        return update
-
-    return start
-
-
-def cross_entropies(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The cross-entropy of each image, shape (n,)."""
-    images, labels = batch
-    return F.cross_entropy(model(images), labels, reduction="none")
+def _new_model(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:
+    """A model on `device` in training mode, its lazy layers filled by a pass of two `images`."""
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
+    model.to(device)
+    if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
+        with torch.no_grad():
+            model.eval()(images[:2])
+    return model.train()
 
 
 def measure_updates(
@@ -180,20 +155,12 @@ def measure_updates(
 ) -> Cost:
     """Measure updates of any training, after one to warm up, in a process of their own.
 
-    Args:
-        prepare: `prepare(device)` loads what does not count as the memory of training, such as the
-            data, and returns a function that starts a new training: it makes model and optimizer
-            and returns the function that makes an update from a window of index tensors.
-        examples: The indices are in [0, examples).
-        batch_size: Examples in a micro-batch, >= 1.
-        accumulation_steps: Micro-batches in an update, >= 1.
-        device: As in `RunConfig`, but not "mps".
-        updates: The least number of timed updates, >= 1.
-
-    Raises:
-        InputError, OutOfMemory, RuntimeError: As `measure`.
+    `prepare(device)` loads what does not count as the memory of training, such as the data, and
+    returns a function that starts a new training: it makes model and optimizer and returns the
+    function that makes an update from a window of index tensors, which are in [0, examples). All
+    else is as in `measure`.
     """
-    _check(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
+    check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
     resolved = resolve_device(device)
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
@@ -217,27 +184,17 @@ def _peak_and_seconds(
     torch.set_num_threads(threads)
     start = prepare(device)
     window = [micro_batch.to(device) for micro_batch in window]
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
     start()([window[0][:2]])
     before = begin_peak(device)
     update, seconds = start(), []
     for _ in range(updates):
-        _wait_for(device)
+        wait(device)
         begun = time.perf_counter()
         update(window)
-        _wait_for(device)
+        wait(device)
         seconds.append(time.perf_counter() - begun)
     return max(0, peak(device) - before), median(seconds[1:])
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _check(**numbers: Any) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} = {value!r}, but it must be a whole number >= 1")
 
 
 def measure_grid(
@@ -247,38 +204,24 @@ def measure_grid(
     settings: Sequence[tuple[int, int]],
     *,
     repeats: int = 3,
-    updates: int = 3,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> pd.DataFrame:
-    """Measure several settings in turn, and repeat, so that drift affects all of them alike.
+    """Measure pairs of batch size and accumulation steps in turn, so that drift affects all alike.
 
-    Args:
-        factory: As in `measure`, like `images`, `labels`, `updates` and `options`.
-        images: The images.
-        labels: Their classes.
-        settings: Pairs of batch size and accumulation steps.
-        repeats: Measurements of each setting, >= 1.
-        updates: The least number of timed updates.
-        **options: As in `Options`.
+    `factory`, `images`, `labels` and `options` are as in `measure`.
 
     Returns:
         One row per measurement: the fields of `Cost`, and `repeat`, from 0. Memory and times are
         NaN for a setting that needs more memory than there is.
-
-    Raises:
-        InputError: As `measure`.
     """
-    _check(repeats=repeats)
     rows = []
     everything = list(itertools.product(range(repeats), settings))
     for repeat, (batch_size, steps) in tqdm(everything, unit="measurement", disable=no_progress()):
-        try:
-            cost = measure(factory, images, labels, batch_size, steps, updates=updates, **options)
-        except OutOfMemory:
-            sizes = {"batch_size": batch_size, "accumulation_steps": steps}
-            rows.append(sizes | {"effective_batch_size": batch_size * steps, "repeat": repeat})
-        else:
-            rows.append(asdict(cost) | {"repeat": repeat})
+        row: dict[str, Any] = {"batch_size": batch_size, "accumulation_steps": steps}
+        row |= {"effective_batch_size": batch_size * steps, "repeat": repeat}
+        with suppress(OutOfMemory):
+            row |= asdict(measure(factory, images, labels, batch_size, steps, **options))
+        rows.append(row)
     return pd.DataFrame(rows, columns=[*Cost.__annotations__, "repeat"])
 
 

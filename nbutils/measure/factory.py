@@ -7,12 +7,11 @@ import linecache
 import sysconfig
 import traceback
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.lazy import LazyModuleMixin
+from torch import nn
 
 from nbutils.errors import InputError
 
@@ -27,41 +26,19 @@ NOT_THE_READERS = (
 
 
 def find_factory(factory: Factory | str) -> Factory:
-    """Return the factory; one given as text, "package.module:name", is imported.
-
-    Raises:
-        InputError: There is no such module or name, or it cannot be called.
-    """
+    """Return the factory; one given as text, "package.module:name", is imported."""
     found: Any = factory
     if isinstance(factory, str):
-        module, colon, name = factory.partition(":")
-        if not (module and colon and name):
+        module, _, name = factory.partition(":")
+        if not (module and name):
             raise InputError(f"factory = {factory!r}, but it must read package.module:name")
         try:
-            found = importlib.import_module(module)
-            for part in name.split("."):
-                found = getattr(found, part)
+            found = attrgetter(name)(importlib.import_module(module))
         except Exception as error:  # whatever a reader's module raises
             raise InputError(f"factory = {factory!r}: {describe(error)}") from error
     if not callable(found):
         raise InputError(f"factory = {factory!r}, but it must be callable and return the model")
     return found
-
-
-def make_model(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:
-    """A new model on `device` in training mode, its lazy layers filled by a pass of two `images`.
-
-    Raises:
-        TypeError: The factory returned something else.
-    """
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
-    model.to(device)
-    if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
-        with torch.no_grad():
-            model.eval()(images[:2])
-    return model.train()
 
 
 def describe(error: BaseException) -> str:

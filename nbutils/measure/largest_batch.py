@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Any
 
 from torch import Tensor
 
 from nbutils.errors import InputError
-from nbutils.measure.cost import Options, measure
+from nbutils.measure.cost import measure
 from nbutils.measure.factory import Factory
 from nbutils.measure.memory import format_memory, free_memory
 from nbutils.measure.process import OutOfMemory
@@ -21,14 +20,10 @@ TOLERANCE = 1 / 16
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The result of `largest_batch_size`.
+    """The largest micro-batch that was tried and fits; memory is in bytes.
 
-    Attributes:
-        batch_size: The largest micro-batch that was tried and fits.
-        peak_memory: Bytes that it needed.
-        limit: Bytes that it had to stay within: the budget less the margin.
-        tried: The peak memory of every size that was tried, in the order of the tries; None where
-            memory ran out.
+    `tried` has the peak of every size that was tried, in the order of the tries; None where memory
+    ran out. `limit` is the budget less the margin.
     """
 
     batch_size: int
@@ -45,7 +40,8 @@ def largest_batch_size(
     memory_budget: int | None = None,
     margin: float = 0.1,
     largest: int | None = None,
-    **options: Unpack[Options],
+    device: str = "auto",
+    **options: Any,
 ) -> LargestBatch:
     """Find the largest micro-batch that can be trained within a memory budget.
 
@@ -54,35 +50,32 @@ def largest_batch_size(
     needs. The search starts at one image, or at two if the model cannot be trained on one, as with
     batch norm.
 
-    Args:
-        factory: As in `measure`, like the arguments that are not named here.
-        images: The images.
-        labels: Their classes.
+    Args, where they are not those of `nbutils.measure.cost.measure`:
         memory_budget: Bytes that training may add; by default what the device has free.
         margin: The fraction of the budget that must stay free, in [0, 1).
         largest: Where the search ends, >= 1; by default at the number of images.
-        **options: As in `nbutils.measure.cost.Options`.
 
     Raises:
         InputError: As `measure`; or the smallest batch does not fit: the message says what it
             needs.
-        RuntimeError: As `measure`.
     """
-    if not 0 <= margin < 1:
-        raise InputError(f"margin = {margin!r}, but it must be a number in [0, 1)")
-    largest = len(images) if largest is None else largest
-    if largest < 1:
-        raise InputError(f"largest = {largest!r}, but it must be a whole number >= 1")
-    budget = free_memory(options.get("device", "auto")) if memory_budget is None else memory_budget
+    largest = largest or len(images)
+    budget = free_memory(device) if memory_budget is None else memory_budget
     limit = int(budget * (1 - margin))
 
     def peak(size: int) -> int | None:
         try:
-            return measure(factory, images, labels, size, 2, updates=1, **options).peak_memory
+            cost = measure(factory, images, labels, size, 2, updates=1, device=device, **options)
         except OutOfMemory:
             return None
+        return cost.peak_memory
 
-    size, needs = _smallest(peak, largest)
+    size = 1
+    try:
+        needs = peak(size)
+    except InputError:  # a lone image has no variance
+        size = min(2, largest)
+        needs = peak(size)
     if needs is None or needs > limit:
         found = "more than there is" if needs is None else format_memory(needs)
         raise InputError(
@@ -90,16 +83,8 @@ def largest_batch_size(
             f"little for a batch of {size}, which needs {found}"
         )
     tried = search(peak, {size: needs}, limit, largest)
-    fitting = max(size for size, needs in tried.items() if needs is not None and needs <= limit)
-    return LargestBatch(fitting, tried[fitting] or 0, limit, tried)
-
-
-def _smallest(peak: Callable[[int], int | None], largest: int) -> tuple[int, int | None]:
-    """The smallest size that can be trained, and its peak."""
-    with suppress(InputError):
-        return 1, peak(1)
-    size = min(2, largest)
-    return size, peak(size)
+    fitting = {size: needs for size, needs in tried.items() if needs is not None and needs <= limit}
+    return LargestBatch(max(fitting), fitting[max(fitting)], limit, tried)
 
 
 def search(
@@ -108,25 +93,16 @@ def search(
     """Try sizes until the largest that fits is known to within `TOLERANCE`.
 
     Sizes are doubled, but not beyond what a line through the tries so far says would fit. After one
-    that does not fit, the gap is halved.
-
-    Args:
-        peak: Returns the bytes that a size needs, or None if memory runs out.
-        tried: The peak of one size that fits, the smallest.
-        limit: Bytes that a size may need.
-        largest: The largest size to try.
-
-    Returns:
-        The peaks of all sizes that were tried, in the order of the tries.
+    that does not fit, the gap is halved. `peak` returns the bytes that a size needs, or None if
+    memory runs out; `tried` has that of the smallest size, which fits. Returned are the peaks of
+    all sizes that were tried, in the order of the tries.
     """
     ((smallest, first),) = tried.items()
     tried, fitting, unfit = dict(tried), smallest, largest + 1
     while unfit - fitting > max(1, fitting * TOLERANCE):
-        last = tried[fitting]
-        if unfit in tried:
-            size = (fitting + unfit) // 2
-        else:
-            size = 2 * fitting
+        size = (fitting + unfit) // 2
+        if unfit not in tried:
+            size, last = 2 * fitting, tried[fitting]
             if first is not None and last is not None and last > first:
                 size = fitting + (limit - last) * (fitting - smallest) // (last - first)
             at_least = fitting + max(1, int(fitting * TOLERANCE))

@@ -15,27 +15,19 @@ from nbutils.errors import InputError
 from nbutils.machine import peak_resident_memory
 from nbutils.training.setup import resolve_device
 
-UNITS = {"B": 1} | {
-    f"{letter}{suffix}": base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("B", 1000), ("IB", 1024))
-}
-"""Bytes in each unit that a memory budget may be given in."""
-
 
 def parse_memory(text: str) -> int:
-    """The bytes in a text such as "500MB", "2 GB" or "1.5GiB".
-
-    Raises:
-        InputError: The text is of another form, or means less than a byte.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    size = float(match[1]) * UNITS.get(match[2].upper(), 0) if match else 0
+    """The bytes, at least 1, in a text such as "500MB", "2 GB" or "1.5GiB"."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", text.upper())
+    size = 0
+    if match:
+        number, letter, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " "))
     if size < 1:
         raise InputError(
             f"memory {text!r}: it must be a number > 0 and a unit, such as 500MB, 2GB or 1.5GiB"
         )
-    return int(size)
+    return size
 
 
 def format_memory(size: float) -> str:
@@ -46,11 +38,7 @@ def format_memory(size: float) -> str:
 
 
 def free_memory(device: str = "auto") -> int:
-    """Bytes that the device reports as free now. The limit of a container may be lower.
-
-    Raises:
-        InputError: This machine does not have the device.
-    """
+    """Bytes that the device reports as free now. The limit of a container may be lower."""
     resolved = resolve_device(device)
     if resolved.type == "cuda":
         return torch.cuda.mem_get_info(resolved)[0]

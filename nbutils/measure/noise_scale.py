@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nbutils.accumulation.window import MicroBatch, accumulate_gradient
+from nbutils.accumulation.window import MicroBatch
 from nbutils.errors import InputError
 
 FEWEST = 3
@@ -54,15 +54,6 @@ class NoiseScale:
     trace: float
     images: int
     micro_batches: int
-
-    def __str__(self) -> str:
-        """One line for people, which also says if the images were too few."""
-        if math.isinf(self.high):
-            return (
-                f"noise scale of at least {self.low:,.0f} images; {self.images:,} images are too "
-                f"few to find an upper end"
-            )
-        return f"noise scale of {self.value:,.0f} images ({self.low:,.0f} to {self.high:,.0f})"
 
 
 def noise_scale(
@@ -93,12 +84,15 @@ def noise_scale(
 
     Raises:
         InputError: There are too few micro-batches, `confidence` is out of range, the model
-            normalises by the statistics of a batch, or all gradients are zero.
-        ValueError: As `accumulate_gradient`: for example a loss or gradient is not finite.
+            normalises by the statistics of a batch, or gradients are not finite or all zero.
     """
-    _check(confidence, len(window), "micro-batches")
-    _refuse_batch_statistics(model)
-    with _left_as_it_was(model):
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise InputError(
+                f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
+                f"batch, so an image has no gradient of its own; use noise_scale_of_batches"
+            )
+    with _same_buffers(model):
         measured = [_gradient(model, batch, losses) for batch in window]
     sizes = np.array([size for size, _ in measured], dtype=float)
     products = _inner_products([gradient for _, gradient in measured])
@@ -136,25 +130,26 @@ def noise_scale_of_batches(
     counts that change as noise. For `DigitCNN` after 120 updates the noise scale came out 2 % too
     high with 32 and 256 images, 8 % with 16 and 128. So small batches should not be tiny.
 
-    All else is as in `noise_scale`.
-
-    Args:
-        model: Any model whose parameters get gradients.
-        batches: At least `FEWEST` batches of equal size, drawn independently.
-        losses: Returns the loss of every image of a batch.
-        split: Splits a batch into two small ones or more, such as `lambda batch: batch.split(32)`
-            for a tensor of indices.
-        confidence: Coverage of the interval, in (0, 1).
+    All else is as in `noise_scale`, but there must be at least `FEWEST` `batches` of equal size,
+    and `split` splits a batch into two small ones or more, such as `lambda batch: batch.split(32)`
+    for a tensor of indices.
     """
-    _check(confidence, len(batches), "batches")
-    with _left_as_it_was(model):
-        measured = [_of_two_sizes(model, batch, losses, split) for batch in batches]
-    sizes = {(sum(parts), len(parts)) for parts, _, _ in measured}
-    if len(sizes) != 1:
-        raise InputError(f"batches of {sorted(sizes)} (images, parts), but all must be alike")
-    ((size, parts),) = sizes
-    of_small = np.array([squared for _, squared, _ in measured])
-    products = _inner_products([gradient for _, _, gradient in measured])
+    sizes, of_small, of_large = set(), np.zeros(len(batches)), []
+    with _same_buffers(model):
+        for number, batch in enumerate(batches):
+            whole, gradient = _gradient(model, batch, losses)
+            small = [_gradient(model, part, losses) for part in split(batch)]
+            squares = [count * _inner_products([part])[0, 0] for count, part in small]
+            of_small[number] = sum(squares) / whole
+            of_large.append(gradient)
+            sizes.add((whole, sum(count for count, _ in small), len(small)))
+    size, of_parts, parts = min(sizes)
+    if len(sizes) > 1 or of_parts != size or parts < 2:
+        raise InputError(
+            f"batches of {sorted(sizes)} (images, images in parts, parts), but all must be alike, "
+            f"and have two parts or more that hold all of their images"
+        )
+    products = _inner_products(of_large)
 
     def estimates(kept: np.ndarray) -> tuple[float, float]:
         inner = products[np.ix_(kept, kept)]
@@ -166,53 +161,13 @@ def noise_scale_of_batches(
     return _ratio(estimates, every_size, parts * len(batches), confidence)
 
 
-def _of_two_sizes(
-    model: nn.Module,
-    batch: MicroBatch,
-    losses: Callable[[MicroBatch], Tensor],
-    split: Callable[[MicroBatch], Sequence[MicroBatch]],
-) -> tuple[list[int], float, list[Tensor]]:
-    """Sizes of a batch's parts, the mean of their |g|^2 weighted by size, the batch's gradient."""
-    size, gradient = _gradient(model, batch, losses)
-    measured = [_gradient(model, part, losses) for part in split(batch)]
-    sizes = [part_size for part_size, _ in measured]
-    if len(sizes) < 2 or sum(sizes) != size:
-        raise InputError(
-            f"split gave parts of {sizes} images for a batch of {size}, but there must be two "
-            f"parts or more that hold all of them"
-        )
-    squared = sum(part_size * float(_inner_products([g])[0, 0]) for part_size, g in measured)
-    return sizes, squared / size, gradient
-
-
-def _check(confidence: float, number: int, what: str) -> None:
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence = {confidence!r}, but it must be in (0, 1), such as 0.95")
-    if number < FEWEST:
-        raise InputError(
-            f"{number} {what}, but at least {FEWEST} are needed: their differences are the noise"
-        )
-
-
-def _refuse_batch_statistics(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise InputError(
-                f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
-                f"batch, so an image has no gradient of its own; use noise_scale_of_batches"
-            )
-
-
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Restore the gradients and buffers of a model afterwards."""
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a model afterwards, such as the averages of batch norm."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -222,17 +177,13 @@ def _gradient(
     model: nn.Module, batch: MicroBatch, losses: Callable[[MicroBatch], Tensor]
 ) -> tuple[int, list[Tensor]]:
     """The number of images in a batch, and the gradient of their mean loss."""
-    sizes: list[int] = []
-
-    def counted(batch: MicroBatch) -> Tensor:
-        sizes.append(len(image_losses := losses(batch)))
-        return image_losses
-
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.grad = None
-    accumulate_gradient(model, [batch], counted)
-    return sum(sizes), [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    each = losses(batch)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    mean = each.sum() / len(each)
+    gradient = torch.autograd.grad(mean, parameters, materialize_grads=True)
+    if not all(part.isfinite().all() for part in [mean, *gradient]):
+        raise InputError("a loss or a gradient is not finite, so there is no noise scale")
+    return len(each), list(gradient)
 
 
 def _inner_products(gradients: Sequence[list[Tensor]]) -> np.ndarray:
@@ -253,43 +204,38 @@ def _ratio(
 ) -> NoiseScale:
     """The noise scale from `estimates` of tr(Sigma) and |G|^2 by batches with the given numbers.
 
-    The interval is Fieller's for a ratio. It stays valid where the denominator may be zero, and
-    then has no upper end. Its covariance matrix comes from leaving out one of K batches at a time
-    (the jackknife for groups of unequal `sizes`), its quantile from Student's distribution with
-    K - 1 degrees of freedom.
+    The interval is Fieller's for a ratio: the r >= 0 for which tr(Sigma) - r |G|^2 is compatible
+    with zero. It stays valid where |G|^2 may be zero, and then has no upper end. Its covariance
+    matrix comes from leaving out one of K batches at a time (the jackknife for groups of unequal
+    `sizes`), its quantile from Student's distribution with K - 1 degrees of freedom.
 
     Sources: Fieller (1954); Busing, Meijer, van der Leeden (1999), "Delete-m jackknife".
     """
-    every = np.arange(len(sizes))
-    trace, squared = whole = estimates(every)
+    from scipy import stats
+
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence = {confidence!r}, but it must be in (0, 1), such as 0.95")
+    if len(sizes) < FEWEST:
+        raise InputError(
+            f"{len(sizes)} batches, but at least {FEWEST} are needed: their differences are the "
+            "noise"
+        )
+    trace, squared = whole = estimates(np.arange(len(sizes)))
     if trace == squared == 0:
         raise InputError("all gradients are zero, so there is no noise scale")
     shares = (sizes.sum() / sizes)[:, None]
+    every = np.arange(len(sizes))
     without = np.array([estimates(np.delete(every, left_out)) for left_out in every])
     pseudo_values = shares * np.array(whole) - (shares - 1) * without
     # Each row estimates the same two numbers; that of a larger batch does so more precisely.
     residuals = pseudo_values - np.average(pseudo_values, axis=0, weights=sizes)
     scaled = residuals / np.sqrt(shares - 1)
-    covariance = scaled.T @ scaled / len(sizes)
-    low, high = _fieller(trace, squared, covariance, len(sizes) - 1, confidence)
-    value = trace / squared if squared > 0 else math.inf
-    return NoiseScale(value, low, high, squared, trace, int(sizes.sum()), micro_batches)
-
-
-def _fieller(
-    numerator: float, denominator: float, covariance: np.ndarray, freedom: int, confidence: float
-) -> tuple[float, float]:
-    """The ratios r >= 0 for which `numerator - r * denominator` is compatible with zero."""
-    from scipy import stats
-
-    (var_numerator, cov), (_, var_denominator) = stats.t.ppf((1 + confidence) / 2, freedom) ** 2 * (
-        covariance
-    )
+    quantile = stats.t.ppf((1 + confidence) / 2, len(sizes) - 1)
+    (var_trace, cov), (_, var_squared) = quantile**2 * (scaled.T @ scaled) / len(sizes)
     # Solve a r^2 - 2 b r + c <= 0.
-    a = denominator**2 - var_denominator
-    b = numerator * denominator - cov
-    c = numerator**2 - var_numerator
+    a, b, c = squared**2 - var_squared, trace * squared - cov, trace**2 - var_trace
     larger = b + math.sqrt(max(0.0, b * b - a * c))
     low = max(0.0, c / larger) if c > 0 and larger != 0 else 0.0
-    high = larger / a if a > 0 and denominator > 0 else math.inf
-    return low, high
+    high = larger / a if a > 0 and squared > 0 else math.inf
+    value = trace / squared if squared > 0 else math.inf
+    return NoiseScale(value, low, high, squared, trace, int(sizes.sum()), micro_batches)

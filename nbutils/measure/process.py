@@ -36,16 +36,21 @@ def in_own_process(work: Callable[[], Result]) -> Result:
         OutOfMemory: Memory ran out, or Linux killed the process, most likely for its memory.
         RuntimeError: The process ended in another way.
     """
+    content = io.BytesIO()
     try:
-        content = _pickled(work)
+        _Pickler(content).dump(work)
     except Exception as error:  # pickling raises many kinds
         raise InputError(
             f"the model's factory, its optimizer or its data cannot be sent to the measuring "
             f"process: {error}"
         ) from error
-    context = _context()
+    context: Any = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":  # where it is safe, forked from a server that has imported torch
+        context = multiprocessing.get_context("forkserver")
+        # Every optimizer imports torch._dynamo when it is made, which takes seconds.
+        multiprocessing.forkserver.set_forkserver_preload(["nbutils.measure.cost", "torch._dynamo"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, content), daemon=True)
+    process = context.Process(target=_report, args=(sender, content.getvalue()), daemon=True)
     process.start()
     sender.close()
     try:
@@ -69,20 +74,14 @@ def _reduced(code: CodeType) -> tuple[Any, ...]:
     return _from_file, (code.co_filename, make, arguments)
 
 
-class _Pickler(cloudpickle.Pickler):
-    """cloudpickle, but a function keeps the file that it comes from, for messages."""
-
-    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduced})
-
-
 def _from_file(path: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
     return make(*arguments).replace(co_filename=path)
 
 
-def _pickled(work: Callable[[], Any]) -> bytes:
-    content = io.BytesIO()
-    _Pickler(content).dump(work)
-    return content.getvalue()
+class _Pickler(cloudpickle.Pickler):
+    """cloudpickle, but a function keeps the file that it comes from, for messages."""
+
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduced})
 
 
 def _ended(code: int) -> RuntimeError:
@@ -93,15 +92,6 @@ def _ended(code: int) -> RuntimeError:
         f"the measuring process ended {how} without a result; its own message is in the terminal. "
         f'A script must measure under `if __name__ == "__main__":`'
     )
-
-
-def _context() -> Any:
-    """Fresh processes; where it is safe, forked from a server that has imported torch."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    # Every optimizer imports torch._dynamo when it is made, which takes seconds.
-    multiprocessing.forkserver.set_forkserver_preload(["nbutils.measure.cost", "torch._dynamo"])
-    return multiprocessing.get_context("forkserver")
 
 
 def _report(sender: Connection, content: bytes) -> None:

@@ -77,7 +77,7 @@ figures: install  ## make figures/ and the README's numbers from notebooks/refer
 	$(BIN)/python -m nbutils figures
 
 run-times: install  ## time Run All of each notebook, on a quiet machine, for the overview's table
-	$(BIN)/python -m nbutils.report.run_times
+	$(BIN)/python -c "from nbutils.report.readme import measure_run_times as run; run()"
 
 bench: install  ## time the training against the usual DataLoader loop (DATASET=mnist for all digits)
 	$(BIN)/python -m nbutils bench --dataset $(DATASET) --out build/bench.json

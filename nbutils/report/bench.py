@@ -36,10 +36,8 @@ from nbutils.training.model import DigitCNN
 from nbutils.training.setup import deterministic, generator_for, resolve_device
 from nbutils.training.train import train
 
-SETTINGS = (
-    *((size, 1) for size in (32, 64, 128, 256, 512, 1024)),
-    *((128, 8), (64, 16), (32, 32)),
-)
+WHOLE = (32, 64, 128, 256, 512, 1024)
+SETTINGS = (*((size, 1) for size in WHOLE), (128, 8), (64, 16), (32, 32))
 """Batch size and accumulation steps: the settings of the study `batch-size`, whose pick takes its
 times from here."""
 

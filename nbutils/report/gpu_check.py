@@ -190,8 +190,10 @@ def study(device: str, quick: bool) -> Rows:
     from nbutils.studies.runner import run_study
     from nbutils.studies.study import load_study
 
-    plan = load_study("batch-size", {"device": [device]} | ({"epochs": [1]} if quick else {}))
-    plan = replace(plan, runs=plan.runs[-1:] if quick else plan.runs)
+    plan = load_study("batch-size", {"device": [device]})
+    if quick:
+        plan = load_study("batch-size", {"device": [device], "epochs": [1], "batch_size": [512]})
+        plan = replace(plan, runs=plan.runs[:1])
     with tempfile.TemporaryDirectory() as folder:
         failures = run_study(plan, folder)
     yield "runs of the study batch-size that failed", len(failures), not failures
@@ -212,12 +214,7 @@ STAGES: dict[str, tuple[Callable[[str, bool], Rows], int]] = {
 
 
 def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
-    """Run all stages; whether every one of them passed or was skipped.
-
-    Args:
-        out: The folder of `gpu.json` and `gpu.txt`; made where there is none.
-        device: "cuda", or "cpu" to try the command itself.
-        quick: Whether to shrink every stage, for tests.
+    """Run all stages, on "cpu" or when `quick` only to try them; whether none failed or was cut.
 
     Raises:
         InputError: The device does not exist.
@@ -225,7 +222,8 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     if device not in ("cuda", "cpu"):
         raise InputError(f"device = {device!r}, but it must be 'cuda' or 'cpu'")
     name = device_name(resolve_device(device))
-    content: dict[str, Any] = {"device": name, "quick": quick, "stages": {}}
+    stages: dict[str, Any] = {}
+    content: dict[str, Any] = {"device": name, "quick": quick, "stages": stages}
     with suppress(ModuleNotFoundError):  # of a package whose version is recorded
         content["environment"] = environment(name)
     out.mkdir(parents=True, exist_ok=True)
@@ -233,14 +231,14 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     for stage, (_, limit) in STAGES.items():
         print(f"{stage} ...", flush=True)
         call = f"from nbutils.report.gpu_check import _main; _main({stage!r}, {device!r}, {quick})"
-        outcome = in_process(call, limit if device == "cuda" else 4 * limit)  # a CPU is slower
-        content["stages"][stage] = outcome
-        lines.append(_as_text(stage, outcome))
+        # A CPU is slower.
+        stages[stage] = in_process(call, limit if device == "cuda" else 4 * limit)
+        lines.append(_as_text(stage, **stages[stage]))
         print(lines[-1], flush=True)
         write_atomically(out / "gpu.json", (json.dumps(content, indent=1) + "\n").encode())
         write_atomically(out / "gpu.txt", ("\n".join(lines) + "\n").encode())
     print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
-    return all(outcome["state"] in ("passed", "skipped") for outcome in content["stages"].values())
+    return all(outcome["state"] in ("passed", "skipped") for outcome in stages.values())
 
 
 def in_process(code: str, limit: int) -> dict[str, Any]:
@@ -278,9 +276,9 @@ def _main(stage: str, device: str, quick: bool) -> None:
         print(json.dumps({"name": name, "value": value, "ok": ok}), file=rows, flush=True)
 
 
-def _as_text(stage: str, outcome: dict[str, Any]) -> str:
-    """The outcome of a stage, one line per row."""
+def _as_text(
+    stage: str, state: str, reason: str, seconds: float, rows: list[dict[str, Any]]
+) -> str:
     marks = {True: "ok  ", False: "BAD ", None: "    "}
-    head = f"{stage}: {outcome['state']} in {outcome['seconds']} s {outcome['reason']}"
-    rows = [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in outcome["rows"]]
-    return "\n".join([head.rstrip(), *rows])
+    lines = [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in rows]
+    return "\n".join([f"{stage}: {state} in {seconds} s {reason}".rstrip(), *lines])

@@ -10,18 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation.trainers import transformers_callback
-from nbutils.report.libraries.task import (
-    BATCH_SIZE,
-    EPOCHS,
-    NO_TOKENS,
-    NOT_ITS_JOB,
-    STEPS,
-    Task,
-    constant_rate,
-    library,
-)
+from nbutils.report.libraries.task import NO_TOKENS, Task, constant_rate, library
 
-NO_TOKENS_NO_LOG = NO_TOKENS | {"logged loss": NOT_ITS_JOB}
+NO_TOKENS_NO_LOG = NO_TOKENS | {"logged loss": "not its job"}
 
 
 @library("accelerate", NO_TOKENS_NO_LOG)
@@ -29,11 +20,11 @@ def accelerate(task: Task, prepare_loader: bool = True) -> None:
     """`Accelerator.accumulate`."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=STEPS)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=task.steps)
     model, optimizer = accelerator.prepare(task.model, task.optimizer())
     schedule = accelerator.prepare(task.schedule(optimizer.optimizer))
     loader = accelerator.prepare(task.loader) if prepare_loader else task.loader
-    for _ in range(EPOCHS):
+    for _ in range(task.epochs):
         for images, labels in loader:
             with accelerator.accumulate(model):
                 accelerator.backward(F.cross_entropy(model(images), labels))
@@ -63,9 +54,9 @@ def _train(task: Task, model: nn.Module) -> None:
         arguments = TrainingArguments(
             output_dir=folder,
             use_cpu=True,
-            per_device_train_batch_size=BATCH_SIZE,
-            gradient_accumulation_steps=STEPS,
-            num_train_epochs=EPOCHS,
+            per_device_train_batch_size=task.batch_size,
+            gradient_accumulation_steps=task.steps,
+            num_train_epochs=task.epochs,
             max_grad_norm=task.clip or 0.0,
             train_sampling_strategy="sequential",
             logging_strategy="epoch",

@@ -9,19 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nbutils.accumulation.trainers import keras_callback, lightning_callback
-from nbutils.report.libraries.task import (
-    BATCH_SIZE,
-    EPOCHS,
-    IGNORED,
-    NO_TOKENS,
-    NOT_ITS_JOB,
-    NOT_OFFERED,
-    STEPS,
-    WINDOW,
-    Task,
-    constant_rate,
-    library,
-)
+from nbutils.report.libraries.task import NO_TOKENS, Task, constant_rate, library
 
 
 @library("lightning", NO_TOKENS)
@@ -46,9 +34,9 @@ def lightning(task: Task) -> None:
 
     pl.Trainer(
         accelerator="cpu",
-        accumulate_grad_batches=STEPS,
+        accumulate_grad_batches=task.steps,
         gradient_clip_val=task.clip,
-        max_epochs=EPOCHS,
+        max_epochs=task.epochs,
         callbacks=[lightning_callback(task.run)],
         logger=False,
         enable_checkpointing=False,
@@ -67,26 +55,26 @@ def keras(task: Task) -> None:
     model = keras.Sequential([keras.Input(shape), keras.layers.TorchModuleWrapper(task.model)])
     rate = keras.optimizers.schedules.ExponentialDecay(task.rate, decay_steps=1, decay_rate=1.0)
     model.compile(
-        keras.optimizers.SGD(rate, gradient_accumulation_steps=STEPS, clipnorm=task.clip),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED),
+        keras.optimizers.SGD(rate, gradient_accumulation_steps=task.steps, clipnorm=task.clip),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=task.ignored),
     )
-    model.fit(task.loader, epochs=EPOCHS, verbose=0, callbacks=[keras_callback(task.run)])
+    model.fit(task.loader, epochs=task.epochs, verbose=0, callbacks=[keras_callback(task.run)])
 
 
-@library("pytorch-ignite", NO_TOKENS | {"clipping": NOT_OFFERED, "schedule": NOT_ITS_JOB})
+@library("pytorch-ignite", NO_TOKENS | {"clipping": "not offered", "schedule": "not its job"})
 def ignite(task: Task) -> None:
     """`create_supervised_trainer(gradient_accumulation_steps=3)`."""
     from ignite.engine import Events, create_supervised_trainer
     from ignite.metrics import Average
 
     trainer = create_supervised_trainer(
-        task.model, task.optimizer(), F.cross_entropy, gradient_accumulation_steps=STEPS
+        task.model, task.optimizer(), F.cross_entropy, gradient_accumulation_steps=task.steps
     )
     Average().attach(trainer, "loss")
     trainer.add_event_handler(
         Events.EPOCH_COMPLETED, lambda engine: task.end_epoch(engine.state.metrics["loss"])
     )
-    trainer.run(task.loader, max_epochs=EPOCHS)
+    trainer.run(task.loader, max_epochs=task.epochs)
 
 
 @library(
@@ -109,7 +97,7 @@ def fastai(task: Task) -> None:
         def after_train(self) -> None:
             task.end_epoch(self.learn.smooth_loss.item())
 
-    callbacks = [GradientAccumulation(WINDOW), EndEpoch(), ParamScheduler({"lr": rate})]
+    callbacks = [GradientAccumulation(task.window), EndEpoch(), ParamScheduler({"lr": rate})]
     learner = Learner(
         DataLoaders(task.loader, task.loader),
         task.model,
@@ -118,7 +106,7 @@ def fastai(task: Task) -> None:
         cbs=callbacks + ([GradientClip(task.clip)] if task.clip else []),
     )
     with learner.no_bar(), learner.no_logging():
-        learner.fit(EPOCHS)
+        learner.fit(task.epochs)
 
 
 @library("poutyne", NO_TOKENS)
@@ -141,8 +129,8 @@ def poutyne(task: Task) -> None:
     model = Model(task.model, task.optimizer(), F.cross_entropy)
     model.fit_generator(
         task.loader,
-        epochs=EPOCHS,
-        batches_per_step=STEPS,
+        epochs=task.epochs,
+        batches_per_step=task.steps,
         callbacks=callbacks,
         verbose=False,
     )
@@ -175,11 +163,11 @@ def torchtnt(task: Task) -> None:
 
     unit = Unit(
         module=task.model,
-        gradient_accumulation_steps=STEPS,
+        gradient_accumulation_steps=task.steps,
         clip_grad_norm=task.clip,
         step_lr_interval="step",
     )
-    train(unit, task.loader, max_epochs=EPOCHS)
+    train(unit, task.loader, max_epochs=task.epochs)
 
 
 @library("pytorch-accelerated", NO_TOKENS)
@@ -195,9 +183,9 @@ def pytorch_accelerated(task: Task) -> None:
     trainer = Trainer(task.model, F.cross_entropy, task.optimizer(), callbacks=[EndEpoch()])
     trainer.train(
         task.dataset,
-        num_epochs=EPOCHS,
-        per_device_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=STEPS,
+        num_epochs=task.epochs,
+        per_device_batch_size=task.batch_size,
+        gradient_accumulation_steps=task.steps,
         gradient_clip_value=task.clip,
         create_scheduler_fn=lambda optimizer: task.schedule(optimizer),
         train_dataloader_kwargs={"shuffle": False, "num_workers": 0},
@@ -236,12 +224,12 @@ def composer(task: Task) -> None:
     Trainer(
         model=Model(),
         train_dataloader=DataSpec(
-            DataLoader(task.dataset, batch_size=WINDOW),
-            get_num_tokens_in_batch=lambda batch: int((batch[1] != IGNORED).sum()),
+            DataLoader(task.dataset, batch_size=task.window),
+            get_num_tokens_in_batch=lambda batch: int((batch[1] != task.ignored).sum()),
         ),
         accumulate_train_batch_on_tokens=True,
-        device_train_microbatch_size=BATCH_SIZE,
-        max_duration=f"{EPOCHS}ep",
+        device_train_microbatch_size=task.batch_size,
+        max_duration=f"{task.epochs}ep",
         optimizers=optimizer,
         schedulers=task.schedule(optimizer),
         step_schedulers_every_batch=True,

@@ -18,7 +18,7 @@ import pandas as pd
 from nbutils.errors import InputError
 from nbutils.paths import REFERENCE
 from nbutils.report.libraries.measure import PROBES
-from nbutils.report.libraries.task import LIBRARIES, NOT_ITS_JOB, NOT_OFFERED
+from nbutils.report.libraries.task import LIBRARIES
 
 FOLDER = REFERENCE / "libraries"
 NOTES = Path(__file__).parents[1] / "libraries_notes.md.jinja"
@@ -26,18 +26,11 @@ TIME_LIMIT = 300  # seconds for one package
 _CHILD = "import sys; from nbutils.report.libraries.measure import main; main(*sys.argv[1:])"
 
 
-def observe_all(folder: Path = FOLDER, jobs: int = 2) -> Path:
+def observe_all(folder: Path = FOLDER) -> Path:
     """Run the installed libraries, each package in a process of its own, and write the record.
 
-    A library that fails is recorded with the reason. One that is not installed here keeps the
-    rows that were recorded elsewhere, which say with which versions.
-
-    Args:
-        folder: Gets `libraries.csv`, one row per library and probe, and `versions.csv`.
-        jobs: Processes side by side.
-
-    Returns:
-        The path of `libraries.csv`.
+    The record is `libraries.csv`, whose path is returned, and `versions.csv`. A library that fails
+    is recorded with the reason. One that is not installed here keeps the rows recorded elsewhere.
 
     Raises:
         InputError: No library is installed.
@@ -46,7 +39,7 @@ def observe_all(folder: Path = FOLDER, jobs: int = 2) -> Path:
     installed = [package for package in packages if _version(package) is not None]
     if installed == [""]:
         raise InputError("none of the libraries is installed: pip install -e '.[peers]'")
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(2) as pool:
         found = dict(zip(installed, pool.map(_observe_in_process, installed), strict=True))
     old_rows, old_versions = _read(folder)
     rows, versions = [], []
@@ -127,9 +120,8 @@ def libraries_table(folder: Path = FOLDER) -> pd.DataFrame:
 def _cell(row: pd.Series) -> str:
     if row["verdict"] == "right":
         return "✓"
-    in_words = row["probe"] in ("clipping", "schedule") or row["verdict"] in (
-        *(NOT_ITS_JOB, NOT_OFFERED, "carried over", "dropped"),
-    )
+    words = "not its job", "not offered", "carried over", "dropped"
+    in_words = row["probe"] in ("clipping", "schedule") or row["verdict"] in words
     return row["verdict"] if in_words else f"{row['measured']:.3g}"
 
 

@@ -18,12 +18,13 @@ from nbutils.accumulation.trainers import loader_of, watch_schedule
 
 STEPS, EPOCHS, WINDOW = ACCUMULATION_STEPS, 2, ACCUMULATION_STEPS * BATCH_SIZE
 IGNORED = -100
-NOT_ITS_JOB, NOT_OFFERED = "not its job", "not offered"
-NO_TOKENS = {"unequal tokens": NOT_ITS_JOB}
+NO_TOKENS = {"unequal tokens": "not its job"}
 
 
 class Task:
     """A model to train with plain SGD in a run that is watched, clipped to the norm `clip`."""
+
+    batch_size, steps, epochs, window, ignored = BATCH_SIZE, STEPS, EPOCHS, WINDOW, IGNORED
 
     def __init__(self, run: Run, clip: float | None = None) -> None:
         self.run, self.clip = run, clip

@@ -69,11 +69,7 @@ def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
 
 
 def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.DataFrame:
-    """The effects of claims 1, 2, 4 and 5 in points, earlier seeds beside the confirming ones.
-
-    Returns:
-        One row per effect, one column per part of `split_seeds`.
-    """
+    """The effects of claims 1, 2, 4 and 5 in points, one column per part of `split_seeds`."""
     columns = {}
     for name, part in split_seeds(answers, confirming).items():
         sizes = whole_sizes(part)
@@ -96,7 +92,7 @@ def whole_sizes(answers: Answers) -> list[int]:
 def fitted_change(answers: Answers) -> Effect:
     """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
 
-    The line is over the logarithm of the batch size; its slope is a weighted sum of accuracies.
+    Over the logarithm of the batch size; its slope is a weighted sum of accuracies.
     """
     sizes = whole_sizes(answers)
     doublings = np.log2(sizes)
@@ -106,10 +102,9 @@ def fitted_change(answers: Answers) -> Effect:
 
 
 def target_accuracy(runs: pd.DataFrame) -> float | None:
-    """The highest of `TARGETS` that every run reaches, and none before its second epoch.
+    """The highest of `TARGETS` that every run reaches, and none in its first epoch, if any.
 
-    What is reached within the first epoch does not show after how many updates. None where no
-    target is such.
+    What is reached within the first epoch does not show after how many updates.
     """
     first = runs.loc[runs["epoch"] == 1, "validation_accuracy"].max()
     least = runs.groupby("run_id")["validation_accuracy"].max().min()
@@ -118,19 +113,14 @@ def target_accuracy(runs: pd.DataFrame) -> float | None:
 
 @dataclass(frozen=True)
 class KaggleRuns(Answers):
-    """The study `kaggle-split`, on Kaggle's split of the digits.
-
-    Attributes:
-        tuned: The best learning rate on validation by accumulation steps, 1 and 8.
-    """
+    """The study `kaggle-split`, and the best rate on validation by accumulation steps."""
 
     tuned: Mapping[int, float]
 
-    def run_ids(self, steps: int, rate: float) -> pd.Series:
-        """The runs of batch size 128 with these steps, at this rate to within 2 %, by seed."""
-        table = self.outcomes.set_index("seed")
-        close = np.isclose(table["learning_rate"], rate, rtol=0.02)
-        return table.loc[(table["accumulation_steps"] == steps) & close, "run_id"]
+    @property
+    def plain(self) -> pd.Series:
+        """The ids of the runs of 128 at `POSTED_RATE`, by seed."""
+        return self.by_setting("run_id")[f"128, learning_rate {POSTED_RATE}"].dropna()
 
 
 def load_kaggle_runs(folder: Path = REFERENCE) -> KaggleRuns:
@@ -161,22 +151,19 @@ def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
         "rate x root of 8": (POSTED_RATE, SCALED_RATE),
         "tuned rates": (kaggle.tuned[1], kaggle.tuned[8]),
     }
-    found = {}
+    ids, found = kaggle.by_setting("run_id"), {}
     for name, (plain, accumulated) in rates.items():
-        ids = {1: kaggle.run_ids(1, plain), 8: kaggle.run_ids(8, accumulated)}
-        pairs = pd.DataFrame(ids).dropna()
-        if len(pairs):
-            chosen = kaggle.only(kaggle.runs["run_id"].isin(pairs.to_numpy().ravel()))
-            short, long = chosen.outcomes["setting"].unique()  # in the order of images per update
-            found[name] = lead(chosen, long, short), _at_equal_updates(kaggle.runs, pairs)
+        short, long = f"128, learning_rate {plain}", f"8 x 128, learning_rate {accumulated}"
+        if long in ids:
+            pairs = ids[[short, long]].dropna()
+            found[name] = lead(kaggle, long, short), _at_equal_updates(kaggle.runs, pairs)
     return found
 
 
 def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
-    """8 x 128 less 128 where 128 is taken after as many updates as 8 x 128 made.
+    """8 x 128 less 128, the latter interpolated to as many updates as the former made.
 
-    Its accuracy in between two epochs is interpolated in a straight line. Predictions in the
-    middle of training are not recorded, so the interval is Student's, over seeds only.
+    Predictions within a training are not recorded, so the interval is Student's, over seeds only.
     """
     histories = dict(iter(runs.sort_values("epoch").groupby("run_id")))
     gaps = []
@@ -193,14 +180,8 @@ def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
 
     The setting is 128 at `POSTED_RATE`, after the final epoch, as one would submit it; the mean
     over all ordered pairs of its seeds; NaN where there is only one.
-
-    Args:
-        kaggle: The runs.
-        part: Test images that are drawn at random.
-        lead: In images, of these.
     """
-    ids = kaggle.run_ids(1, POSTED_RATE)
-    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in ids]
+    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in kaggle.plain]
     won = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in permutations(right, 2)]
     each = [probability_of_lead(*images, len(kaggle.labels), part, lead) for images in won]
     return float(np.mean(each)) if each else math.nan

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,10 +32,6 @@ SAVED = (0.8, 0.2)
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """When each run first reached a validation accuracy, between epochs as `first_crossing` says.
-
-    Args:
-        runs: From `load_runs`.
-        target: Validation accuracy, in (0, 1).
 
     Returns:
         One row per run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and
@@ -57,10 +53,10 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `updates_to_target` of the rate with the fewest updates, for each size.
+    """The rows of `updates_to_target` of the fastest rate of each optimizer and size.
 
-    It is chosen by the mean of `updates`, for each `optimizer` and `effective_batch_size`, among
-    the rates at which all seeds reached the target. A size without such a rate has no rows.
+    That is the one of the smallest mean of `updates` among those at which all seeds arrived. A
+    size without such a rate has no rows.
     """
     size = ["optimizer", "effective_batch_size"]
     means = table.groupby([*size, "learning_rate"])["updates"].agg(
@@ -70,8 +66,7 @@ def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
     return table.merge(best[[*size, "learning_rate"]], on=[*size, "learning_rate"])
 
 
-@dataclass(frozen=True)
-class CriticalBatch:
+class CriticalBatch(NamedTuple):
     """The critical batch size in images per update, its 95 % interval, `E_min` and `S_min`."""
 
     value: float
@@ -132,13 +127,7 @@ def regime_borders(critical: float) -> tuple[float, float]:
 
 
 def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
-    """The noise scale on the way to the target, beside the fitted critical batch size.
-
-    Args:
-        noise: From `nbutils.measure.along_training.noise_along_training`.
-        target: Validation accuracy of the fits. A measurement is on the way up to and with the
-            first that shows it.
-        fits: By optimizer.
+    """The noise scale up to the first measurement at the target, beside the critical batch size.
 
     Returns:
         One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
@@ -148,11 +137,10 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
     runs = noise.sort_values("update")
     reached = runs["validation_accuracy"] >= target
     before = reached.groupby([runs["optimizer"], runs["seed"]]).cumsum() > reached
-    values = runs[~before & runs["optimizer"].isin(list(fits))].groupby("optimizer")["value"]
+    values = runs[~before].groupby("optimizer")["value"]
     table = values.agg(measurements="count", lowest="min", median="median", highest="max")
-    table["fitted"] = [fits[name].value for name in table.index]
-    table["low"] = [fits[name].low for name in table.index]
-    table["high"] = [fits[name].high for name in table.index]
+    fitted = pd.DataFrame(list(fits.values()), index=list(fits)).rename(columns={"value": "fitted"})
+    table = table.join(fitted[["fitted", "low", "high"]], how="inner").rename_axis("optimizer")
     table["ratio"] = table["median"] / table["fitted"]
     overlap = (table["lowest"] <= table["high"]) & (table["low"] <= table["highest"])
     return table.assign(agree=overlap).reset_index()
@@ -175,11 +163,6 @@ def target_table(
     fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
 ) -> pd.DataFrame:
     """What each of all `sizes` took to reach the target, for reading.
-
-    Args:
-        fastest: From `fastest_rates`, the rows of each optimizer.
-        fits: From `fit_critical_batch`, by optimizer.
-        sizes: All sizes that were tried.
 
     Returns:
         One row per `optimizer` and size: the chosen rate, means over seeds of updates and images

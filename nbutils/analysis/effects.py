@@ -114,13 +114,11 @@ def written_gaps(table: pd.DataFrame, reference: str, name: str) -> list[str]:
 
 
 def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_accuracy") -> Effect:
-    """A weighted sum of the outcomes of some settings, by their names, paired by seed.
+    """A weighted sum of the outcomes of some settings, by name, paired by seed.
 
-    The interval of a test accuracy is for other seeds and other images, see `crossed_interval`.
-    Its mean and the part of the seeds come from the outcomes, the means over the last epochs; its
-    part of the images from the predictions, those of the same epochs where they were kept (older
-    records have the final ones alone). The interval of any other metric, or where labels are
-    unknown, is Student's, for other seeds only. Seeds that lack a setting are left out.
+    The interval of a test accuracy is that of `crossed_interval`, with the predictions of the late
+    epochs that were kept (older records have the final ones alone). That of another metric, or
+    where labels are unknown, is Student's, for other seeds only.
 
     Raises:
         InputError: No seed has all these settings.
@@ -151,10 +149,8 @@ def lead(answers: Answers, one: str, other: str, metric: str = "test_accuracy") 
 def prediction_differences(answers: Answers, pairs: Iterable[tuple[str, str]]) -> pd.DataFrame:
     """How many test images two networks predict differently after the final epoch.
 
-    Args:
-        answers: The runs.
-        pairs: Names of two settings, whose runs of equal seeds are compared; or one name twice:
-            then each two seeds of that setting are, the baseline that gives the others a meaning.
+    Of each pair of settings, runs of equal seeds are compared; of one name twice, each two seeds
+    of that setting, the baseline that gives the others a meaning.
 
     Returns:
         One row per pair that has runs to compare: `compared`, how many `pairs` of networks, and
@@ -163,11 +159,8 @@ def prediction_differences(answers: Answers, pairs: Iterable[tuple[str, str]]) -
     ids = answers.by_setting("run_id")
     rows = []
     for one, other in pairs:
-        if one not in ids or other not in ids:
-            continue
-        together = ids[[one, other]].dropna()
-        networks = zip(together[one], together[other], strict=True)
-        both = combinations(ids[one].dropna(), 2) if one == other else networks
+        together = ids.reindex(columns=[one, other]).dropna().to_numpy()
+        both = combinations(together[:, 0], 2) if one == other else together
         images = [int((answers.late[a][-1] != answers.late[b][-1]).sum()) for a, b in both]
         if images:
             name = f"two seeds of {one}" if one == other else f"{one} and {other}, same seed"

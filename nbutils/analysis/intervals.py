@@ -25,10 +25,7 @@ def student_quantile(freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Student's t interval of the mean of independent, roughly normal values, one per seed.
-
-    Both ends are NaN for fewer than two values, which show no spread.
-    """
+    """Student's interval of the mean of independent values, one per seed; NaN for fewer than 2."""
     if len(values) < 2:
         return math.nan, math.nan
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
@@ -41,18 +38,16 @@ def crossed_interval(
 ) -> tuple[float, float, float]:
     """Interval of a mean over seeds and images: for other seeds *and* other images.
 
-    Seeds and images are crossed: the network of each seed answers every image. In the analysis of
-    variance of two crossed random effects, the mean has variance `MS_seed / (S I)` from the S
-    seeds, which already contains the residual, plus `(MS_image - MS_residual) / (S I)` from the I
-    images. Student's half-width of the first part (S - 1 degrees of freedom) and the normal one of
-    the second are added in quadrature, so the residual counts once.
-
-    Source: Searle, Casella, McCulloch (1992), "Variance Components", chapter 4.
+    In the analysis of variance of two crossed random effects, the mean has variance
+    `MS_seed / (S I)` from the S seeds, which already contains the residual, plus
+    `(MS_image - MS_residual) / (S I)` from the I images. Student's half-width of the first and the
+    normal one of the second are added in quadrature, so the residual counts once. Source: Searle,
+    Casella, McCulloch (1992), "Variance Components", chapter 4.
 
     Args:
         values: Shape (seeds, images); for a comparison, a difference in each place.
-        outcomes: Shape (seeds,): the outcome of each seed, where it is known more precisely than
-            as a mean of its `values`. The mean and the part of the seeds then come from these.
+        outcomes: Shape (seeds,), where they are known more precisely than as means of `values`.
+            The mean and the part of the seeds then come from these.
 
     Returns:
         Its ends, and the minimum detectable effect: the true mean at which such an interval leaves
@@ -86,14 +81,10 @@ def proportion_interval(fraction: float, n: int) -> tuple[float, float]:
 
 
 def probability_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:
-    """Probability that one network leads another by `lead` images or more on a random part.
+    """Probability that a network leads another by `lead` images or more of `part` random ones.
 
-    Args:
-        won: Images of all that only this network gets right.
-        lost: Images of all that only the other does.
-        images: Number of all images.
-        part: How many of them are drawn, without replacement.
-        lead: In images.
+    They are drawn without replacement from all `images`, of which only this network gets `won`
+    right and only the other `lost`.
     """
     from scipy import stats
 

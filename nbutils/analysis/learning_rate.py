@@ -55,42 +55,31 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def ridge(table: pd.DataFrame) -> pd.DataFrame:
-    """The best rate of each size, and the range of rates that cannot be distinguished from it.
-
-    Args:
-        table: From `rate_map`.
+    """The best rate of each size of a `rate_map`, and the range of rates within noise of it.
 
     Returns:
         One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy`
         there; `low` and `high`, half-way (on a log scale) from the outermost rates within noise to
         the next that were tried, missing where none was; and `loss_rate`, the rate of lowest
-        training loss. The loss of thousands of training images is far less noisy than the accuracy
-        on some hundred others.
+        training loss, which is far less noisy than the accuracy on some hundred images.
     """
-    rows = []
-    for (optimizer, size), group in table.groupby(KEYS):
+    rows = {}
+    for key, group in table.groupby(KEYS):
         rates, equal = group["learning_rate"], group.loc[group["within_noise"], "learning_rate"]
         below, above = rates[rates < equal.min()].max(), rates[rates > equal.max()].min()
         best = group[group["best"]].iloc[0]
-        rows.append(
-            {
-                "optimizer": optimizer,
-                "effective_batch_size": size,
-                "best_rate": best["learning_rate"],
-                "validation_accuracy": best["validation_accuracy"],
-                "low": math.sqrt(below * equal.min()),
-                "high": math.sqrt(above * equal.max()),
-                "loss_rate": lowest_loss_rate(group),
-            }
-        )
-    return pd.DataFrame(rows)
+        rows[key] = {
+            "best_rate": best["learning_rate"],
+            "validation_accuracy": best["validation_accuracy"],
+            "low": math.sqrt(below * equal.min()),
+            "high": math.sqrt(above * equal.max()),
+            "loss_rate": lowest_loss_rate(group),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(KEYS).reset_index()
 
 
 def lowest_loss_rate(of_size: pd.DataFrame) -> float:
-    """The vertex of the parabola, on log scales, through the lowest loss and its two neighbours.
-
-    Of rows of `rate_map`. It is the lowest itself where it has only one neighbour.
-    """
+    """The vertex of the parabola, on log scales, through the lowest loss and both neighbours."""
     known = of_size[np.isfinite(of_size["train_loss"])].sort_values("learning_rate")
     rates, losses = np.log(known[["learning_rate", "train_loss"]].to_numpy()).T
     lowest = int(losses.argmin())
@@ -102,10 +91,10 @@ def lowest_loss_rate(of_size: pd.DataFrame) -> float:
 
 
 def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
-    """The power of the batch size with which the rate of lowest training loss grows.
+    """The power of the batch size with which the rate of lowest training loss grows, and its ends.
 
-    By least squares on log scales over the rows of `ridge` of one optimizer, which needs three;
-    with the ends of its 95 % interval (Student's).
+    By least squares on log scales over three rows or more of `ridge`; the 95 % interval is
+    Student's.
     """
     from scipy import stats
 
@@ -116,15 +105,11 @@ def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
 
 
 def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
-    """What each rule of `RULES` makes of the rate of lowest training loss at one size.
-
-    Args:
-        ridge_table: From `ridge`.
-        anchor: The effective batch size whose rate is taken as it is.
+    """What each of `RULES` makes of the rate of lowest training loss at the size `anchor`.
 
     Returns:
         One row per `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and
-        `fits`, whether that is in the range that cannot be distinguished from the best rate.
+        `fits`, whether that is in the range of the `ridge`.
 
     Raises:
         InputError: No runs have the size `anchor`.
@@ -144,31 +129,23 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
 
 def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
     """The ridge for reading, beside the rates of `scaling_rules` and whether they are in noise."""
-    low, high = (
-        ridge_table[end].map(lambda rate: "open" if pd.isna(rate) else f"{rate:.2g}")
-        for end in ("low", "high")
-    )
-    fits = rules["fits"].map({True: ", within", False: ", outside"})
-    by_rule = rules.assign(text=rules["learning_rate"].map("{:.2g}".format) + fits)
+    rounded = ridge_table[["low", "high", "loss_rate"]].map("{:.2g}".format).replace("nan", "open")
     table = ridge_table[KEYS].assign(
         **{
             "best rate": ridge_table["best_rate"].map("{:g}".format),
             "accuracy": ridge_table["validation_accuracy"].map("{:.1%}".format),
-            "within noise": low + " to " + high,
-            "lowest loss": ridge_table["loss_rate"].map("{:.2g}".format),
+            "within noise": rounded["low"] + " to " + rounded["high"],
+            "lowest loss": rounded["loss_rate"],
         }
     )
+    fits = rules["fits"].map({True: ", within", False: ", outside"})
+    by_rule = rules.assign(text=rules["learning_rate"].map("{:.2g}".format) + fits)
     beside = by_rule.pivot_table(index=KEYS, columns="rule", values="text", aggfunc="first")
     return table.set_index(KEYS).join(beside).rename_axis(["optimizer", "images per update"])
 
 
 def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
-    """Markdown lines for each optimizer: does the ridge move with the batch size as a rule says?
-
-    Args:
-        table: From `rate_map`.
-        rules: From `scaling_rules`.
-    """
+    """Markdown lines for each optimizer: does the ridge move with the batch size as a rule says?"""
     lines = []
     for optimizer, of_optimizer in ridge(table).groupby("optimizer"):
         if len(of_optimizer) > 2:
@@ -203,21 +180,18 @@ def describe_fixed_rates(table: pd.DataFrame) -> str:
     smallest size is. Both hold where a middle size is best.
     """
     lines = []
-    for optimizer, of_optimizer in table.groupby("optimizer"):
-        worse: dict[str, list[str]] = {"small": [], "large": []}
-        for rate, cut in of_optimizer.groupby("learning_rate"):
-            cut = cut.sort_values("effective_batch_size")
-            best = cut.sort_values("validation_accuracy").iloc[-1]
-            for name, other in (("small", cut.iloc[-1]), ("large", cut.iloc[0])):
+    ordered = table.sort_values("effective_batch_size")
+    for optimizer, of_optimizer in ordered.groupby("optimizer"):
+        for name, end in (("small", -1), ("large", 0)):
+            rates = []
+            for rate, cut in of_optimizer.groupby("learning_rate"):
+                best, other = cut.sort_values("validation_accuracy").iloc[-1], cut.iloc[end]
                 if other["high"] < best["low"]:
-                    worse[name].append(
-                        f"{rate:g} (best at {best['effective_batch_size']}: "
-                        f"{best['validation_accuracy']:.1%}, "
-                        f"at {other['effective_batch_size']}: {other['validation_accuracy']:.1%})"
+                    at_best, at_other = (
+                        f"at {row['effective_batch_size']}: {row['validation_accuracy']:.1%}"
+                        for row in (best, other)
                     )
-        lines += [
-            f"- **{optimizer}**, {name} batches are better at "
-            f"{', '.join(rates) or 'none of the rates tried'}."
-            for name, rates in worse.items()
-        ]
+                    rates.append(f"{rate:g} (best {at_best}, {at_other})")
+            listed = ", ".join(rates) or "none of the rates tried"
+            lines.append(f"- **{optimizer}**, {name} batches are better at {listed}.")
     return "\n".join(lines)

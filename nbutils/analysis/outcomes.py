@@ -48,11 +48,10 @@ def setting_name(batch_size: int, accumulation_steps: int) -> str:
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column `setting`: the settings in which its runs differ, but for the seed.
+    """`runs` with a column `setting`, in the order in which settings are to be shown.
 
-    Batch size and accumulation steps always show ("128", "8 x 128"); other fields of `RunConfig`
-    where they vary. Sorted in the order in which settings are to be shown: by effective batch
-    size, then by accumulation steps, then by the other fields.
+    Batch size and accumulation steps always show ("128", "8 x 128"), other fields of `RunConfig`
+    where they vary, the seed never.
     """
     always = ["batch_size", "accumulation_steps", "seed"]
     fields = [name for name in RunConfig.field_names() if name not in always and name in runs]
@@ -69,10 +68,10 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_crossing(errors: np.ndarray, target: float) -> float:
-    """Epochs until an error of at most `target`, which is above 0; NaN if there is none.
+    """Epochs until an error of at most `target`, from those after each epoch; NaN if there is none.
 
-    Errors are known after whole epochs, shape (epochs,). In between, their logarithm is taken to
-    fall evenly. What is reached in the first epoch counts as reached at its end: an upper bound.
+    Between epochs their logarithm is taken to fall evenly. What is reached in the first epoch
+    counts as reached at its end: an upper bound.
     """
     reached = np.flatnonzero(errors <= target)
     if len(reached) == 0:

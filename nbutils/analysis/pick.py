@@ -37,8 +37,7 @@ class Pick:
             `seconds` of training until the mean accuracy first reached `threshold`, NaN if it did
             not; and `share`, the resamples in which the setting is among the cheapest.
         best: The setting of the highest mean validation accuracy.
-        threshold: Accuracy that no longer differs from the best within the sampling error of the
-            validation images: the lower end of Wilson's 95 % interval.
+        threshold: The lower end of Wilson's interval of the best accuracy, over other images.
         seeds: Seeds that all these settings share.
         untimed: Settings left out, as their time is not known.
     """
@@ -109,10 +108,7 @@ def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick
     resamples, and the answer is called a guess. Test accuracy plays no part. This rule was chosen
     on the first five seeds of `batch-size`, and is not confirmed on fresh ones alone.
 
-    Args:
-        runs: From `load_runs`.
-        seconds: Seconds per epoch of each setting, measured on a quiet machine. Otherwise they are
-            those of the fastest seed of the runs.
+    `seconds` per epoch are as in `summary_table`.
 
     Raises:
         InputError: `seconds` has no setting of the runs.
@@ -151,11 +147,8 @@ def _judge(
 ) -> tuple[dict[str, np.ndarray], float]:
     """The columns of the table of a `Pick` from these seeds alone, and its threshold.
 
-    Args:
-        ends: Outcomes, shape (seeds, settings).
-        errors: Of each setting, shape (seeds, epochs).
-        cost: Seconds per epoch of each setting.
-        images: Number of validation images.
+    From outcomes, shape (seeds, settings), and of each setting the errors, shape (seeds, epochs),
+    and the seconds per epoch.
     """
     means, seeds = ends.mean(axis=0), len(ends)
     gaps = ends - ends[:, [means.argmax()]]

@@ -20,15 +20,14 @@ def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) 
 
     Args:
         answers: The runs of a study.
-        seconds: Seconds per epoch of each setting, measured on a quiet machine. Otherwise they are
-            those of the fastest seed, since other work on the machine only adds to them.
+        seconds: Seconds per epoch of each setting, measured on a quiet machine; else those of the
+            fastest seed, since other work on the machine only adds to them.
 
     Returns:
-        Indexed by `setting`, in the order of `name_settings`: `seeds`; `accuracy`, the mean over
-        them of `metric`, which is "test_accuracy", or "validation_accuracy" where test labels are
-        unknown; its `difference` from the setting `baseline` ("128", else the first), paired by
-        seed, with its interval `low` and `high` and its minimum detectable effect `detectable`,
-        all missing where no seed has both; `seconds` per epoch; `updates` per epoch.
+        `seeds`; `accuracy`, the mean over them of `metric`, which is "test_accuracy", or
+        "validation_accuracy" where test labels are unknown; its `difference` from the setting
+        `baseline` ("128", else the first), paired by seed, with `low`, `high` and `detectable` of
+        an `Effect`, all missing where no seed has both; `seconds` and `updates` per epoch.
     """
     table = answers.outcomes
     per_epoch = table[["seconds", "updates"]].div(table["epoch"], axis=0)
@@ -103,15 +102,10 @@ def describe_study(runs: pd.DataFrame) -> str:
 
 
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
-    """How outcomes change from one large batch to the same images in micro-batches.
+    """How outcomes change from one large batch to the same images in micro-batches, as text.
 
-    Args:
-        runs: From `load_runs`; settings with equal effective batch size.
-        metrics: Columns to compare.
-
-    Returns:
-        One row per normalisation and accumulated setting, one column per metric: the mean over
-        seeds of the paired difference with Student's 95 % interval, as text; accuracies in points.
+    One row per normalisation and accumulated setting, one column per metric: the mean over seeds
+    of the paired difference with Student's 95 % interval, accuracies in points.
     """
     final = name_settings(outcomes(runs.assign(norm=runs["norm"].astype(str))))
     final["setting"] = final["setting"].str.partition(",")[0]

@@ -238,7 +238,7 @@ def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
         "lead_of_all": lead_of_all,
         "luck": _percent(claims.seed_probability(kaggle, claims.SCORED, lead_of_scored)),
         "luck_of_all": _percent(claims.seed_probability(kaggle, images, lead_of_all)),
-        "seeds": len(kaggle.run_ids(1, claims.POSTED_RATE)),
+        "seeds": len(kaggle.plain),
     }
     word = _word(fails=gain.high < posted, holds=gain.low > 0)
     return [

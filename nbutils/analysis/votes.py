@@ -9,8 +9,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nbutils.errors import InputError
-
 
 def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
     """The class that most networks give each image; the smallest of those with equal votes."""
@@ -20,16 +18,11 @@ def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
-    """The accuracy to expect of the majority of `size` networks, from a larger set of them.
+    """The accuracy to expect of the majority of `size` networks, of as many or more.
 
     The mean over the votes of each network with the `size - 1` that follow it, the first after
     the last: so all networks count alike.
-
-    Raises:
-        InputError: `size` is out of range.
     """
-    if not 1 <= size <= len(predictions):
-        raise InputError(f"size must be in 1 to {len(predictions)}, got {size}")
     around = [*predictions, *predictions]
     votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]
     return float(np.mean([vote == labels for vote in votes]))

@@ -58,8 +58,9 @@ def test_what_learnt_nothing_is_too_slow_below_the_best_rate_and_diverged_above(
 
 
 def test_the_map_takes_the_mean_over_seeds():
-    both = pd.concat([study({32: [a, 0.5, 0.5, 0.5]}, seed=s) for s, a in ((0, 0.9), (1, 0.8))])
-    table = rate_map(both)
+    table = rate_map(
+        pd.concat([study({32: [a, 0.5, 0.5, 0.5]}, seed=int(10 * a)) for a in (0.9, 0.8)])
+    )
     assert table["seeds"].tolist() == [2] * 4
     assert table["validation_accuracy"].iloc[0] == pytest.approx(0.85)
 
@@ -102,22 +103,10 @@ def test_scaling_rules_go_through_the_anchor_and_are_held_to_the_ridge(runs):
     rates = rules.pivot_table(index="rule", columns="effective_batch_size", values="learning_rate")
     assert rates.loc["linear"].tolist() == pytest.approx([1e-3, 4e-3])
     assert rates.loc["square root"].tolist() == pytest.approx([1e-3, 2e-3])
-    fits = rules.set_index(["rule", "effective_batch_size"])["fits"]
-    assert fits.to_dict() == {
-        ("linear", 32): True,
-        ("linear", 128): True,
-        ("square root", 32): True,
-        ("square root", 128): False,
-    }
-    table = format_ridge(ridge_table, rules).loc["adam"]
-    assert table.loc[128].tolist() == [
-        "0.01",
-        "98.0%",
-        "0.0032 to 0.032",
-        "0.01",
-        "0.004, within",
-        "0.002, outside",
-    ]
+    assert rules["fits"].tolist() == [True, True, True, False]
+    shown = format_ridge(ridge_table, rules).loc["adam"].loc[128].tolist()
+    assert shown[:4] == ["0.01", "98.0%", "0.0032 to 0.032", "0.01"]
+    assert shown[4:] == ["0.004, within", "0.002, outside"]
     with pytest.raises(InputError, match=r"anchor = 64.*\[32, 128\]"):
         scaling_rules(ridge_table, anchor=64)
 

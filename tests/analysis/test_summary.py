@@ -66,6 +66,8 @@ def test_an_effect_is_paired_by_seed_and_its_interval_covers_seeds_and_images():
     right = [[answers.late[run][0] == 0 for run in ids[setting]] for setting in ("64", "32")]
     values = np.subtract(*np.array(right, float))
     assert (gap.low, gap.high, gap.detectable) == pytest.approx(crossed_interval(values))
+    assert str(Effect(0.01, 0.005, 0.015, 4)) == "+1.00 points (+0.50 to +1.50, n = 4)"
+    assert Effect(-0.00001, -0.0005, 0.0005, 4).bound == "between -0.05 and +0.05 points"
 
 
 def test_older_records_give_the_image_part_of_the_interval_from_the_final_epoch():
@@ -84,11 +86,6 @@ def test_seeds_that_lack_a_setting_are_left_out_and_one_seed_has_no_interval():
     assert str(lead(one, "64", "32")).endswith(" points (n = 1: no interval)")
     with pytest.raises(InputError, match="no seed has runs of all of 64, 2048"):
         effect(one, {"64": 1, "2048": -1})
-
-
-def test_an_effect_reads_in_points():
-    assert str(Effect(0.01, 0.005, 0.015, 4)) == "+1.00 points (+0.50 to +1.50, n = 4)"
-    assert Effect(-0.00001, -0.0005, 0.0005, 4).bound == "between -0.05 and +0.05 points"
 
 
 def test_predictions_are_compared_with_two_seeds_of_one_setting_as_the_baseline():

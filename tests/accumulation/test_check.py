@@ -63,16 +63,32 @@ def step_schedule(model, optimizer, scheduler, window):
     scheduler.step()
 
 
+def step_optimizer(model, optimizer, scheduler, window):
+    optimizer.step()
+
+
 def nothing(*_):
     pass
+
+
+def decay(model, *_):
+    model.weight.data.mul_(0.99)
 
 
 def clip(maximum=1.0, clipper=clip_grad_norm_):
     return lambda model, *_: clipper(model.parameters(), maximum)
 
 
-def on_gradients(change):
-    return lambda model, *_: [change(p.grad) for p in model.parameters()]
+def on_gradient(change):
+    return lambda model, o, s, window: change(model.weight.grad, images_in(window))
+
+
+def on_images(change):
+    return loop(forward=lambda model, images: model(change(images)))
+
+
+def over(divisor, loss=sum_of_losses):
+    return loop(loss=loss, divisor=divisor)
 
 
 def scaled(*, unscale=True, clip_first=False, own_step=False):
@@ -111,21 +127,18 @@ def with_closure(clear=True):
     return run
 
 
-def cleared_once_an_epoch(drop):
-    def run(model, optimizer, *rest):
-        optimizer.zero_grad()
-        loop(clear=False, drop=drop)(model, optimizer, *rest)
-
-    return run
+def cleared_once_an_epoch(model, optimizer, *rest):
+    optimizer.zero_grad()
+    loop(clear=False, drop=True)(model, optimizer, *rest)
 
 
-def steps_when(is_last, loss=lambda logits, labels: F.cross_entropy(logits, labels) / 3):
+def updates_at(place):
     """The loop of tutorials: the number of the micro-batch tells when to update."""
 
     def run(model, optimizer, scheduler, batches, steps):
         for number, (images, labels) in enumerate(batches):
-            loss(model(images), labels).backward()
-            if is_last(number, steps):
+            (F.cross_entropy(model(images), labels) / steps).backward()
+            if number % steps == place:
                 optimizer.step()
                 optimizer.zero_grad()
 
@@ -158,11 +171,6 @@ def skips_first(model, optimizer, scheduler, batches, steps):
         optimizer.step()
 
 
-def schedule_first(model, optimizer, scheduler, *rest):
-    scheduler.step()
-    loop(after_step=nothing)(model, optimizer, scheduler, *rest)
-
-
 def own_optimizer(model, optimizer, *rest):
     right(model, torch.optim.SGD(model.parameters(), lr=1e-9), *rest)
 
@@ -183,102 +191,77 @@ def gradients_outside(clip_each=None):
     return run
 
 
-def decay(model, *_):
-    model.weight.data.mul_(0.99)
+def zero_then_forward(model, images):
+    model.zero_grad()
+    return model(images)
 
 
+mean = F.cross_entropy
 WRONG = {
-    "own optimizer": (own_optimizer, ["optimizer"], "that the loop made itself"),
-    "update by hand": (by_hand, ["optimizer"], "not by optimizer.step()"),
+    "own optimizer": (own_optimizer, "optimizer", "that the loop made itself"),
+    "update by hand": (by_hand, "optimizer", "not by optimizer.step()"),
     "step inside": (
-        loop(inside=lambda m, optimizer, *_: optimizer.step()),
-        ["one update"],
-        "16 updates in 4 windows of 3 micro-batches",
+        loop(inside=step_optimizer),
+        "one update",
+        "16 updates in 4 windows of 3 micro",
     ),
-    "step twice": (loop(after_step=lambda m, optimizer, *_: optimizer.step()), ["one update"], ""),
-    "no step": (nothing, ["window length"], "no update was made"),
-    "step first": (
-        steps_when(lambda number, steps: number % steps == 0),
-        ["window length"],
-        "updates after 1, 3, 3, 3 micro-batches, not 3",
+    "step twice": (loop(after_step=step_optimizer), "one update", "8 updates in 4 windows"),
+    "no step": (nothing, "window length", "no update was made"),
+    "step first": (updates_at(0), "window length", "after 1, 3, 3, 3 micro-batches, not 3"),
+    "skips first": (skips_first, "every image", "micro-batches 1, 4 of 6"),
+    "weight decay inside": (loop(inside=decay), "still weights", "between two micro-batches"),
+    "too large": (over(lambda w, k: images_in(w) / 3), "division", "a gradient 3 times too large"),
+    "never divided": (over(lambda *_: 1), "division", "never divided"),
+    "divided twice": (over(lambda w, k: images_in(w) * k), "division", "0.333 of its right size"),
+    "never unscaled": (
+        scaled(unscale=False, own_step=True),
+        "division",
+        "6.55e+04 times too large",
     ),
-    "skips first": (skips_first, ["every image"], "micro-batches 1, 4 of 6"),
-    "weight decay inside": (loop(inside=decay), ["still weights"], ""),
-    "three times too large": (
-        loop(divisor=lambda window, steps: images_in(window) / 3),
-        ["division"],
-        "a gradient 3 times too large",
-    ),
-    "never divided": (loop(divisor=lambda *_: 1), ["division"], "never divided"),
-    "divided twice": (
-        loop(divisor=lambda window, steps: images_in(window) * steps),
-        ["division"],
-        "a gradient 0.333 of its right size",
-    ),
-    "never unscaled": (scaled(unscale=False, own_step=True), ["division"], ""),
     "sum of means": (
-        loop(loss=F.cross_entropy, divisor=lambda *_: 1),
-        ["division", "equal weight"],
-        "the sum of the micro-batches' means",
+        over(lambda *_: 1, mean),
+        "division, equal weight",
+        "the micro-batches' means",
     ),
-    "mean of means": (
-        loop(loss=F.cross_entropy, divisor=lambda window, steps: len(window)),
-        ["equal weight"],
-        "an image in a micro-batch of 1 weighed 4 times as much",
-    ),
-    "running sum": (running_sum, ["equal weight"], "weighed 3 : 2 : 1"),
-    "tutorial": (
-        loop(loss=F.cross_entropy, divisor=lambda window, steps: steps),
-        ["equal weight", "short window"],
-        "8 images in a window for 12: a gradient 0.667 of its right size",
-    ),
-    "full divisor": (loop(divisor=lambda *_: 12), ["short window"], "0.75 of its right size"),
-    "carry-over": (
-        steps_when(lambda number, steps: number % steps == steps - 1),
-        ["equal weight", "one epoch"],
-        "2 micro-batches of one epoch were in an update of the next",
-    ),
-    "cleared inside": (
-        loop(forward=lambda model, images: (model.zero_grad(), model(images))[1]),
-        ["whole gradient"],
-        "was lost before the update",
-    ),
+    "mean of means": (over(lambda w, k: len(w), mean), "equal weight", "weighed 4 times as much"),
+    "running sum": (running_sum, "equal weight", "weighed 3 : 2 : 1"),
+    "tutorial": (over(lambda w, k: k, mean), "equal weight, short window", "8 images in a window"),
+    "full divisor": (over(lambda *_: 12), "short window", "0.75 of its right size"),
+    "carry-over": (updates_at(2), "equal weight, one epoch", "2 micro-batches of one epoch"),
+    "cleared inside": (loop(forward=zero_then_forward), "whole gradient", "was lost"),
     "cleared before the step": (
         loop(before_step=lambda model, *_: model.zero_grad()),
-        ["whole gradient"],
+        "whole gradient",
         "no gradient at all",
     ),
-    "never cleared": (loop(clear=False), ["whole gradient"], "of the window before it"),
-    "never cleared, remainder dropped": (loop(clear=False, drop=True), ["whole gradient"], ""),
-    "never cleared with a closure": (with_closure(clear=False), ["whole gradient"], ""),
+    "never cleared": (loop(clear=False), "whole gradient", "the window before it"),
+    "never cleared in a closure": (with_closure(clear=False), "whole gradient", "before it"),
     "never cleared, another loss": (
-        loop(loss=lambda z, y: 2 * z.square().sum(), clear=False),
-        ["whole gradient"],
-        "",
+        loop(loss=lambda logits, labels: logits.square().sum(), clear=False),
+        "whole gradient",
+        "the window before it",
     ),
-    "cleared once an epoch": (cleared_once_an_epoch(drop=False), ["whole gradient"], ""),
-    "cleared once, remainder dropped": (cleared_once_an_epoch(drop=True), ["whole gradient"], ""),
-    "clipping inside": (loop(inside=clip()), ["clipping"], "between the backward passes"),
-    "clipping values inside": (loop(inside=clip(clipper=clip_grad_value_)), ["clipping"], ""),
-    "clipping parts": (gradients_outside(clip_each=1.0), ["clipping"], ""),
-    "clipping before unscale_": (scaled(clip_first=True), ["clipping"], "the scaler's factor"),
-    "clipping before step unscales": (scaled(unscale=False, clip_first=True), ["clipping"], ""),
-    "clipping inside, never cleared": (
+    "cleared once an epoch, remainder dropped": (cleared_once_an_epoch, "whole gradient", "before"),
+    "clipping inside": (loop(inside=clip()), "clipping", "between the backward passes"),
+    "clipping values": (loop(inside=clip(clipper=clip_grad_value_)), "clipping", "between"),
+    "clipping parts": (gradients_outside(clip_each=1.0), "clipping", "between"),
+    "clipping before unscale_": (scaled(clip_first=True), "clipping", "the scaler's factor"),
+    "clipping, never unscaled": (scaled(unscale=False, clip_first=True), "clipping", "factor"),
+    "clipping, never cleared": (
         loop(clear=False, inside=clip()),
-        ["whole gradient", "clipping"],
-        "",
+        "whole gradient, clipping",
+        "between the backward passes",
     ),
     "schedule inside": (
         loop(inside=step_schedule, after_step=nothing),
-        ["schedule"],
+        "schedule",
         "12 steps of the schedule for 4 updates",
     ),
     "schedule before the optimizer": (
         loop(before_step=step_schedule, after_step=nothing),
-        ["schedule"],
+        "schedule",
         "before the first update",
     ),
-    "schedule at the start": (schedule_first, ["schedule"], ""),
 }
 
 
@@ -318,10 +301,6 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
-def seen_by_model(change):
-    return loop(forward=lambda model, images: model(change(images)))
-
-
 RIGHT = {
     "plain": right,
     "helper": helper,
@@ -331,10 +310,7 @@ RIGHT = {
     "closure": with_closure(),
     "wrapped optimizer": lambda model, optimizer, *rest: right(model, Wrapper(optimizer), *rest),
     "autograd.grad": gradients_outside(),
-    "divided afterwards": loop(
-        divisor=lambda *_: 1,
-        before_step=lambda m, o, s, window: on_gradients(lambda g: g.div_(images_in(window)))(m),
-    ),
+    "divided afterwards": loop(divisor=lambda *_: 1, before_step=on_gradient(torch.Tensor.div_)),
     "checkpointing": loop(forward=lambda m, x: checkpoint(m, x, use_reentrant=False)),
     "reentrant checkpointing": loop(
         forward=lambda m, x: checkpoint(m, x.clone().requires_grad_(), use_reentrant=True)
@@ -343,20 +319,16 @@ RIGHT = {
     "second forward": loop(inside=lambda model, o, s, window: model(window[0][0]).argmax(1)),
     "validation inside": loop(inside=validate),
     "keyword": loop(forward=lambda model, images: model(pixels=images)),
-    "half": seen_by_model(torch.Tensor.half),
-    "bytes": seen_by_model(lambda images: (255 * images).byte()),
-    "normalised": seen_by_model(lambda images: (images - 0.5) / 0.5),
-    "noise": seen_by_model(lambda images: images + 0.1 * torch.randn_like(images)),
-    "channels last": seen_by_model(lambda images: images.to(memory_format=torch.channels_last)),
-    "float32 model": lambda model, *rest: seen_by_model(torch.Tensor.float)(model.float(), *rest),
+    "half": on_images(torch.Tensor.half),
+    "bytes": on_images(lambda images: (255 * images).byte()),
+    "normalised": on_images(lambda images: (images - 0.5) / 0.5),
+    "noise": on_images(lambda images: images + 0.1 * torch.randn_like(images)),
+    "float32 model": lambda model, *rest: on_images(torch.Tensor.float)(model.float(), *rest),
     "clipping": loop(before_step=clip(0.01)),
     "clipping values": loop(before_step=clip(0.01, clip_grad_value_)),
     "scaler": scaled(),
     "plateau": loop(after_step=lambda m, o, scheduler, w: scheduler.step(metrics=1.0)),
     "position": loop(inside=lambda m, o, scheduler, w: scheduler.step(0.5), after_step=nothing),
-    "average of weights": loop(
-        after_step=lambda model, *_: torch.optim.swa_utils.AveragedModel(model)
-    ),
 }
 
 
@@ -365,16 +337,16 @@ def test_wrong_loops_break_exactly_their_rules(name):
     wrong, rules, seen = WRONG[name]
     report = check_accumulation(wrong)
     text = str(report)
-    assert report.rules == rules
+    assert ", ".join(report.rules) == rules
     assert seen in text
     assert max(map(len, text.splitlines())) <= 95
-    for rule in rules:
+    for rule in report.rules:
         assert f"Broken: {RULES[rule]}\n  Seen: " in text
         assert f"\n  Change: {CHANGES[rule]}." in text
 
 
 def test_every_rule_is_broken_by_some_loop():
-    covered = {rule for _, rules, _ in WRONG.values() for rule in rules}
+    covered = {rule for _, rules, _ in WRONG.values() for rule in rules.split(", ")}
     assert covered | {"logged loss", "batch norm"} == set(RULES)  # these have tests of their own
 
 
@@ -406,9 +378,9 @@ UNCHECKED = {
     "class weights": loop(loss=weighted),
     "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + z.square().sum()),
     "hardest images only": loop(loss=hardest),
-    "images mixed": seen_by_model(lambda images: images.roll(1, 2)),
-    "gradient by its sign": loop(before_step=on_gradients(torch.Tensor.sign_)),
-    "gradient by its norm": loop(before_step=on_gradients(lambda g: g.div_(g.norm()))),
+    "images mixed": on_images(lambda images: images.roll(1, 2)),
+    "gradient by its sign": loop(before_step=on_gradient(lambda g, _: g.sign_())),
+    "gradient by its norm": loop(before_step=on_gradient(lambda g, _: g.div_(g.norm()))),
 }
 
 
@@ -519,7 +491,7 @@ def test_bad_input_is_refused():
         with pytest.raises(ValueError, match="an example of its images and labels, at least 6"):
             check_accumulation(right, net(nn.Identity()), example)
     with pytest.raises(ValueError, match="must call model\\(images\\) with images of 24 pixels"):
-        check_accumulation(seen_by_model(lambda images: images[:, :, :10]))
+        check_accumulation(on_images(lambda images: images[:, :, :10]))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the shared cases are not there")

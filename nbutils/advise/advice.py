@@ -108,11 +108,7 @@ def advise(
     """Measure a training, race a few settings, and advise on sizes and learning rate.
 
     Args:
-        model: As `read_task` takes it, like the next four.
-        dataset: The examples.
-        losses: `losses(model, batch)`; by default the cross-entropy of a classifier of images.
-        collate: Makes a batch of items.
-        columns: Keys of image and label.
+        model, dataset, losses, collate, columns: As `read_task` takes them.
         memory_budget: What training may add, as bytes or "2GB"; by default what is free.
         time_budget: For measurements and race, as seconds or "10min". Reading the examples and
             starting the measuring processes come on top. What is needed at least, such as a search

@@ -68,14 +68,10 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
     four micro-batches that was also made as one batch, and everything again. The first two and the
     search are made whatever the time.
 
-    Returns:
-        One row per setting that fits: `batch_size`, `accumulation_steps`, `effective_batch_size`,
-        the largest `peak_memory`, the highest `images_per_second` (other work on the machine only
-        slows), and the lowest as `slowest`. Then whether memory was the limit, and what was left
-        out for want of time.
-
-    Raises:
-        InputError: Not even the smallest batch fits.
+    Returns one row per setting that fits: `batch_size`, `accumulation_steps`,
+    `effective_batch_size`, the largest `peak_memory`, the highest `images_per_second` (other work
+    on the machine only slows), and the lowest as `slowest`. Then whether memory was the limit, and
+    what was left out. Raises an `InputError` if not even the smallest batch fits.
     """
     end = perf_counter() + seconds
     largest = min(LARGEST, max(2, task.data.train.number // FEWEST_UPDATES))

@@ -49,8 +49,7 @@ def trial_noise(
     whose batches are no larger than `fitting` and whose gradients take `limit` bytes at most. With
     batch norm whole batches of up to 128 are compared with their quarters.
 
-    Returns:
-        One row per measurement: `update`, and the fields of `NoiseScale`; and what was left out.
+    Returns one row per measurement: `update` and the fields of `NoiseScale`; and what was left out.
     """
     held = LARGE_BATCHES + 2 if task.batch_norm else MICRO_BATCHES
     trial = Trial(task, Setting(batch_size, 1, task.recipe.usual_rate))
@@ -112,15 +111,11 @@ def trial_rates(
     The usual rate comes first and takes its share of the time, which gives the number of updates.
     Then come those next to it, so that the outermost are left out if time runs short.
 
-    Returns:
-        One row per rate, ascending: `learning_rate`, `updates`, `validation_loss`, its 95 %
-        interval `low` and `high`, `validation_accuracy`, `outcome` and `best`. The outcome is
-        "diverged" where the loss is not finite, or not below that before training at a rate above
-        the best; "too slow" where it is not below it at another; else "learnt". Then what was left
-        out.
-
-    Raises:
-        InputError: The loss was not finite at any rate.
+    Returns one row per rate, ascending: `learning_rate`, `updates`, `validation_loss`, its 95 %
+    interval `low` and `high`, `validation_accuracy`, `outcome` and `best`; and what was left out.
+    The outcome is "diverged" where the loss is not finite, or not below that before training at a
+    rate above the best; "too slow" where it is not below it at another; else "learnt". Raises an
+    `InputError` if the loss was not finite at any rate.
     """
     recipe, sizes = task.recipe, (batch_size, accumulation_steps)
     share, end, took = seconds / len(recipe.rates), perf_counter() + seconds, 0.0

@@ -94,14 +94,8 @@ def entrants(
     tried; and another size, at least four times larger or smaller, at the lower of those rates
     scaled by the square root of the size: rates that win short trials tend to be too high for
     longer ones. Where memory is the limit (`bounded`), that other size is an accumulated one, so
-    that the race tells what accumulation is worth.
-
-    Args:
-        open_to_choice: From `candidates`.
-        usual: From `usual_row`.
-        rates: From `trial_rates`, at the size that `choose` picks.
-        recipe: The optimizer.
-        bounded: Whether memory is the limit.
+    that the race tells what accumulation is worth. The tables come from `candidates`, `usual_row`,
+    and `trial_rates` at the size that `choose` picks.
     """
     first, sizes = choose(open_to_choice), open_to_choice["effective_batch_size"]
     learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
@@ -130,13 +124,10 @@ def entrants(
 def run_race(
     task: Task, settings: dict[Setting, float], seconds: float
 ) -> tuple[Setting, pd.DataFrame]:
-    """Let the settings of `entrants` race.
+    """Let the settings of `entrants` race, for `SHORTEST` updates each whatever the time.
 
-    Each setting makes `SHORTEST` updates whatever the time.
-
-    Returns:
-        The winner. One row per look at a validation loss: `setting`, `start`, `seconds` of
-        training, `updates`, `validation_loss`, `validation_accuracy`.
+    Returns the winner, and one row per look at a validation loss: `setting`, `start`, `seconds` of
+    training, `updates`, `validation_loss`, `validation_accuracy`.
     """
     racers = [Trial(task, setting) for setting in settings]
     usual, begun = racers[0], perf_counter()
@@ -209,11 +200,9 @@ def _better(
 def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, float, float]:
     """Share of the usual setting's time that the winner saves, and its 95 % interval.
 
-    In each start the lowest loss that both reach is taken, and when each first reached it; the
-    interval is Student's, of the logarithms of the ratios.
-
-    Returns:
-        The geometric mean; its interval, NaN where there is one start or the settings are the same.
+    In each start the lowest loss that both reach is taken, and when each first reached it. The
+    share is a geometric mean, NaN if one did not learn; the interval is Student's, of logarithms,
+    NaN where there is one start or the settings are the same.
     """
     if winner == usual:
         return 0.0, math.nan, math.nan

@@ -36,21 +36,14 @@ class Setting(NamedTuple):
 
 
 class Trial:
-    """A training from one start, which can be continued.
-
-    Attributes:
-        model: As it is now.
-        updates: That were made.
-        seconds: That they took.
-        finite: Whether the losses were finite where they were looked at.
-        points: Rows of the looks at the validation loss.
-    """
+    """A training from one start, which can be continued."""
 
     def __init__(self, task: Task, setting: Setting, start: int = 0) -> None:
         self.model = task.make(task.device, start)
         self.task, self.setting, self.start = task, setting, start
-        self.updates, self.seconds, self.finite = 0, 0.0, True
-        self.points: list[dict[str, Any]] = []
+        self.updates, self.seconds = 0, 0.0  # that were made, and that they took
+        self.finite = True  # the losses, where they were looked at
+        self.points: list[dict[str, Any]] = []  # a row for each look at the validation loss
         self._windows = self._endless()
         self._optimizer = task.recipe.optimizer(self.model.parameters(), lr=setting.learning_rate)
 
@@ -80,11 +73,10 @@ class Trial:
         return self.finite
 
     def judge(self, most: int) -> tuple[Tensor, float]:
-        """Losses of at most `most` validation examples, whose mean is the validation loss.
+        """Losses of at most `most` validation examples, and the share of right answers.
 
-        Returns:
-            These, float64, shape (n,), each times its weight over the mean weight; and the share
-            of right answers, NaN where there are no classes.
+        The losses are float64, shape (n,), each times its weight over the mean weight, so that
+        their mean is the validation loss. The share is NaN where there are no classes.
         """
         task, examples = self.task, self.task.data.validation
         number = min(most, examples.number)

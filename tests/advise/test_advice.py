@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -18,7 +19,7 @@ from nbutils.accumulation.window import windows
 from nbutils.advise import costs as costs_module
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
 from nbutils.advise.costs import trial_costs
-from nbutils.advise.measurements import trial_rates
+from nbutils.advise.measurements import trial_noise, trial_rates
 from nbutils.advise.own_data import Examples
 from nbutils.advise.race import (
     NEAR,
@@ -241,9 +242,9 @@ def test_a_budget_too_small_for_the_smallest_batch_says_what_it_needs(task, few_
         trial_costs(normed, 500, 1.0)
 
 
-def run_loop(advice, model, data, **options):
-    space = {"losses": token_losses}
-    exec(advice.code, space)
+def run_loop(code, model, data, **options):
+    space = {}
+    exec(code, space)
     space["train"](model, data, 2, **options)
 
 
@@ -268,17 +269,19 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
 
     trial = Trial(read_task(mlp, tuple(few_digits.train)), Setting(32, 1, 0.0))
     before = trial.judge(100)[0].mean()
-    run_loop(advice, trial.model, TensorDataset(*few_digits.train))
+    run_loop(advice.code, trial.model, TensorDataset(*few_digits.train))
     assert trial.judge(100)[0].mean() < before
 
 
-def test_batch_norm_is_never_accumulated_and_its_loop_leaves_out_a_lone_image(few_digits):
-    advice = advise(with_batch_norm, tuple(few_digits.train), time_budget=2, optimizer="sgd")
-    assert advice.accumulation_steps == 1
-    assert "batch norm" in advice.questions["Is accumulation worth it here?"]
+def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out(few_digits):
+    task = read_task(with_batch_norm, tuple(few_digits.train), optimizer="sgd")
+    noise, left_out = trial_noise(task, 32, 10_000.0, 128, 1e9, 0.5)
+    assert noise["value"].gt(0).tolist() == [True, True, True]
+    assert left_out == []
     images, labels = few_digits.train
-    lone = TensorDataset(images[: advice.batch_size + 1], labels[: advice.batch_size + 1])
-    run_loop(advice, with_batch_norm(), lone)
+    run_loop(
+        loop(task, Setting(32, 1, 1e-2)), with_batch_norm(), TensorDataset(images[:33], labels[:33])
+    )
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -317,54 +320,23 @@ def test_the_loop_runs_as_pasted_and_makes_the_updates_of_the_trials(steps, weig
     assert torch.allclose(model[1].weight, mine[1].weight, rtol=tolerance, atol=tolerance)
 
 
-def token_losses(model, batch):
-    """Next-token losses of a language model, weighted by the tokens that are no padding."""
-    tokens, real = batch["tokens"], batch["tokens"][:, 1:] > 0
-    logits = model(tokens[:, :-1]).transpose(1, 2)
-    each = F.cross_entropy(logits, tokens[:, 1:], reduction="none")
-    return (each * real).sum(1) / real.sum(1), real.sum(1)
-
-
-def small_language_model():
-    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    return nn.Sequential(nn.Embedding(12, 16), nn.TransformerEncoder(layer, 1), nn.Linear(16, 12))
-
-
-def sentences():
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randint(11, (200, 1), generator=generator)
-    tokens = 1 + (start + torch.arange(8)) % 11
-    return [{"tokens": row[: 4 + number % 5]} for number, row in enumerate(tokens)]
-
-
-def padded(items):
-    rows = [item["tokens"] for item in items]
-    return {"tokens": nn.utils.rnn.pad_sequence(rows, batch_first=True)}
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_a_language_model_with_weights_and_padding_is_advised():
-    advice = advise(small_language_model, sentences(), token_losses, padded, time_budget=2)
-    assert advice.noun == "examples"
-    assert all(row["validation_accuracy"] is None for row in advice.race)
-    run_loop(advice, small_language_model(), sentences(), collate=padded)
+def test_from_the_command_a_language_model_with_padding_is_advised(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    import own_language
 
-
-def test_from_the_command_to_the_report(tmp_path, capsys, monkeypatch):
-    module = "import torch\nfrom torch import nn\ndef net(): return nn.Linear(4, 1)\n"
-    module += "def data():\n    x = torch.rand(80, 4)\n    return x, x.sum(1, True)\n"
-    module += "def losses(m, b): return (m(b[0]) - b[1]).square().mean(1)\n"
-    (tmp_path / "own_regression.py").write_text(module)
-    monkeypatch.syspath_prepend(tmp_path)
-    own = {"--model": "net", "--dataset": "data", "--losses": "losses"}
-    arguments = [text for key, name in own.items() for text in (key, f"own_regression:{name}")]
-    out = tmp_path / "out"
-    budgets = ["--time-budget", "2s", "--memory-budget", "1GB"]
-    assert main(["advise", *arguments, *budgets, "--out", str(out)]) == 0
-    advice = load_advice(out / "advice.json")
-    assert advice.memory_budget == 10**9
+    own = {"model": "model", "dataset": "sentences", "losses": "token_losses", "collate": "padded"}
+    given = [text for key, name in own.items() for text in (f"--{key}", f"own_language:{name}")]
+    budgets = ["--time-budget", "2s", "--memory-budget", "1GB", "--optimizer", "sgd"]
+    assert main(["advise", *given, *budgets, "--out", str(tmp_path)]) == 0
+    advice = load_advice(tmp_path / "advice.json")
     assert advice.answer in capsys.readouterr().out
-    assert "from own_regression import losses" in advice.code
+    assert (advice.memory_budget, advice.noun) == (10**9, "examples")
+    assert all(row["validation_accuracy"] is None for row in advice.race)
+    assert "from own_language import token_losses as losses" in advice.code
+    run_loop(
+        advice.code, own_language.model(), own_language.sentences(), collate=own_language.padded
+    )
 
 
 def test_bad_input_on_the_command_line_ends_with_status_2(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Results kept in few small files: `export_runs`, and tables of other measurements.
+"""Results kept in few small files: `export`, and tables of other measurements.
 
 A reference holds many runs: `runs.csv` (one row per run: its config, final metrics, timings),
 `history.csv` (one row per run and epoch), `predictions.npz` (`labels`, and an array per run, named

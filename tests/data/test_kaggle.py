@@ -5,12 +5,10 @@ import math
 import zipfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
 from nbutils import InputError, RunConfig, load_dataset, save_run, train
-from nbutils.data.dataset import Dataset, Split
 from nbutils.data.kaggle import (
     TEST_COLUMNS,
     TRAIN_COLUMNS,
@@ -45,40 +43,21 @@ def with_field(row, column, field, columns=TRAIN_COLUMNS):
     return b"\n".join(b",".join(line) for line in lines)
 
 
-def with_line(number, change):
-    """A file with one line changed; number 1 is the header."""
-    lines = csv(TRAIN_COLUMNS).split(b"\n")
-    lines[number - 1] = change(lines[number - 1])
-    return b"\n".join(lines)
-
-
 def with_columns(names):
     return csv(dict.fromkeys(names))
 
 
-def test_the_files_are_as_kaggles(few_digits, folder):
+def test_files_are_as_kaggles_and_are_read_back_bitwise(few_digits, folder):
     header, first, *_ = (folder / "train.csv").read_bytes().split(b"\n")
     assert header.decode() == ",".join(["label", *(f"pixel{n}" for n in range(784))])
     pixels = few_digits.train.images[0].flatten().tolist()
     assert first.decode() == ",".join(map(str, [few_digits.train.labels[0].item(), *pixels]))
-    header, *rows, end = (folder / "test.csv").read_bytes().split(b"\n")
-    assert header.decode() == ",".join(f"pixel{n}" for n in range(784))
-    assert (len(rows), end) == (50, b"")
-
-
-def test_any_images_are_read_back_bitwise(tmp_path):
-    generator = np.random.default_rng(0)
-    images = generator.integers(0, 256, (20, 1, 28, 28), np.uint8)
-    images[:, 0, 0, :3] = 0, 99, 255
-    labels = generator.integers(0, 10, 20)
-    split = Split(torch.from_numpy(images), torch.from_numpy(labels))
-    few = Split(split.images[:3], split.labels[:3])
-    write_dataset(tmp_path, Dataset("any", split, few, few, tuple("0123456789")))
-    read_images, read_labels = read_train(tmp_path / "train.csv")
-    assert torch.equal(read_images, torch.cat([split.images, few.images]))
-    assert torch.equal(read_labels, torch.cat([split.labels, few.labels]))
-    assert (read_images.dtype, read_labels.dtype) == (torch.uint8, torch.int64)
-    assert torch.equal(read_test(tmp_path / "test.csv"), few.images)
+    images, labels = read_train(folder / "train.csv")
+    both = (few_digits.train, few_digits.validation)
+    assert torch.equal(images, torch.cat([split.images for split in both]))
+    assert torch.equal(labels, torch.cat([split.labels for split in both]))
+    assert (images.dtype, labels.dtype) == (torch.uint8, torch.int64)
+    assert torch.equal(read_test(folder / "test.csv"), few_digits.test.images)
 
 
 def zipped(content, name="train.csv"):
@@ -96,7 +75,6 @@ def zipped(content, name="train.csv"):
     ("name", "content"),
     [
         ("train.csv", csv(TRAIN_COLUMNS).replace(b"\n", b"\r\n")),
-        ("train.csv", csv(TRAIN_COLUMNS).removesuffix(b"\n")),
         ("train.csv", csv(TRAIN_COLUMNS) + b"\n\n"),
         ("train.csv", csv(TRAIN_COLUMNS).replace(b"\n7,", b"\n00000000000000000000007,")),
         ("train.csv", b"\xef\xbb\xbf" + csv(TRAIN_COLUMNS)),
@@ -104,7 +82,6 @@ def zipped(content, name="train.csv"):
             "train.csv",
             b'"' + csv(TRAIN_COLUMNS).replace(b",", b'","')[:-1].replace(b"\n", b'"\n"') + b'"',
         ),
-        ("train.csv", gzip.compress(csv(TRAIN_COLUMNS))),
         ("train.csv.gz", gzip.compress(csv(TRAIN_COLUMNS))),
         ("train.csv", zipped(csv(TRAIN_COLUMNS))),
         ("train.csv.zip", zipped(csv(TRAIN_COLUMNS))),
@@ -128,11 +105,9 @@ FAULTS = {
         with_columns(["label", *PIXELS[:5], *PIXELS[6:]]),
         "line 1: column 7 is 'pixel6', but it must be 'pixel5'; the file has 784 columns",
     ),
-    "extra column": (with_columns(["label", *PIXELS, "pixel784"]), "column 786 is 'pixel784', but"),
     "UTF-16": (csv(TRAIN_COLUMNS).decode().encode("utf-16"), "it must be 'label'; the file has"),
     "another separator": (csv(TRAIN_COLUMNS).replace(b",", b";"), "column 1 is 'label;pixel0;"),
     "not UTF-8": (with_field(2, "pixel9", b"\xe4"), f"line 3, column pixel9: '\\\\xe4' {VALUE}"),
-    "other digits": (with_field(1, "pixel0", "٣".encode()), f"column pixel0: '٣' {VALUE} 255"),
     "not a number": (with_field(1, "pixel0", b"nan"), f"column pixel0: 'nan' {VALUE} 255"),
     "empty field": (with_field(3, "pixel783", b""), f"line 4, column pixel783: '' {VALUE} 255"),
     "256": (with_field(1, "pixel0", b"256"), f"line 2, column pixel0: '256' {VALUE} 255"),
@@ -140,8 +115,7 @@ FAULTS = {
     "wraps to 5 in 8 bits": (with_field(1, "pixel0", b"65541"), f"'65541' {VALUE} 255"),
     "beyond Python": (with_field(1, "pixel0", b"9" * 5000), f"'{'9' * 20}...' {VALUE} 255"),
     "truncated": (csv(TRAIN_COLUMNS)[:-401], "line 4: it has 685 values, and must have 785"),
-    "long row": (with_line(4, lambda line: line + b",200"), "line 4: it has 786 values"),
-    "all rows long": (csv(TRAIN_COLUMNS).replace(b"\n7,", b"\n1,7,"), "line 2: it has 786 values"),
+    "long row": (csv(TRAIN_COLUMNS)[:-1] + b",200\n", "line 4: it has 786 values"),
     "truncated gz": (gzip.compress(csv(TRAIN_COLUMNS))[:-9], "is damaged"),
     "zip of another file": (zipped(csv(TRAIN_COLUMNS), "a.csv"), "holds no train.csv"),
 }

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 
 from nbutils import InputError, RunConfig, load_runs, save_run, train
-from nbutils.studies.reference import export as export_runs
+from nbutils.studies.reference import export
 from nbutils.studies.status import run_status
 from nbutils.training import train as training
 
@@ -162,24 +162,24 @@ def test_an_export_stopped_at_any_step_leaves_the_earlier_reference_or_the_new_o
     save_run(result, tmp_path / "runs-0")
     save_run(replace(result, config=replace(result.config, seed=1)), tmp_path / "runs-1")
     first, both = tmp_path / "first", tmp_path / "both"
-    export_runs(tmp_path / "runs-0", first)
+    export(tmp_path / "runs-0", first)
     shutil.copytree(first, both)
-    export_runs(tmp_path / "runs-1", both)
+    export(tmp_path / "runs-1", both)
     references, reference = tmp_path / "references", tmp_path / "references" / "mine"
     step, reached, aside = 1, True, 0
     while reached:
         shutil.rmtree(references, ignore_errors=True)
         shutil.copytree(first, reference)
         (reference / "notes.txt").write_text("mine")
-        export = lambda: export_runs(tmp_path / "runs-1", reference)  # noqa: E731
-        reached, _ = faulty(export, references, step, act)
+        again = lambda: export(tmp_path / "runs-1", reference)  # noqa: E731
+        reached, _ = faulty(again, references, step, act)
         if reference.exists():
             assert len(load_runs(reference)) in (1, 2)
         else:
             aside += 1
             with pytest.raises(InputError, match=r"no folder .*; rename .*\.mine\.replaced to it"):
                 load_runs(reference)
-        export()
+        again()
         pd.testing.assert_frame_equal(load_runs(reference), load_runs(both))
         assert (reference / "notes.txt").read_text() == "mine"
         step += stride

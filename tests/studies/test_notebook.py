@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from types import SimpleNamespace
@@ -62,7 +61,8 @@ def test_a_kernel_is_this_interpreter_with_the_threads_it_is_given(probe, tmp_pa
     monkeypatch.setattr("tempfile.tempdir", str(long))
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     with ThreadPoolExecutor(2) as pool:
-        given, inherited = pool.submit(probe, "given", threads=3), pool.submit(probe, "inherited")
+        given = pool.submit(probe, "given", threads=3, time_limit=1e7)  # of months
+        inherited = pool.submit(probe, "inherited")
         here = {"executable": sys.executable, "TQDM_DISABLE": "1"}
         assert given.result() == here | {"OMP_NUM_THREADS": "3"}
         assert inherited.result() == here | {"OMP_NUM_THREADS": "7"}
@@ -70,12 +70,9 @@ def test_a_kernel_is_this_interpreter_with_the_threads_it_is_given(probe, tmp_pa
     assert not list(long.iterdir())
 
 
-def test_a_cell_has_a_time_limit_which_may_be_of_months(probe):
-    start = time.monotonic()
-    with pytest.raises(CellTimeoutError, match="timed out while it was being executed, after 2 s"):
-        probe(time_limit=1.5, parameters={"seconds": 600})
-    assert time.monotonic() - start < 60
-    assert probe(time_limit=1e7)
+def test_a_cell_has_a_time_limit(probe):
+    with pytest.raises(CellTimeoutError, match="timed out while it was being executed, after 1 s"):
+        probe(time_limit=0.5, parameters={"seconds": 600})
 
 
 def test_the_declared_parameters_are_those_that_papermill_finds():

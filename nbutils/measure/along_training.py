@@ -72,14 +72,9 @@ def noise_along_training(
         model.dropout.generator = generator_for(device, *purpose)
         measured = noise_scale(model, chosen.to(device).split(batch_size), losses)
         model.dropout.generator = of_the_run
-        rows.append(
-            {
-                **{name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")},
-                "update": update,
-                "validation_accuracy": (predicted == data.validation.labels).double().mean().item(),
-                **asdict(measured),
-            }
-        )
+        row = {name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")}
+        accuracy = (predicted == data.validation.labels).double().mean().item()
+        rows.append(row | {"update": update, "validation_accuracy": accuracy} | asdict(measured))
 
     train(config, data, progress=False, cuda_graph=False, after_update=after_update)
     return pd.DataFrame(rows)

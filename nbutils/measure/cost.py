@@ -88,9 +88,9 @@ def measure(
         images: What the model takes, shape (n, ...), n >= 1. A window of more than n images uses
             them again.
         labels: Their classes, shape (n,), int64.
-        batch_size: Images in a micro-batch, >= 1.
-        accumulation_steps: Micro-batches in an update, >= 1.
-        updates: The least number of timed updates, >= 1. There are also at least `PASSES` passes.
+        batch_size: Images in a micro-batch.
+        accumulation_steps: Micro-batches in an update.
+        updates: The least number of timed updates. There are also at least `PASSES` passes.
         device: As in `RunConfig`, but not "mps".
         optimizer: Makes the optimizer from the parameters.
         losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
@@ -98,8 +98,7 @@ def measure(
     Raises:
         ValueError: An argument is not allowed, or (`InputError`) the model cannot be made or
             trained. The message has the cause and the reader's own line.
-        OutOfMemory: It needs more memory than there is.
-        RuntimeError: The measuring process ended in another way.
+        OutOfMemory, RuntimeError: As `in_own_process`.
     """
     make = find_factory(factory)
     # A copy: pickling a slice takes along the whole tensor.
@@ -127,9 +126,8 @@ def measure(
 
         return start
 
-    return measure_updates(
-        prepare, len(chosen), batch_size, accumulation_steps, device=device, updates=updates
-    )
+    sizes = len(chosen), batch_size, accumulation_steps
+    return measure_updates(prepare, *sizes, device=device, updates=updates)
 
 
 def _new_model(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:

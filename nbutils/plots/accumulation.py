@@ -59,15 +59,11 @@ def plot_gradient_sum(
 ) -> None:
     """What the gradients of micro-batches add up to, beside the gradient of one large batch.
 
-    A gradient is drawn as the small images of its filters: purple is negative, orange positive,
-    white zero. Each row has a scale of its own, since the mean is smaller than what it is of.
-
-    Args:
-        axes: Two, one above the other, for the micro-batches and for their mean.
-        micro: The gradient of the mean loss of each micro-batch, shape (micro-batches, filters,
-            channels, height, width); only the first channel is drawn.
-        total: The accumulated gradient, shape (filters, channels, height, width).
-        large: The gradient of all these images in one batch, the same shape.
+    A gradient is drawn as the small images of its filters, first channel only: purple is negative,
+    orange positive, white zero. Each of the two axes, one above the other, has a scale of its own,
+    since the mean is smaller than what it is of. `micro` are the gradients of the mean loss of
+    each micro-batch, shape (micro-batches, filters, channels, height, width), `total` is what they
+    accumulate to, `large` the gradient of all these images in one batch.
     """
     mean, whole = np.asarray(total), np.asarray(large)
     difference = mean - whole

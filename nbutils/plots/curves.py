@@ -108,13 +108,10 @@ def plot_overlay(
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
     """Training, validation and, where it is known, test accuracy of a `RunResult.history`."""
-    colours = style.shades(3, 1, 0.25)
-    for (metric, title), marker, colour in zip(
-        METRIC_NAMES.items(), style.MARKERS, colours, strict=False
-    ):
+    for number, (metric, title) in enumerate(METRIC_NAMES.items()):
         if history[metric].notna().all():
-            name = title.partition(" ")[0]
-            ax.plot(history["epoch"], history[metric], color=colour, marker=marker, label=name)
+            look = {"color": style.shades(3, 1, 0.25)[number], "marker": style.MARKERS[number]}
+            ax.plot(history["epoch"], history[metric], label=title.partition(" ")[0], **look)
     accuracies = history[list(METRIC_NAMES)]
     _accuracy_axis(ax, accuracies.to_numpy())
     _show_lowest(ax, accuracies)

@@ -52,11 +52,8 @@ def plot_network(ax: Axes, layers: pd.DataFrame, image: tuple[int, ...] = (1, 28
     Channels are drawn as sheets, one behind the other (not all, where there are many), as wide as
     the image that each holds; the values of a layer without height and width as a column.
 
-    Args:
-        ax: Where to draw; about four times as wide as high.
-        layers: One row per layer, indexed by its name: `activations` ("16 x 14 x 14": channels,
-            height, width) and `weights`, how many it learns.
-        image: Channels, height and width of what goes in.
+    `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14": channels,
+    height, width) and `weights`, how many it learns. The axes should be four times as wide as high.
     """
     shapes = [image, *(tuple(map(int, text.split(" x "))) for text in layers["activations"])]
     names = ["image", *map(str, layers.index)]
@@ -92,13 +89,9 @@ def plot_misread(
 ) -> None:
     """The images that most networks get wrong, each with its label and the commonest wrong guess.
 
-    Args:
-        ax: Where to draw; about 1.6 inches high for each row of six images.
-        images: Shape (n, 1, height, width); dark is high.
-        labels: The right class of each, shape (n,).
-        predictions: The class that each network gives each image, shape (networks, n).
-        most: How many images to draw at most.
-        class_names: The names of the classes.
+    `images` have the shape (n, 1, height, width), dark is high; `labels` (n,); `predictions`, the
+    class that each network gives each image, (networks, n). At most `most` are drawn, in rows of
+    six that should be 1.6 inches high.
     """
     pictures, right, guesses = np.asarray(images), np.asarray(labels), np.asarray(predictions)
     wrong = guesses != right

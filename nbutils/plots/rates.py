@@ -140,13 +140,9 @@ def plot_updates_to_target(
     """Updates to a target against batch size, the fitted curve, and the three regimes.
 
     Dots are runs, open ones those that reached it in their first epoch, where it is an upper
-    bound. The shaded band is the 95 % interval of the critical batch size.
-
-    Args:
-        ax: Where to draw.
-        fastest: From `nbutils.analysis.critical_batch.fastest_rates`, the rows of one optimizer.
-        critical: Fitted to them.
-        missing: Sizes at which some seed never reached the target at any rate: crosses.
+    bound. The shaded band is the 95 % interval of the critical batch size. Crosses are the
+    `missing` sizes, at which some seed never reached the target at any rate. `fastest` is from
+    `nbutils.analysis.critical_batch.fastest_rates`, one optimizer; `critical` is fitted to it.
     """
     sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
     x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)

@@ -141,17 +141,16 @@ def check_losses(losses: Any, micro_batch: Any, weighted: bool, where: str) -> N
     number = losses.numel()
     seen = lengths(micro_batch)
     fits = next(seen, number) == number or number in seen
+    wrong = ""
     if losses.ndim == 0 or (number == 1 and not fits):
+        wrong = 'a loss that is already averaged or summed; return all: use reduction="none"'
+    elif not weighted and (losses.ndim != 1 or not fits):
+        wrong = "not one loss per image; average them over each image"
+    if wrong:
         raise ValueError(
-            f"{where}losses have shape {tuple(losses.shape)}: a loss that is already averaged or "
-            f'summed. Return all of them: use reduction="none". If they are not one per image '
-            f"(tokens, pixels), also pass what they weigh, such as {WEIGHT_LINE}"
-        )
-    if not weighted and (losses.ndim != 1 or not fits):
-        raise ValueError(
-            f"{where}losses have shape {tuple(losses.shape)}, which is not one loss per image. "
-            f"Either average them over each image, or, if tokens, pixels or several labels count, "
-            f"pass what the losses of a micro-batch weigh, such as {WEIGHT_LINE}"
+            f"{where}losses have shape {tuple(losses.shape)}, {wrong}. If tokens, pixels or "
+            f"several labels count, pass also what the losses of a micro-batch weigh, such as "
+            f"{WEIGHT_LINE}"
         )
 
 
@@ -194,17 +193,13 @@ def listed(window: Iterable[Any]) -> list[Any]:
     return micro_batches
 
 
-def check_counts(**counts: Any) -> None:
-    """Refuse what is not a whole number of at least 1, by name."""
+def check_counts(last_window: Any = "step", **counts: Any) -> None:
+    """Refuse by name what is no whole number of at least 1, and an unknown `last_window`."""
+    if last_window not in ("step", "drop"):
+        raise ValueError(f'last_window = {last_window!r}, but it must be "step" or "drop"')
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} = {value!r}, but it must be a whole number >= 1")
-
-
-def check_last_window(last_window: Any) -> None:
-    """Refuse what is neither "step" nor "drop"."""
-    if last_window not in ("step", "drop"):
-        raise ValueError(f'last_window = {last_window!r}, but it must be "step" or "drop"')
 
 
 def place(update: int | None, number: int | None = None, micro_batches: int = 0) -> str:

@@ -29,11 +29,7 @@ from nbutils.accumulation.check.watch import Run, watch, watch_schedule
 
 
 class TrainerLoop:
-    """A function that runs a whole training, as `check_accumulation` takes it.
-
-    Args:
-        fit: Trains `run.probe.model` on `loader_of(run)` for `run.probe.epochs` epochs.
-    """
+    """A whole training for `check_accumulation`: `fit(run)` trains as the module's text shows."""
 
     def __init__(self, fit: Callable[[Run], Any]) -> None:
         self.fit = fit
@@ -44,9 +40,8 @@ class TrainerLoop:
             self.fit(run)
         if len(run.returned) != probe.epochs:
             raise ValueError(
-                f"the trainer ended {len(run.returned)} epochs, not {probe.epochs}: train for "
-                f"run.probe.epochs epochs, and give the trainer the callback of this run, or call "
-                f"run.end_epoch(loss) after each epoch"
+                f"the trainer ended {len(run.returned)} epochs, not {probe.epochs}: give it the "
+                f"callback of this run, or call run.end_epoch(loss) after each epoch"
             )
         return run
 

@@ -53,8 +53,7 @@ def windows_of_batches(
     "drop" leaves out a window of fewer batches. A smaller last batch counts as a whole one, so the
     DataLoader should then have `drop_last=True`.
     """
-    batch.check_counts(accumulation_steps=accumulation_steps)
-    batch.check_last_window(last_window)
+    batch.check_counts(last_window, accumulation_steps=accumulation_steps)
     rest = iter(batches)
     gathered = iter(lambda: list(islice(rest, accumulation_steps)), [])
     return (w for w in gathered if last_window == "step" or len(w) == accumulation_steps)
@@ -64,8 +63,7 @@ def updates_per_epoch(
     images: int, effective_batch_size: int, last_window: LastWindow = "step"
 ) -> int:
     """The number of windows that `windows` cuts from `images` images."""
-    batch.check_counts(effective_batch_size=effective_batch_size)
-    batch.check_last_window(last_window)
+    batch.check_counts(last_window, effective_batch_size=effective_batch_size)
     full, left_over = divmod(images, effective_batch_size)
     return full + (left_over > 0 and last_window == "step")
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from nbutils.accumulation import accumulate_gradient
@@ -91,10 +92,9 @@ def gradients(model, rank):
 def synchronisations(rank):
     model, counted = DistributedDataParallel(network()), []
 
-    def count(_, bucket):
+    def count(group, bucket):
         counted.append(1)
-        work = dist.all_reduce(bucket.buffer(), async_op=True)
-        return work.get_future().then(lambda done: done.value()[0])
+        return default_hooks.allreduce_hook(group, bucket)
 
     model.register_comm_hook(None, count)
     accumulate_gradient(model, window_of(rank), losses_of(model))
@@ -102,13 +102,14 @@ def synchronisations(rank):
 
 
 def refusals(rank):
-    model = DistributedDataParallel(network())
-    told = [
-        message(model, [] if rank == 0 else window_of(rank)),
-        message(model, window_of(rank), update=rank),
-    ]
+    window = window_of(rank)
+    model, other = DistributedDataParallel(network()), DistributedDataParallel(network())
+    told = [message(model, window if rank else []), message(model, window, update=rank)]
     with model.join():
-        told.append(message(model, window_of(rank)))
+        told.append(message(model, window))
+    dist.barrier()
+    if rank == 0:  # the other rank makes no more windows
+        told.append(message(other, window))
     return told
 
 
@@ -136,10 +137,6 @@ def on_rank(rank, folder, names):
     seen["synchronisations"] = synchronisations(rank)
     seen["no labels"] = without_labels_on_rank_1(rank)
     seen["refusals"] = refusals(rank)
-    model = DistributedDataParallel(network())
-    dist.barrier()
-    if rank == 0:  # the other rank makes no more windows
-        seen["refusals"].append(message(model, window_of(rank)))
     torch.save(seen, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 

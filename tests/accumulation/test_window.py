@@ -265,7 +265,7 @@ def tokens(sequences, length):
 @pytest.mark.parametrize(
     ("micro_batch", "shape", "options", "message"),
     [
-        (tokens(3, 4), (), {}, r'shape \(\): .* reduction="none".* weight=lambda'),
+        (tokens(3, 4), (), {}, r'shape \(\), .* reduction="none".* weight=lambda'),
         (tokens(3, 4), (), {"weight": len}, 'already averaged or summed.* reduction="none"'),
         (tokens(3, 4), (1,), {"weight": len}, "already averaged or summed"),
         (tokens(3, 4), (12,), {}, r"shape \(12,\), .*not one loss per image.* weight=lambda"),

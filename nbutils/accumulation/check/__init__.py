@@ -1,9 +1,4 @@
-"""The checker: which rule of accumulation a training loop breaks, found by running and watching it.
-
-`probe` holds the tiny problems, `watch` records what a loop does to them. `judge` compares the
-record with the rules in `report`, with the help of `image_weights` (how much each image weighed)
-and `logged_loss`.
-"""
+"""The checker runs and watches a training loop, and names the rules of accumulation it breaks."""
 
 from nbutils.accumulation.check.judge import check_accumulation
 

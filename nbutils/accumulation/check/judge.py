@@ -163,7 +163,7 @@ def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:
         inside = unequal or (large.changed_inside and not small.changed_inside)
         report.first_of(
             ("clipping", inside, "it came between the backward passes of one window"),
-            ("clipping", large.touched, "it came while the gradient had the scaler's factor"),
+            ("clipping", large.touched, "it came before the scaler's factor was taken out"),
         )
 
 

@@ -12,17 +12,8 @@ from nbutils.accumulation.check.image_weights import Loss, mean_loss
 from nbutils.accumulation.check.report import Report
 from nbutils.accumulation.check.watch import Run
 
-OVER_UPDATES = (
-    "The logged loss is the mean over updates, so an image of a small last window weighs more in "
-    "it than the others."
-)
-OF_MEANS = "{:.4f} was logged, the mean of the micro-batches' means; the mean over images is {:.4f}"
-INSTEAD = "loss of {1:.4f} was logged as {0:.4f}"
-LAST_ONLY = "The logged loss is that of the last micro-batch of each window only."
-
-
-Known = list[tuple[str, str, Tensor, Tensor]]
-"""What a log may hold: "right", "note" or "wrong"; a text; the values; the true ones."""
+Known = list[tuple[str, Tensor, Tensor]]
+"""What a log may hold: a text ("" if it is right), the values, and the true ones."""
 
 
 def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
@@ -30,38 +21,36 @@ def check_logged_loss(runs: Mapping[str, Run], loss: Loss | None, report: Report
     returned_any = known_any = False
     for run in runs.values():
         for epoch, returned in enumerate(run.returned):
-            verdicts = dict(_verdicts(returned, _known(run, epoch, mean_loss(loss))))
+            texts = list(_texts(returned, _known(run, epoch, mean_loss(loss))))
             returned_any |= returned is not None
-            known_any |= bool(verdicts)
-            if "right" not in verdicts and "wrong" in verdicts:
-                report.broken("logged loss", verdicts["wrong"])
-            elif "right" not in verdicts and "note" in verdicts:
-                report.note(verdicts["note"])
+            known_any |= bool(texts)
+            if texts and all(texts):
+                report.broken("logged loss", texts[-1])
     if returned_any and not known_any:
         report.note("No number that the loop returns is a loss, so no logged loss was checked.")
 
 
-def _verdicts(returned: Any, known: Known) -> Iterator[tuple[str, str]]:
-    """About every number in what a loop returned; about a list of losses as a whole."""
+def _texts(returned: Any, known: Known) -> Iterator[str]:
+    """About every known number in what a loop returned; about a list of losses as a whole."""
     if isinstance(returned, Mapping):
         returned = list(returned.values())
     if hasattr(returned, "tolist"):  # a tensor or an array
         returned = returned.tolist()
     if isinstance(returned, int | float):
-        yield from _verdict([returned], known)
+        yield from _text([returned], known)
     elif isinstance(returned, Iterable) and not isinstance(returned, str):
         values = [value.tolist() if hasattr(value, "tolist") else value for value in returned]
-        whole = all(isinstance(value, float) for value in values) and _verdict(values, known)
-        yield from whole or (verdict for value in values for verdict in _verdicts(value, known))
+        whole = all(isinstance(value, float) for value in values) and _text(values, known)
+        yield from whole or (text for value in values for text in _texts(value, known))
 
 
-def _verdict(logged: Sequence[float], known: Known) -> list[tuple[str, str]]:
+def _text(logged: Sequence[float], known: Known) -> list[str]:
     values = torch.tensor(logged, dtype=torch.float64)
-    for kind, text, candidate, truth in known:
+    for text, candidate, truth in known:
         candidate, truth = candidate.reshape(-1).double(), truth.reshape(-1)
         if len(values) == len(candidate) and values.allclose(candidate, rtol=1e-5, atol=0):
             worst = int((values / truth - 1).abs().argmax())
-            return [(kind, text.format(values[worst], truth[worst]))]
+            return [text.format(values[worst], truth[worst])]
     return []
 
 
@@ -87,34 +76,26 @@ def _known(run: Run, epoch: int, loss: Loss) -> Known:
 
     inside = [places[window].unique() for window in windows]  # the micro-batches of each
     images_in = torch.tensor([len(window) for window in windows])
-    images_beside = torch.full((len(batches),), count)  # in the window of each micro-batch
+    shares = sums / count  # each a part of its window's mean
     for part, images in zip(inside, images_in, strict=True):
-        images_beside[part] = images
+        shares[part] = sums[part] / images
     last = torch.stack([means[part[-1]] for part in inside])
-    means_summed = torch.stack([means[part].sum() for part in inside])
-    means_of_means = torch.stack([means[part].mean() for part in inside])
+    summed = torch.stack([means[part].sum() for part in inside])
+    averaged = torch.stack([means[part].mean() for part in inside])
 
     totals = torch.stack([sums.sum(), means.sum(), updates.sum()])
     counts = torch.tensor([len(batches), len(windows), count])
     numbers = totals.outer(1 / torch.cat([counts, counts * k, torch.tensor([1 / k])])).flatten()
     numbers = torch.cat([numbers, means[-1:] / k, updates[-1:] / k])
-    of_batches = (means / k, means * k, sums / images_beside)
-    of_updates = (
-        means_of_means,
-        means_summed,
-        means_summed / k,
-        updates * k,
-        updates / k,
-        last / k,
-    )
-    rights = [mean, every, every * count, means[-1], updates[-1]]
-    rights += [means, sums, updates, updates * images_in]
+    right = [mean, every, every * count, updates.mean(), means[-1], updates[-1]]
+    right += [means, sums, updates, updates * images_in, last]
+    instead = "loss of {1:.4f} was logged as {0:.4f}"
+    of_means = "{:.4f} was logged, the mean of the micro-batches' means; the mean loss is {:.4f}"
     return [
-        *(("right", "", one, one) for one in rights),
-        ("note", OVER_UPDATES, updates.mean(), mean),
-        ("note", LAST_ONLY, last, updates),
-        ("wrong", OF_MEANS, means.mean(), mean),
-        *(("wrong", "{:.4f} was logged for a mean loss of {:.4f}", one, mean) for one in numbers),
-        *(("wrong", f"a micro-batch's {INSTEAD}", one, means) for one in of_batches),
-        *(("wrong", f"an update's {INSTEAD}", one, updates) for one in of_updates),
+        *(("", one, one) for one in right),
+        (of_means, means.mean(), mean),
+        *((f"a mean {instead}", one, mean) for one in numbers),
+        *((f"a micro-batch's {instead}", one, means) for one in (means / k, means * k, shares)),
+        *((f"an update's {instead}", one, updates) for one in (averaged, summed, summed / k)),
+        *((f"an update's {instead}", one, updates) for one in (updates * k, updates / k, last / k)),
     ]

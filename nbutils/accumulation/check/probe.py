@@ -79,8 +79,7 @@ class Batches(list[Batch]):
 class Probe:
     """A tiny problem: train `model` on `batches` for `epochs` epochs, with plain SGD.
 
-    Images are float64 of shape (n, 1, 24, 1), labels are from 0 to 2. The learning rate is so small
-    that an update hardly changes the logits.
+    Images are float64 of shape (n, 1, 24, 1). An update hardly changes the logits.
     """
 
     model: Table

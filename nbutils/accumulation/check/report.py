@@ -29,7 +29,7 @@ CHANGES = {
     "every image": "call backward() on the loss of every micro-batch",
     "still weights": "do everything that changes the weights once, right after the window",
     "division": "divide each summed loss once: (loss_sum / images_in_window).backward()",
-    "equal weight": 'take reduction="sum", divide by the images in the window, and do so once',
+    "equal weight": 'use reduction="sum", divided once by the number of images in the window',
     "short window": "divide by the number of images that this window really has",
     "one epoch": "update once more at the end of an epoch, or call optimizer.zero_grad() there",
     "whole gradient": "call optimizer.zero_grad() once per window, before its first micro-batch",

@@ -35,7 +35,7 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     ax.set(yscale="log", xlabel="seconds of training", ylabel="validation loss")
     ax.set_title("The race: lowest at the end wins")
     low = trained["validation_loss"].min()
-    first = trained.groupby("setting")["validation_loss"].first().max()
+    first = trained.groupby(["setting", "start"])["validation_loss"].first().max()
     if 0 < low < first:
         ax.set_ylim(low * 0.9, first * 1.05)
         fixed_ticks(ax.yaxis, _round_ticks(low, first))

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from commands import Run, assert_end, command
 
 from nbutils import RunConfig, load_runs, save_run, train
 from nbutils.data import sources
@@ -48,25 +47,37 @@ def content_of():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, content_of):
-    """A study that a real command has made, in a locale without UTF-8; to be left as it is."""
+    """A study that real commands have made after faults; to be left as it is.
+
+    A second command is refused, a kernel is killed, then the command is killed while the other
+    kernel goes on. The last command runs in a locale without UTF-8.
+    """
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "two.yaml").write_text(STUDY)
-    arguments = ["run", folder / "two.yaml", "--out", folder / "out", "--jobs", "2"]
-    run = subprocess.run(
-        [sys.executable, "-m", "nbutils", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    )
-    assert run.returncode == 0, run.stderr
-    return SimpleNamespace(
-        file=folder / "two.yaml",
-        out=folder / "out",
-        printed=run.stdout,
-        progress=run.stderr,
-        content=content_of(folder / "out"),
-    )
+    file = folder / "two.yaml"
+    file.write_text(STUDY)
+    with Run(file, folder) as first:
+        first.until_training()
+        kernels = first.kernels()
+        for kernel in kernels:
+            kernel.suspend()  # so that its run does not end meanwhile
+        with Run(file, folder) as second:
+            code, printed = second.end()
+            assert code == 2
+            assert f"another command is at work in {first.out}" in printed
+        kernels[0].kill()
+        first.until((first.out / "failures.json").exists)
+        kernels[1].resume()
+        first.process.kill()
+        first.process.wait()
+        told = command("nbutils", "status", first.out)
+        assert told.returncode == 1
+        assert "failed: DeadKernelError: Kernel died; the system kills it when" in told.stdout
+        locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        with Run(file, folder, env=os.environ | locale) as again:  # the other kernel may still run
+            assert_end(kernels)
+            code, printed = again.end()
+            assert code == 0, printed
+    return SimpleNamespace(file=file, out=first.out, printed=printed, content=content_of(first.out))
 
 
 class Inline(Executor):

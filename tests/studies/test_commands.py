@@ -2,80 +2,28 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
 
-import psutil
+import pandas as pd
 import pytest
+import torch
+from commands import Run, assert_end, command
 
-from nbutils import load_runs
+from nbutils import load_dataset, load_runs, save_run, train
 from nbutils.__main__ import _overrides
+from nbutils.machine import processors
+from nbutils.studies.record import load_late_predictions
+from nbutils.studies.study import load_study
 
 KILLS = 50
-
-
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, **options
-    )
-
-
-class Run:
-    """`python -m nbutils run` of the study in `file`, going on; a context manager."""
-
-    def __init__(self, file, folder):
-        self.out, self.printed = folder / "out", folder / "printed.txt"
-        arguments = ["run", file, "--out", self.out, "--jobs", "2"]
-        # A job in the background ignores Ctrl-C, and so would what it starts.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with open(self.printed, "w") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "nbutils", *arguments],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for process in [*self.kernels(), self.process]:
-            process.kill()
-        self.process.wait()
-
-    def kernels(self):
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
-
-    def until(self, condition):
-        """Wait until `condition()` holds or the command has ended; what it returned."""
-        while not (found := condition()) and self.process.poll() is None:
-            time.sleep(0.02)
-        return found
-
-    def until_training(self):
-        """Wait until a run has made an epoch."""
-        assert self.until(lambda: list(self.out.glob(".work/*/*/checkpoint.pt")))
-
-    def end(self):
-        """Exit status, and what it printed."""
-        return self.process.wait(), self.printed.read_text()
-
-
-def assert_end(processes):
-    """They end by themselves, soon."""
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+CLOCK = ["seconds", "images_per_second", "peak_memory"]
 
 
 def test_a_study_from_command_to_figure_and_reference(finished, tmp_path):
-    assert "2/2 runs done" in finished.progress
+    assert "2/2 runs done" in finished.printed
     assert "3 x 600" in finished.printed
     shown = list(finished.out.glob("*.svg"))
     assert shown
@@ -84,7 +32,8 @@ def test_a_study_from_command_to_figure_and_reference(finished, tmp_path):
         assert str(path) in finished.printed
     runs = load_runs(finished.out)
     assert runs["accumulation_steps"].tolist() == [1, 1, 3, 3]
-    assert sorted(path.name for path in finished.file.parent.iterdir()) == ["out", "two.yaml"]
+    beside = ["out", "printed.txt", "two.yaml"]
+    assert sorted(path.name for path in finished.file.parent.iterdir()) == beside
     export = command("nbutils", "export", finished.out, tmp_path / "reference")
     assert export.returncode == 0, export.stderr
     assert load_runs(tmp_path / "reference").equals(runs)
@@ -107,31 +56,18 @@ def test_with_nothing_to_do_a_command_ends_at_once_and_torch_is_not_imported(fin
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-def test_faults_and_the_same_command_again(finished, content_of, tmp_path):
-    """A second command is refused, a kernel is killed, then the command is killed."""
-    with Run(finished.file, tmp_path) as first:
-        first.until_training()
-        kernels = first.kernels()
-        for kernel in kernels:
-            kernel.suspend()  # so that its run does not end meanwhile
-        with Run(finished.file, tmp_path) as second:
-            code, printed = second.end()
-            assert code == 2
-            assert f"another command is at work in {first.out}" in printed
-        kernels[0].kill()
-        first.until((first.out / "failures.json").exists)
-        kernels[1].resume()
-        first.process.kill()
-        first.process.wait()
-        told = command("nbutils", "status", first.out)
-        assert told.returncode == 1
-        assert "failed: DeadKernelError: Kernel died; the system kills it when" in told.stdout
-        with Run(finished.file, tmp_path) as again:  # the other kernel may still run
-            assert_end(kernels)
-            again.until(lambda: "Summing up" in again.printed.read_text())
-            again.process.kill()
-    shutil.rmtree(first.out / ".work")
-    assert content_of(first.out) == finished.content
+def test_after_faults_it_ends_bitwise_as_uninterrupted_training(finished, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, processors() // 2))  # as each of two kernels
+    for run in load_study(str(finished.file)).runs:
+        save_run(train(run.config, load_dataset("mnist-5k"), progress=False), tmp_path)
+    torch.set_num_threads(threads)
+    expected = load_runs(tmp_path).drop(columns=CLOCK)
+    pd.testing.assert_frame_equal(
+        load_runs(finished.out).drop(columns=CLOCK), expected, check_exact=True
+    )
+    (_, late), (_, others) = map(load_late_predictions, (finished.out, tmp_path))
+    assert all((late[run_id] == others[run_id]).all() for run_id in others)
 
 
 @pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.slow), 2])

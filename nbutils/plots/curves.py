@@ -190,11 +190,11 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     final["value"] = 100 * (1 - final[metric]) if is_accuracy else final[metric]
     sizes = zip(final["batch_size"], final["accumulation_steps"], strict=True)
     final["setting"] = [setting_name(*size) for size in sizes]
-    norms = final.groupby("norm")
+    norms, places = final.groupby("norm"), pd.Index(final["setting"].unique())
     for number, (norm, rows) in enumerate(norms):
         mean, spread = means_with_bars(rows.groupby("setting", sort=False)["value"])
         ax.errorbar(
-            np.arange(len(mean)) + 0.12 * (number - (len(norms) - 1) / 2),
+            places.get_indexer(mean.index) + 0.12 * (number - (len(norms) - 1) / 2),
             mean,
             yerr=spread,
             label=norm,
@@ -204,7 +204,7 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
             ms=7,
             capsize=4,
         )
-    ax.set_xticks(range(len(mean)), mean.index)
+    ax.set_xticks(range(len(places)), places)
     name = metric.replace("_", " ").replace("accuracy", "error (%)")
     ax.set(xlabel=SETTINGS, ylabel=name)
     style.label_ends(ax)

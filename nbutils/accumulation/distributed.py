@@ -7,12 +7,10 @@ these parts are averaged over the ranks too; such parameters must start equal on
 
 What cannot work:
 
-- Every rank must make the same number of updates, each from at least one micro-batch. A rank that
-  makes more waits for the others until the process group's timeout. `accumulate_gradient` refuses
-  an empty window on all ranks at once. If it is given `update=`, the number of the update within
-  the epoch, it also refuses ranks at different updates, unless a rank has ended altogether.
-- `with model.join():`, for ranks with unequal numbers of batches, is refused: the ranks compare
-  their windows in messages of their own, which `join` does not repeat.
+- Every rank must make the same number of updates. A rank that makes more waits for the others
+  until the process group's timeout. An empty window is refused on all ranks at once, and with
+  `update=`, the number of the update within the epoch, so are ranks at different updates.
+- `with model.join():` is refused: the ranks compare their windows in messages of their own.
 - If one rank raises an error, such as running out of memory, the others wait for it.
 - Pass the module that `losses` calls. In the plain model inside it, no `DistributedDataParallel`
   is found.

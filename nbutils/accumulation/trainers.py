@@ -68,11 +68,7 @@ def lightning_callback(run: Run) -> Any:
 
 
 def transformers_callback(run: Run) -> Any:
-    """A callback for transformers' Trainer; reads what is logged as `loss`.
-
-    The Trainer must not shuffle: `train_sampling_strategy="sequential"`. Its model takes images
-    and labels under the names that the data collator gives them.
-    """
+    """A callback for transformers' Trainer with `train_sampling_strategy="sequential"`."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):

@@ -46,22 +46,13 @@ class _OtherLossError(Exception):
 
 @dataclass
 class Window:
-    """One update, as weights of images.
-
-    Attributes:
-        images: In the window.
-        micro_batches: In the window.
-        sizes: Images in each micro-batch whose gradient was not lost.
-        weights: The weight of an image in each of them, relative to the right one.
-        factors: By which the loop multiplied the gradient of each micro-batch after its backward
-            pass, which `weights` include; None if it did more than that.
-    """
+    """One update, as weights of images."""
 
     images: int
     micro_batches: int
-    sizes: Tensor
-    weights: Tensor
-    factors: Tensor | None
+    sizes: Tensor  # images in each micro-batch whose gradient was not lost
+    weights: Tensor  # of an image in each of them, relative to the right one
+    factors: Tensor | None  # of each micro-batch, as in `Update`; `weights` include them
 
     def __post_init__(self) -> None:
         self.size = ((self.sizes * self.weights).sum() / self.sizes.sum()).item()

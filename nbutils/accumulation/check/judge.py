@@ -1,9 +1,8 @@
 """`check_accumulation`: says in plain words which rule of accumulation a training loop breaks.
 
-The loop runs on tiny problems, the probes, and is watched. Three questions are then asked of every
-update of every probe. Did it come after its own window? Did the optimizer use the sum of the
-window's backward passes, nothing lost and nothing old? Did every image in that sum have its right
-weight?
+The loop runs on tiny problems, the probes, and is watched. Of every update of every probe it is
+asked: did it come after its own window? Did the optimizer use the sum of the window's backward
+passes, nothing lost and nothing old? Did every image in that sum have its right weight?
 """
 
 from __future__ import annotations

@@ -88,21 +88,13 @@ class Update:
 
 @dataclass
 class Run:
-    """What was seen of a loop on one probe. `watch` fills it.
-
-    Attributes:
-        optimizer: The one that the loop is given; None if every optimizer may be it.
-        updates: One per step of an optimizer.
-        schedule: For each step of the schedule, the number of updates made before it. A step that
-            is given a metric or a position is not counted.
-        returned: What the loop returned, one value per epoch.
-    """
+    """What was seen of a loop on one probe. `watch` fills it."""
 
     probe: Probe
-    optimizer: Optimizer | None = None
+    optimizer: Optimizer | None = None  # that the loop is given; None if every one may be it
     updates: list[Update] = field(default_factory=list)
-    schedule: list[int] = field(default_factory=list)
-    returned: list[Any] = field(default_factory=list)
+    schedule: list[int] = field(default_factory=list)  # updates made before each of its steps
+    returned: list[Any] = field(default_factory=list)  # by the loop, one value per epoch
 
     def __post_init__(self) -> None:
         self.weight = self.probe.model.weight
@@ -149,8 +141,8 @@ class Run:
 
     def before_unscaling(self) -> None:
         """A `GradScaler` is about to divide the gradient."""
-        last = self._open[-1].after if self._open else None
-        self._touched |= last is not None and not last.equal(self._gradient())
+        after = self._open[-1].after if self._open else None
+        self._touched |= after is not None and not after.equal(self._gradient())
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A closure does its backward passes inside; else the gradient is taken now."""

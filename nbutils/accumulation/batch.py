@@ -195,11 +195,17 @@ def listed(window: Iterable[Any]) -> list[Any]:
 
 def check_counts(last_window: Any = "step", **counts: Any) -> None:
     """Refuse by name what is no whole number of at least 1, and an unknown `last_window`."""
-    if last_window not in ("step", "drop"):
-        raise ValueError(f'last_window = {last_window!r}, but it must be "step" or "drop"')
+    check_choice("last_window", last_window, "step", "drop")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} = {value!r}, but it must be a whole number >= 1")
+
+
+def check_choice(name: str, value: Any, *allowed: str) -> None:
+    """Refuse by name what is not one of the allowed values."""
+    if value not in allowed:
+        choices = " or ".join(f'"{each}"' for each in allowed)
+        raise ValueError(f"{name} = {value!r}, but it must be {choices}")
 
 
 def place(update: int | None, number: int | None = None, micro_batches: int = 0) -> str:

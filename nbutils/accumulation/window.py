@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from nbutils.accumulation import batch
 from nbutils.accumulation.distributed import Ranks
+from nbutils.accumulation.out_of_memory import until_it_fits
 
 MicroBatch = TypeVar("MicroBatch")
 LastWindow = Literal["step", "drop"]
@@ -77,6 +79,7 @@ def accumulate_gradient(
     backward: Callable[[Tensor], Any] = Tensor.backward,
     update: int | None = None,
     check_finite: bool = True,
+    on_oom: Literal["stop", "split"] = "stop",
 ) -> Tensor:
     """Add the gradient of the window's mean loss to the parameters' `.grad`.
 
@@ -94,6 +97,7 @@ def accumulate_gradient(
         update: The number of the update, for messages.
         check_finite: Whether to check losses and gradients, which waits for the GPU. With your own
             `backward` only losses are checked: a scaler skips updates with infinite gradients.
+        on_oom: "split" cuts micro-batches that do not fit the memory; the update stays the same.
 
     Returns:
         The mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
@@ -103,6 +107,11 @@ def accumulate_gradient(
             losses are reduced or not one per image, or a loss or gradient is not finite. Gradients
             are then cleared, so that no part of one can be stepped; weights are as before.
     """
+    batch.check_choice("on_oom", on_oom, "stop", "split")
+    if on_oom == "split":
+        options = {"weight": weight, "backward": backward, "update": update}
+        again = partial(accumulate_gradient, losses=losses, check_finite=check_finite, **options)
+        return until_it_fits(partial(again, model), model, batch.listed(window))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         where = batch.place(update)

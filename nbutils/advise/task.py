@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
 from nbutils.errors import InputError, suggest
 from nbutils.measure.factory import Factory, describe, find_factory
-from nbutils.training.out_of_memory import is_out_of_memory
 
 Losses = Callable[[nn.Module, Any], Any]
 

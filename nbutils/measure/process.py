@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
 
+from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.errors import InputError
 from nbutils.measure.factory import last_line, quote
-from nbutils.training.out_of_memory import is_out_of_memory
 
 Result = TypeVar("Result")
 

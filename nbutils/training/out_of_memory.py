@@ -1,86 +1,48 @@
-"""What to do when a batch does not fit the memory: stop with advice, or split it."""
+"""Runs side by side on one device, with smaller micro-batches where its memory runs out."""
 
 from __future__ import annotations
 
 import gc
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal, TypeVar, get_args
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
-from nbutils.errors import InputError, suggest
+from nbutils.accumulation.out_of_memory import is_out_of_memory
+from nbutils.errors import InputError
+from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
+from nbutils.training.result import RunResult
 
-OnOom = Literal["stop", "split"]
-"""What a run does when a batch does not fit the memory of its device.
-
-- "stop": it ends with a message that says what would fit.
-- "split": it starts again with half the batch and twice the accumulation steps, which makes the
-  same update, until the batch fits.
-"""
-
-NAMES = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-    "unable to find an engine",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
-"""Texts of errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS."""
-
-Result = TypeVar("Result")
+Script = Generator[None, None, RunResult]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device had too little memory, under any of its names."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(name in str(error) for name in NAMES)
-
-
-def check_on_oom(on_oom: str, config: RunConfig) -> None:
-    """Refuse to split batches whose images influence each other.
-
-    Raises:
-        InputError: Such a batch would be split, or `on_oom` is unknown.
-    """
-    if on_oom not in get_args(OnOom):
-        raise InputError(f"no on_oom {on_oom!r}; {suggest(on_oom, get_args(OnOom))}")
-    if on_oom == "split" and not _may_split(config):
-        raise InputError(
-            f"on_oom = 'split', but norm = {config.norm!r} normalises each image with the others "
-            f"of its batch, so a smaller batch trains differently; use norm = 'group' or 'none', "
-            f"or on_oom = 'stop'"
-        )
-
-
-def split_until_it_fits(
-    attempt: Callable[[list[int]], Result],
+def run_within_memory(
+    start: Callable[[RunConfig, int, tqdm], Script],
     configs: Sequence[RunConfig],
-    sizes: Sequence[int],
     device: torch.device,
-    on_oom: OnOom,
-) -> Result:
-    """Call `attempt(micro_batch_sizes)`; when memory runs out, halve the largest and try again.
+    on_oom: setup.OnOom,
+    folder: Path | None,
+    hidden: bool,
+) -> list[RunResult]:
+    """Run the scripts of `configs` side by side; where memory runs out, halve the largest batches.
 
-    Args:
-        attempt: Trains one run for each of the sizes, from the start.
-        configs: The settings of the runs.
-        sizes: Images in one pass of each run, at first.
-        device: For the messages.
-        on_oom: What to do when memory runs out.
-
-    Raises:
-        InputError: Memory ran out and the batch is not to be split or cannot be; the message
-            says what to do.
+    `start(config, micro_batch_size, bar)` begins a script. A checkpoint in `folder` may tell the
+    size that an earlier attempt found; `hidden` shows no progress bar.
     """
-    sizes = list(sizes)
+    sizes = [config.batch_size for config in configs]
+    if folder and on_oom == "split" and (fitted := checkpoint.micro_batch(folder)):
+        sizes = [fitted if size % fitted == 0 else size for size in sizes]
     while True:
         try:
-            return attempt(sizes)
+            with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:
+                runs = zip(configs, sizes, strict=True)
+                return take_turns([start(config, size, bar) for config, size in runs], device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -100,12 +62,11 @@ def _half(
     size: int,
     device: torch.device,
     together: int,
-    on_oom: OnOom,
+    on_oom: setup.OnOom,
     error: Exception,
 ) -> int:
-    """Half of the micro-batch that did not fit; a warning says so."""
+    """Half of the micro-batch that did not fit, and a warning; InputError where that may not be."""
     half = size // 2
-    steps = config.effective_batch_size // half if half else 0
     problem = f"a batch of {size} images does not fit the memory of {device}"
     if together > 1:
         problem += f", which {together} runs share"
@@ -114,10 +75,11 @@ def _half(
             f"batch_size = {config.batch_size}: {problem}, and {size} cannot be halved evenly; "
             f"choose a smaller batch_size with more accumulation_steps"
         ) from error
+    steps = config.effective_batch_size // half
     smaller = f"batches of {half} and {steps} accumulation steps"
     if on_oom == "stop":
         advice = f"take {smaller}, the same {config.effective_batch_size} images per update"
-        if _may_split(config):
+        if config.norm in setup.SPLITTABLE:
             advice += ", or let on_oom = 'split' do so"
         else:
             advice += f", which with norm = {config.norm!r} trains differently"
@@ -126,5 +88,27 @@ def _half(
     return half
 
 
-def _may_split(config: RunConfig) -> bool:
-    return config.norm in ("group", "none")
+def take_turns(scripts: Sequence[Script], device: torch.device) -> list[RunResult]:
+    """Advance each script to its next `yield` in turn, until all have returned their results.
+
+    On a GPU each script has a stream of its own, so that the kernels of one run fill the gaps
+    that those of the others leave.
+    """
+    results: dict[int, RunResult] = {}
+    on_cuda = device.type == "cuda"
+    while len(results) < len(scripts):
+        for slot, script in enumerate(scripts):
+            if slot in results:
+                continue
+            with torch.cuda.stream(_stream(device, slot)) if on_cuda else nullcontext():
+                try:
+                    next(script)
+                except StopIteration as end:
+                    results[slot] = end.value
+    return [results[slot] for slot in range(len(scripts))]
+
+
+@cache
+def _stream(device: torch.device, slot: int) -> torch.cuda.Stream:
+    """One stream per slot for the life of the process: cuBLAS keeps a workspace for each."""
+    return torch.cuda.Stream(device)

@@ -388,3 +388,79 @@ def test_an_error_of_the_readers_own_goes_through_and_leaves_no_gradient():
     with pytest.raises(RuntimeError, match="out of memory"):
         accumulate_gradient(model, torch.arange(10.0).split(4), broken)
     assert model.weight.grad is None
+
+
+class Small(nn.Module):
+    """Runs out of memory with more than `room` images, in the forward or the backward pass."""
+
+    def __init__(self, room, where="forward"):
+        super().__init__()
+        self.layer, self.room, self.where, self.passes = nn.Linear(3, 2), room, where, []
+
+    def forward(self, images):
+        self.passes.append(len(images))
+        out = self.layer(images)
+        if len(images) > self.room:
+            if self.where == "forward":
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            out.register_hook(self.fail)
+        return out
+
+    def fail(self, _):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def batches_of(kind, images, labels):
+    pairs = list(zip(images.split(8), labels.split(8), strict=True))
+    names = [str(number) for number in range(8)]
+    kinds = {
+        "tuple": pairs,
+        "dict": [{"images": x, "labels": y, "names": names[: len(x)]} for x, y in pairs],
+        "user dict": [UserDict(images=x, labels=y, scale=torch.tensor(2.0)) for x, y in pairs],
+    }
+    return kinds[kind]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "user dict"])
+def test_micro_batches_that_do_not_fit_are_cut_and_the_update_stays_the_same(kind, where):
+    def losses_of(model):
+        def losses(batch):
+            x, y = batch if isinstance(batch, tuple) else (batch["images"], batch["labels"])
+            if kind == "dict":
+                assert len(batch["names"]) == len(x)
+            return F.cross_entropy(model(x), y, reduction="none")
+
+        return losses
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(21, 3), torch.randint(2, (21,))
+    window = batches_of(kind, images, labels)  # 8, 8 and 5 images
+    small, large = Small(3, where), Small(100)
+    large.load_state_dict(small.state_dict())
+    for model in (small, large):  # a gradient from before is kept
+        model.layer.weight.grad = torch.ones(2, 3)
+    with pytest.warns(UserWarning, match="of 8 images does not fit .* pieces of at most 2"):
+        loss = accumulate_gradient(small, window, losses_of(small), on_oom="split")
+    expected = accumulate_gradient(large, window, losses_of(large))
+    assert loss.item() == pytest.approx(expected.item())
+    for ours, theirs in zip(small.parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    small.passes.clear()  # the size that fits is remembered, without another warning
+    accumulate_gradient(small, window, losses_of(small), on_oom="split")
+    assert small.passes == [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1]
+
+
+def test_what_cannot_be_cut_without_changing_the_update_is_refused():
+    def losses(batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+    window = [(torch.randn(4, 3), torch.zeros(4, dtype=torch.long))]
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match="BatchNorm layer '1' normalises each image"):
+        accumulate_gradient(model, window, losses, on_oom="split")
+    with pytest.raises(ValueError, match="on_oom = 'spilt', but it must be"):
+        accumulate_gradient(model, window, losses, on_oom="spilt")
+    model = Small(0)
+    with pytest.raises(RuntimeError, match="can't allocate"):  # not even one image fits
+        accumulate_gradient(model, window, losses, on_oom="split")

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nbutils import InputError, RunConfig, train, train_many
+from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.training import turns
-from nbutils.training.out_of_memory import is_out_of_memory
 
 TINY = RunConfig(batch_size=96, accumulation_steps=2, epochs=2, device="cpu")  # for speed
 train_module = importlib.import_module("nbutils.training.train")

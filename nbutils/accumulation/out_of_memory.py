@@ -1,0 +1,137 @@
+"""Too little memory: how to tell it, and how to go on with smaller micro-batches."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from nbutils.accumulation.distributed import Ranks
+
+NAMES = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "unable to find an engine",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""Texts of errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS."""
+
+FITTING: MutableMapping[nn.Module, int] = WeakKeyDictionary()
+"""Images in a micro-batch that fit the memory, for each model that was too large for its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a device had too little memory, under any of its names."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(name in str(error) for name in NAMES)
+
+
+def until_it_fits(
+    attempt: Callable[[list[Any]], Tensor], model: nn.Module, window: list[Any]
+) -> Tensor:
+    """Call `attempt(micro_batches)` with the window cut smaller until it fits the memory.
+
+    The size that fits is remembered for the model, and a change of it is warned of.
+
+    Raises:
+        ValueError: Smaller micro-batches would change the update, or cannot be cut.
+    """
+    _check(model)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    earlier = [parameter.grad for parameter in parameters]
+    before = FITTING.get(model)
+    while True:
+        for parameter in parameters:
+            parameter.grad = None  # of a failed attempt; the earlier gradient is added at the end
+        size = FITTING.get(model)
+        pieces = [piece for micro_batch in window for piece in cut(micro_batch, size)]
+        try:
+            loss = attempt(pieces)
+            break
+        except Exception as error:
+            largest = max(map(images_in, pieces))
+            if not is_out_of_memory(error) or largest == 1:
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the attempt
+            FITTING[model] = largest // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    for parameter, gradient in zip(parameters, earlier, strict=True):
+        if gradient is not None:
+            added = parameter.grad
+            parameter.grad = gradient if added is None else gradient.add_(added)
+    if FITTING.get(model) != before:
+        warnings.warn(
+            f"a micro-batch of {images_in(window[0])} images does not fit the memory, so it is cut "
+            f"into pieces of at most {FITTING[model]}; the update stays the same, up to rounding",
+            stacklevel=3,
+        )
+    return loss
+
+
+def _check(model: nn.Module) -> None:
+    if Ranks(model).number > 1:
+        raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+            raise ValueError(
+                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
+                f"normalises each image with the others of its micro-batch; use GroupNorm, or "
+                f"freeze the layer"
+            )
+
+
+def images_in(micro_batch: Any) -> int:
+    """The number of images: the length of the first tensor or array in a micro-batch."""
+    length = next(_lengths(micro_batch), None)
+    if length is None:
+        raise ValueError(
+            f'on_oom = "split" cannot cut a micro-batch of type {type(micro_batch).__name__} '
+            f"without a tensor that has one row per image"
+        )
+    return length
+
+
+def _lengths(part: Any) -> Iterator[int]:
+    if getattr(part, "shape", ()):
+        yield int(part.shape[0])
+    elif isinstance(part, (list, tuple, Mapping)):
+        for each in part.values() if isinstance(part, Mapping) else part:
+            yield from _lengths(each)
+
+
+def cut(micro_batch: Any, size: int | None) -> list[Any]:
+    """The micro-batch in pieces of at most `size` images each; None leaves it whole."""
+    if size is None or (images := images_in(micro_batch)) <= size:
+        return [micro_batch]
+    return [
+        _rows(micro_batch, images, slice(start, start + size)) for start in range(0, images, size)
+    ]
+
+
+def _rows(part: Any, images: int, rows: slice) -> Any:
+    """These rows of everything in a micro-batch that has one per image."""
+    if getattr(part, "shape", ()):
+        return part[rows] if part.shape[0] == images else part
+    if isinstance(part, Mapping):
+        piece = copy.copy(part)
+        for key, value in part.items():
+            piece[key] = _rows(value, images, rows)  # type: ignore[index]
+        return piece
+    if isinstance(part, list) and len(part) == images and not any(_lengths(part)):
+        return part[rows]  # such as texts
+    if isinstance(part, (list, tuple)):
+        parts = [_rows(each, images, rows) for each in part]
+        return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)
+    return part

@@ -109,7 +109,7 @@ def accumulate_gradient(
     """
     batch.check_choice("on_oom", on_oom, "stop", "split")
     if on_oom == "split":
-        options = {"weight": weight, "backward": backward, "update": update}
+        options: dict[str, Any] = {"weight": weight, "backward": backward, "update": update}
         again = partial(accumulate_gradient, losses=losses, check_finite=check_finite, **options)
         return until_it_fits(partial(again, model), model, batch.listed(window))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -100,13 +100,11 @@ def _check_runnable(
     if study.runs and not runs:
         return {}  # without the import of torch
     from nbutils.data.sources import load_dataset
-    from nbutils.training.out_of_memory import check_on_oom
-    from nbutils.training.setup import check_fits, resolve_device
+    from nbutils.training.setup import check, resolve_device
 
     datasets = {name: load_dataset(name) for name in study.datasets}
     for run in runs:
-        check_on_oom(on_oom, run.config)
-        check_fits(run.config, datasets[run.config.dataset])
+        check(run.config, datasets[run.config.dataset], on_oom)
         if here:
             resolve_device(run.config.device)
         if on_oom != "stop":

@@ -1,8 +1,7 @@
 """The state of a run after an epoch, on disk: `save` and `resume`.
 
-A checkpoint is one file: a line with the SHA-256 of the rest (`torch.load` does not notice a
-flipped bit), then what `torch.save` makes of the state and of the conditions under which it was
-made. It is read with `weights_only=True`, which runs nothing that the file says.
+A checkpoint is a line with the SHA-256 of the rest (`torch.load` does not notice a flipped bit),
+then the state and the conditions under which it was made: all that decides a run to the last bit.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +27,7 @@ UNREADABLE = (OSError, ValueError, pickle.UnpicklingError)
 
 @dataclass
 class Progress:
-    """How far a run is.
-
-    Attributes:
-        updates: Updates made.
-        seconds: Seconds of training so far, without evaluation.
-        rows: The history, one row per epoch.
-        predictions: Predicted classes of the test images after the last epochs, uint8.
-    """
+    """How far a run is: seconds without evaluation, and the predictions of the last epochs."""
 
     updates: int = 0
     seconds: float = 0.0
@@ -48,8 +40,7 @@ class Progress:
         self.predictions = [*self.predictions, predictions][-KEPT_EPOCHS:]
 
 
-@dataclass
-class Parts:
+class Parts(NamedTuple):
     """The objects of a run whose state changes while it trains."""
 
     model: nn.Module
@@ -59,14 +50,7 @@ class Parts:
 
 
 def save(folder: Path, parts: Parts, progress: Progress, conditions: Mapping[str, Any]) -> None:
-    """Write `progress.csv` and the checkpoint in `folder`, in place of earlier ones.
-
-    Args:
-        folder: The run's own folder.
-        parts: Their states are saved.
-        progress: How far the run is.
-        conditions: Plain values: all that decides the run to the last bit.
-    """
+    """Write `progress.csv` and the checkpoint in `folder`, in place of earlier ones."""
     history = history_of(progress.rows)
     write_atomically(folder / PROGRESS, history.to_csv(index=False).encode())
     state = {
@@ -85,8 +69,7 @@ def save(folder: Path, parts: Parts, progress: Progress, conditions: Mapping[str
 def resume(folder: Path, parts: Parts, conditions: Mapping[str, Any]) -> Progress:
     """Put `parts` into the state of the checkpoint in `folder`, and return its progress.
 
-    Without a checkpoint the progress is zero. The same holds for one that is damaged or was made
-    under other conditions: the run starts again, and a warning gives the reason.
+    One that is damaged or was made under other conditions is not used; a warning says why.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -98,10 +81,10 @@ def resume(folder: Path, parts: Parts, conditions: Mapping[str, Any]) -> Progres
             for name, value in conditions.items()
             if held["conditions"].get(name) != value
         ]
-        if differences:
-            raise ValueError("; ".join(differences))
+        reason = "; ".join(differences)
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0]
+    if reason:
         warnings.warn(f"{path} is not used, the run starts again: {reason}", stacklevel=2)
         return Progress()
     state = held["state"]

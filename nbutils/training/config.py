@@ -27,7 +27,7 @@ class RunConfig:
         epochs: Passes over the training images, >= 1.
         optimizer: "adam" or "sgd".
         learning_rate: Step size, > 0; the peak of it with the "one-cycle" schedule.
-        momentum: Momentum of "sgd", in [0, 1); must be 0 with "adam", whose betas are fixed.
+        momentum: Of "sgd", in [0, 1); must be 0 with "adam", whose betas are fixed.
         weight_decay: L2 penalty that the optimizer adds to the gradient once an update, >= 0.
         schedule: "constant", or "one-cycle": up for 30 % of the updates, then down to zero.
         norm: What normalises the channels: "batch", "ghost" (batch norm over at most
@@ -68,36 +68,27 @@ class RunConfig:
         for name, kind in get_type_hints(RunConfig).items():
             value = _as_kind(name, getattr(self, name), kind)
             object.__setattr__(self, name, value)
-        for name in ("batch_size", "accumulation_steps", "epochs"):
-            self._check(name, getattr(self, name) >= 1, "a whole number >= 1")
-        self._check("learning_rate", self.learning_rate > 0, "a number > 0")
-        self._check("weight_decay", self.weight_decay >= 0, "a number >= 0")
-        self._check("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
-        self._check("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
-        self._check("seed", 0 <= self.seed < 2**63, "a whole number in [0, 2**63)")
-        self._check(
-            "momentum",
-            self.optimizer == "sgd" or self.momentum == 0,
-            'a setting of "sgd"; leave it 0 with "adam"',
-        )
-        self._check(
-            "device",
-            re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None,
-            '"auto", "cpu", "cuda", "cuda:N" or "mps"',
-        )
-        self._check("dataset", self.dataset.strip() != "", "the name of a dataset")
-
-    def _check(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise InputError(f"{name} = {getattr(self, name)!r}, but it must be {allowed}")
+        known_device = re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device) is not None
+        may_have_momentum = self.optimizer == "sgd" or self.momentum == 0
+        for name, holds, allowed in (
+            ("batch_size", self.batch_size >= 1, "a whole number >= 1"),
+            ("accumulation_steps", self.accumulation_steps >= 1, "a whole number >= 1"),
+            ("epochs", self.epochs >= 1, "a whole number >= 1"),
+            ("learning_rate", self.learning_rate > 0, "a number > 0"),
+            ("weight_decay", self.weight_decay >= 0, "a number >= 0"),
+            ("momentum", 0 <= self.momentum < 1, "a number in [0, 1)"),
+            ("momentum", may_have_momentum, 'a setting of "sgd"; leave it 0 with "adam"'),
+            ("dropout", 0 <= self.dropout < 1, "a number in [0, 1)"),
+            ("seed", 0 <= self.seed < 2**63, "a whole number in [0, 2**63)"),
+            ("device", known_device, '"auto", "cpu", "cuda", "cuda:N" or "mps"'),
+            ("dataset", self.dataset.strip() != "", "the name of a dataset"),
+        ):
+            if not holds:
+                raise InputError(f"{name} = {getattr(self, name)!r}, but it must be {allowed}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
-        """A config from field names and values; fields left out take their defaults.
-
-        Raises:
-            InputError: A name is no field, or a value is not allowed.
-        """
+        """A config from field names and values; fields left out take their defaults."""
         for name in settings:
             if name not in cls.field_names():
                 raise InputError(f"no setting {name!r}; {suggest(name, cls.field_names())}")
@@ -105,7 +96,7 @@ class RunConfig:
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """Names of all settings, in their order."""
+        """Names of all settings, in order."""
         return [field.name for field in dataclasses.fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -119,12 +110,9 @@ class RunConfig:
 
     @property
     def run_id(self) -> str:
-        """A folder name: readable, and unique to the settings.
-
-        The hash covers the settings that differ from their defaults, so that ids stay the same
-        when a later version adds a setting.
-        """
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        """A folder name: readable, and unique to the settings."""
+        # Defaults are left out, so that ids stay the same when a later version adds a setting.
+        defaults = RunConfig().to_dict()
         changed = {k: v for k, v in self.to_dict().items() if v != defaults[k]}
         digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
         dataset = re.sub(r"[^A-Za-z0-9]+", "-", self.dataset).strip("-")[-40:]
@@ -134,8 +122,7 @@ class RunConfig:
 
 def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """`value`, checked to be of the annotated `kind`; converted where nothing is lost."""
-    choices = get_args(kind)
-    if choices:
+    if choices := get_args(kind):
         if isinstance(value, str) and value in choices:
             return value
         raise InputError(f"{name} = {value!r}, but it must be one of: {', '.join(choices)}")
@@ -147,10 +134,10 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         hint = ""
-        if isinstance(value, str) and kind in (int, float):
-            hint = "; it is text: leave out the quotes, and in YAML write 1.0e-3, not 1e-3"
-        if isinstance(value, str) and kind is bool:
-            hint = "; it is text: leave out the quotes, and with papermill write True or False"
+        if isinstance(value, str):
+            wanted = "with papermill write True or False"
+            wanted = wanted if kind is bool else "in YAML write 1.0e-3, not 1e-3"
+            hint = f"; it is text: leave out the quotes, and {wanted}"
         raise InputError(f"{name} = {value!r}, but it must be {words[kind]}{hint}")
     if kind is float and not math.isfinite(value):
         raise InputError(f"{name} = {value!r}, but it must be finite")

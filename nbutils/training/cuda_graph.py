@@ -1,9 +1,8 @@
 """An epoch's updates as replays of CUDA graphs.
 
 A small network on a GPU spends its time launching kernels, not computing. So one whole update is
-recorded as a CUDA graph: reading the indices of its images from the epoch's order, gathering the
-images, the forward and backward passes of all micro-batches, the optimizer's step, and adding to
-the epoch's sums. Replaying it costs one launch, and nothing waits for the device within an epoch.
+recorded as a CUDA graph: from reading the indices of its images to adding to the epoch's sums.
+Replaying it costs one launch, and nothing waits for the device within an epoch.
 
 A graph repeats the same kernels on the same addresses. So the position of an update in the epoch
 is itself a number on the device; a short last window has a graph of its own; a scheduled learning
@@ -35,15 +34,14 @@ def graphed_updates(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
 ) -> Callable[[Tensor], Iterator[None]]:
-    """Record `update` for every size of window; the result replays an epoch over an order.
+    """Record `update` for every size of window.
 
     Weights, buffers, generators and the optimizer are left as they were; the optimizer's state
     is allocated, and zero.
 
     Args:
-        update: Makes one update from a window of image indices, all of it on the device, without
-            waiting for it.
-        cut: Cuts an order of images into windows, as `accumulation.windows` does.
+        update: Makes one update from a window of image indices, without waiting for the device.
+        cut: Cuts an epoch's order into windows.
         images: Length of an epoch's order.
         model: What `update` trains.
         optimizer: Not yet stepped, and able to be captured.
@@ -51,12 +49,7 @@ def graphed_updates(
 
     Returns:
         A function of an epoch's order, shape (images,), that makes one update at each step.
-
-    Raises:
-        ValueError: The optimizer has made steps.
     """
-    if optimizer.state:
-        raise ValueError("the optimizer has made steps; graphs are recorded before training")
     device = next(model.parameters()).device
     drawn_from = [each for each in generators.values() if each.device.type == device.type]
     held_order = torch.arange(images, device=device)

@@ -20,7 +20,6 @@ EVALUATION_BATCH = 500
 """Images in one pass of an evaluation. It affects memory and speed only."""
 
 Norm = Literal["batch", "ghost", "group", "none"]
-
 ModelName = Literal["small", "deep"]
 
 CHANNELS: dict[ModelName, tuple[tuple[int, ...], ...]] = {
@@ -31,11 +30,10 @@ CHANNELS: dict[ModelName, tuple[tuple[int, ...], ...]] = {
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over at most `GHOST_SIZE` images at a time while training.
+    """Batch norm over at most `GHOST_SIZE` consecutive images at a time while training.
 
-    A batch is cut into consecutive ghost batches, each normalised by its own statistics, which
-    update the running statistics in turn. Batch norm does the same with micro-batches of that
-    size.
+    Each such ghost batch updates the running statistics in turn, as a micro-batch of that size
+    does with batch norm.
 
     Source: Hoffer, Hubara, Soudry (2017), "Train longer, generalize better", algorithm 1.
     """
@@ -50,10 +48,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers come from `generator`.
+    """Dropout whose random numbers come from `generator`; None is torch's own.
 
-    Several runs on one device then draw the same numbers as one run alone. `generator` is None
-    (torch's own) or on the device of the features.
+    So several runs on one device draw the same numbers as one run alone.
     """
 
     generator: torch.Generator | None = None
@@ -69,15 +66,9 @@ class Dropout(nn.Dropout):
 
 def norm_layer(norm: Norm, channels: int) -> nn.Module:
     """The layer that normalises `channels` channels (a multiple of `GROUPS` for "group")."""
-    match norm:
-        case "batch":
-            return nn.BatchNorm2d(channels)
-        case "ghost":
-            return GhostBatchNorm2d(channels)
-        case "group":
-            return nn.GroupNorm(GROUPS, channels)
-        case "none":
-            return nn.Identity()
+    if norm == "group":
+        return nn.GroupNorm(GROUPS, channels)
+    return {"batch": nn.BatchNorm2d, "ghost": GhostBatchNorm2d, "none": nn.Identity}[norm](channels)
 
 
 class DigitCNN(nn.Module):
@@ -85,13 +76,8 @@ class DigitCNN(nn.Module):
 
     Three blocks of 3 x 3 convolutions, each followed by normalisation and ReLU; then dropout and
     one linear layer. The last convolution of a block is followed by 2 x 2 max pooling, before
-    normalisation and ReLU, so that these handle a quarter of the values.
-
-    Args:
-        norm: What normalises the channels: "batch", "ghost", "group" or "none".
-        dropout: Probability that an input of the linear layer is dropped in training, in [0, 1).
-        classes: Number of classes.
-        model: "small", three convolutions and about 29,000 parameters, or "deep", five and 75,000.
+    normalisation and ReLU, so that these handle a quarter of the values. "small" has three
+    convolutions and about 29,000 parameters, "deep" five and 75,000.
     """
 
     def __init__(
@@ -121,12 +107,7 @@ class DigitCNN(nn.Module):
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits of all `images`, shape (n, classes), on the CPU.
-
-    Args:
-        model: In evaluation mode, on the device of `images`.
-        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
-    """
+    """Logits of all `images`, shape (n, classes), on the CPU; the model is in evaluation mode."""
     with torch.inference_mode():
         return torch.cat([model(batch) for batch in images.split(EVALUATION_BATCH)]).cpu()
 
@@ -134,12 +115,7 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
     """The mean of the probabilities that several networks give each class.
 
-    Args:
-        models: Trained networks, in evaluation mode, on the device of `images`.
-        images: As `Dataset.normalised` gives them, shape (n, 1, height, width).
-
-    Returns:
-        float64, shape (n, classes), on the CPU. Each row sums to 1.
+    They are float64, shape (n, classes), on the CPU, of images as `Dataset.normalised` gives them.
 
     Raises:
         InputError: There is no network, or one is in training mode, where dropout adds noise.

@@ -1,15 +1,19 @@
-"""What a run returns: `RunResult`."""
+"""What a run reports: its scores after an epoch, and its `RunResult`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.data.dataset import Dataset
 from nbutils.training.config import RunConfig
+from nbutils.training.model import DigitCNN, logits_of
+from nbutils.training.setup import autocast
 
 KEPT_EPOCHS = 5
 """The predictions of this many last epochs are kept: single late epochs jitter."""
@@ -38,14 +42,11 @@ class RunResult:
     """What a run returns.
 
     Attributes:
-        config: Its settings.
         history: One row per epoch, with the columns `HISTORY_COLUMNS`.
         model: The trained network, in evaluation mode, on `device`.
         late_predictions: uint8, shape (k, test images): the predicted classes after each of the
             last k = min(`KEPT_EPOCHS`, epochs) epochs.
-        data: The dataset that it was trained on.
         images_per_epoch: Training images that take part in the updates of an epoch.
-        device: Where it ran.
         micro_batch: Images in one pass: `config.batch_size`, or less with `on_oom="split"`.
         cuda_graph: Whether its updates were replays of CUDA graphs.
         peak_memory: Bytes, see `nbutils.training.setup.peak_memory`.
@@ -71,3 +72,29 @@ class RunResult:
 def history_of(rows: list[dict[str, float]]) -> pd.DataFrame:
     """The history with these rows."""
     return pd.DataFrame(rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)
+
+
+def evaluate(
+    config: RunConfig, data: Dataset, model: DigitCNN, device: torch.device
+) -> tuple[dict[str, float], Tensor]:
+    """The scores of an epoch, and the predicted classes of the test images, uint8.
+
+    The model is in evaluation mode afterwards.
+    """
+    model.eval()
+    dtype, labels = next(model.parameters()).dtype, data.test.labels
+    with autocast(config, device):
+        validation, test = (
+            logits_of(model, data.normalised(split.images, device, dtype))
+            for split in (data.validation, data.test)
+        )
+    scores = {
+        "validation_accuracy": _accuracy(validation, data.validation.labels),
+        "test_loss": F.cross_entropy(test.double(), labels).item() if len(labels) else math.nan,
+        "test_accuracy": _accuracy(test, labels) if len(labels) else math.nan,
+    }
+    return scores, test.argmax(1).to(torch.uint8)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).sum().item() / len(labels)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nbutils.data.dataset import Dataset
-from nbutils.errors import InputError
+from nbutils.errors import InputError, suggest
 from nbutils.machine import device_name, peak_resident_memory, processor_name
 from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN
-from nbutils.training.out_of_memory import check_on_oom
+
+OnOom = Literal["stop", "split"]
+"""When a batch does not fit the memory, stop with advice, or start again with half the batch and
+twice the accumulation steps, which makes the same update, until it fits."""
+
+SPLITTABLE = ("group", "none")
+"""Norms with which a smaller batch trains alike: images do not influence each other."""
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `RunConfig.device` names on this machine.
-
-    Raises:
-        InputError: This machine does not have it.
-    """
+    """The device that `RunConfig.device` names; InputError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -37,22 +39,40 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check(configs: Sequence[RunConfig], data: Dataset, on_oom: str) -> torch.device:
-    """Check everything that can be checked before training; the device that the configs share.
-
-    Raises:
-        InputError: A device does not exist, the configs name several, an update needs more images
-            than there are, or `on_oom` is not possible.
-    """
-    for config in configs:
-        check_on_oom(on_oom, config)
-        check_fits(config, data)
+def shared_device(configs: Sequence[RunConfig]) -> torch.device:
+    """The device that all `configs` name; InputError if they name several."""
     devices = {resolve_device(config.device) for config in configs}
     if len(devices) != 1:
         raise InputError(
             f"device = {sorted(map(str, devices))}, but runs that train together must share one"
         )
     return devices.pop()
+
+
+def check(config: RunConfig, data: Dataset, on_oom: str) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+        InputError: An update needs more images than `data` has, `on_oom` is unknown, or it would
+            split batches whose images influence each other.
+    """
+    if on_oom not in get_args(OnOom):
+        raise InputError(f"no on_oom {on_oom!r}; {suggest(on_oom, get_args(OnOom))}")
+    if on_oom == "split" and config.norm not in SPLITTABLE:
+        raise InputError(
+            f"on_oom = 'split', but norm = {config.norm!r} normalises each image with the others "
+            f"of its batch, so a smaller batch trains differently; use norm = 'group' or 'none', "
+            f"or on_oom = 'stop'"
+        )
+    images = len(data.train.labels)
+    for name, wanted in (
+        ("batch_size", config.batch_size),
+        ("effective_batch_size (batch_size * accumulation_steps)", config.effective_batch_size),
+    ):
+        if wanted > images:
+            raise InputError(
+                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
+            )
 
 
 def uses_cuda_graph(device: torch.device, wanted: bool) -> bool:
@@ -64,33 +84,15 @@ def conditions(
     config: RunConfig, data: Dataset, device: torch.device, micro_batch: int, cuda_graph: bool
 ) -> dict[str, Any]:
     """All that decides a run's history to the last bit, as plain values."""
-    on_cuda = device.type == "cuda"
     return {
         **config.to_dict(),
         "images": data.fingerprint,
         "micro_batch": micro_batch,
         "cuda_graph": cuda_graph,
-        "hardware": device_name(device) if on_cuda else processor_name(),
+        "hardware": device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
     }
-
-
-def check_fits(config: RunConfig, data: Dataset) -> None:
-    """Refuse a config whose update needs more images than `data` has for training.
-
-    Raises:
-        InputError: It needs more.
-    """
-    images = len(data.train.labels)
-    for name, wanted in (
-        ("batch_size", config.batch_size),
-        ("effective_batch_size (batch_size * accumulation_steps)", config.effective_batch_size),
-    ):
-        if wanted > images:
-            raise InputError(
-                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
-            )
 
 
 def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
@@ -121,8 +123,7 @@ def make_model(
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """The context of a forward pass in the precision of `config`."""
-    enabled = config.precision == "bfloat16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
 
 
 def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch.optim.Optimizer:
@@ -184,6 +185,5 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: CUDA's peak of allocated memory, elsewhere the peak resident memory of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_memory()
+    on_cuda = device.type == "cuda"
+    return torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_memory()

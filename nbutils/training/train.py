@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,11 +18,9 @@ from nbutils.machine import no_progress
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
 from nbutils.training.cuda_graph import graphed_updates
-from nbutils.training.evaluate import EpochSums, evaluate
 from nbutils.training.model import DigitCNN
-from nbutils.training.out_of_memory import OnOom
-from nbutils.training.result import RunResult, history_of
-from nbutils.training.turns import run_within_memory
+from nbutils.training.out_of_memory import Script, run_within_memory
+from nbutils.training.result import RunResult, evaluate, history_of
 
 Window = tuple[Tensor, ...]
 """The micro-batches of one update: indices of training images."""
@@ -36,7 +34,7 @@ def train(
     *,
     log_folder: str | Path | None = None,
     progress: bool = True,
-    on_oom: OnOom = "stop",
+    on_oom: setup.OnOom = "stop",
     cuda_graph: bool = True,
     after_update: AfterUpdate | None = None,
 ) -> RunResult:
@@ -53,7 +51,7 @@ def train(
             history so far, and `checkpoint.pt`. A later call resumes from there, bitwise as if
             never interrupted; if settings, images or machine differ it starts again, and warns.
         progress: Whether to show a progress bar.
-        on_oom: What to do when a batch does not fit the memory: "stop" or "split".
+        on_oom: When a batch does not fit the memory, "stop" with advice, or "split" it.
         cuda_graph: Whether to replay updates as CUDA graphs on a GPU, which is faster.
         after_update: Called after each update with the number of updates and the model, which it
             must leave as it was. It is for the plain loop: use `cuda_graph=False` with it.
@@ -74,7 +72,7 @@ def script(
     bar: tqdm,
     cuda_graph: bool,
     after_update: AfterUpdate | None,
-) -> Generator[None, None, RunResult]:
+) -> Script:
     """The training script. It yields after every update, so that runs can take turns on a GPU."""
     images = len(data.train.labels)
     updates = updates_per_epoch(images, config.effective_batch_size, config.last_window)
@@ -85,7 +83,8 @@ def script(
     model = setup.make_model(config, data, device, generators["dropout"])
     optimizer = setup.make_optimizer(config, model, in_graph)
     scheduler = setup.make_scheduler(config, optimizer, updates * config.epochs)
-    sums = EpochSums(device)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=exact, device=device)  # of the epoch: losses, right answers
     update = make_update(config, data, model, optimizer, generators["augment"], sums)
 
     def cut(order: Tensor) -> Iterator[Window]:
@@ -104,7 +103,7 @@ def script(
     for epoch in range(len(done.rows) + 1, config.epochs + 1):
         start = time.perf_counter()
         model.train()
-        sums.clear()
+        sums.zero_()
         order = torch.randperm(images, generator=generators["order"]).to(device)
         for _ in replayed(order) if replayed else map(update, cut(order)):
             if scheduler:
@@ -114,10 +113,11 @@ def script(
                 after_update(done.updates, model)
             bar.update()
             yield
-        row = {"epoch": epoch, "updates": done.updates, **sums.means(images_per_epoch)}
+        loss, accuracy = (total / images_per_epoch for total in sums.tolist())
         done.seconds += time.perf_counter() - start
         scores, predictions = evaluate(config, data, model, device)
-        done.add(row | scores | {"seconds": done.seconds}, predictions)
+        row = {"epoch": epoch, "updates": done.updates, "seconds": done.seconds, **scores}
+        done.add(row | {"train_loss": loss, "train_accuracy": accuracy}, predictions)
         bar.set_postfix(epoch=epoch, validation_accuracy=f"{scores['validation_accuracy']:.4f}")
         if folder:
             checkpoint.save(folder, parts, done, conditions)
@@ -132,9 +132,9 @@ def make_update(
     model: DigitCNN,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-    sums: EpochSums,
+    sums: Tensor,
 ) -> Callable[[Window], None]:
-    """The function that makes one update from the micro-batches of a window."""
+    """What makes an update from a window; it adds the losses and right answers to `sums`."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     images = data.normalised(data.train.images, device, dtype)
@@ -147,7 +147,9 @@ def make_update(
         with setup.autocast(config, device):
             logits = model(inputs)
         image_losses = F.cross_entropy(logits.to(dtype), targets, reduction="none")
-        sums.add(image_losses.detach(), logits.detach().argmax(1) == targets)
+        # They stay on the device, so that nothing waits for it before the epoch's end.
+        sums[0].add_(image_losses.detach().sum())
+        sums[1].add_((logits.detach().argmax(1) == targets).sum())
         return image_losses
 
     def update(window: Window) -> None:
@@ -163,7 +165,7 @@ def train_many(
     configs: Sequence[RunConfig],
     data: Dataset,
     progress: bool = True,
-    on_oom: OnOom = "stop",
+    on_oom: setup.OnOom = "stop",
     cuda_graph: bool = True,
     log_folder: str | Path | None = None,
     after_update: AfterUpdate | None = None,
@@ -177,12 +179,14 @@ def train_many(
     """
     if not configs:
         return []
-    device = setup.check(configs, data, on_oom)
+    for config in configs:
+        setup.check(config, data, on_oom)
+    device = setup.shared_device(configs)
     folder = Path(log_folder) if log_folder else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
 
-    def start(config: RunConfig, size: int, bar: tqdm) -> Generator[None, None, RunResult]:
+    def start(config: RunConfig, size: int, bar: tqdm) -> Script:
         return script(config, data, device, size, folder, bar, cuda_graph, after_update)
 
     groups = [configs] if device.type == "cuda" else [[config] for config in configs]

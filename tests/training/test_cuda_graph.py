@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nbutils import RunConfig, train, train_many
-from nbutils.training import cuda_graph, setup, turns
-from nbutils.training.model import DigitCNN
+from nbutils.training import cuda_graph, out_of_memory, setup
 
 TINY = RunConfig(batch_size=64, epochs=2, device="cpu", precision="float64")  # for speed
 
@@ -72,21 +71,14 @@ def test_scripts_in_turn_do_not_disturb_each_other(few_digits, graphs_on_the_cpu
     ]
     solo = [train(config, few_digits, progress=False, cuda_graph=False) for config in configs]
     scripts = []
-    take_turns = turns.take_turns
-    monkeypatch.setattr(turns, "take_turns", lambda mine, _: scripts.append(mine[0]) or [None])
+    take_turns = out_of_memory.take_turns
+    monkeypatch.setattr(
+        out_of_memory, "take_turns", lambda mine, _: scripts.append(mine[0]) or [None]
+    )
     train_many(configs, few_digits, progress=False)
     together = take_turns(scripts, torch.device("cpu"))
     for ours, theirs in zip(together, solo, strict=True):
         pd.testing.assert_frame_equal(history(ours), history(theirs), check_exact=True)
-
-
-def test_graphs_are_recorded_before_training_only():
-    model = DigitCNN()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    model(torch.rand(2, 1, 28, 28)).sum().backward()
-    optimizer.step()
-    with pytest.raises(ValueError, match="the optimizer has made steps"):
-        cuda_graph.graphed_updates(None, None, 4, model, optimizer, {})
 
 
 def test_graphs_and_images_are_freed_when_training_ends(few_digits, monkeypatch):

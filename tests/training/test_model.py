@@ -22,11 +22,6 @@ def test_ghost_norm_is_batch_norm_of_each_ghost_batch_in_turn():
     assert torch.equal(ghost.eval()(images), batch.eval()(images))
 
 
-def test_ghost_norm_of_a_small_batch_is_batch_norm():
-    images = torch.randn(GHOST_SIZE, 3, 4, 4)
-    assert torch.equal(GhostBatchNorm2d(3)(images), nn.BatchNorm2d(3)(images))
-
-
 @pytest.mark.parametrize(("norm", "mixes"), [("batch", True), ("group", False), ("none", False)])
 def test_only_batch_norm_lets_images_of_a_batch_see_each_other(norm, mixes):
     layer = norm_layer(norm, 8).double()

@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to train on, to make choices by, and to report results of; and the classes' names."""
+    """Images to train on, to make choices by (validation), and to report results of (test)."""
 
     name: str
     train: Split = field(repr=False)

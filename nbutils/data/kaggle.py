@@ -18,7 +18,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,27 +28,20 @@ from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
 from nbutils.paths import write_atomically
 
-SIDE = 28
-CLASSES = 10
+SIDE, CLASSES = 28, 10
 
 TEST_COLUMNS = {f"pixel{pixel}": 255 for pixel in range(SIDE * SIDE)}
 """The columns of `test.csv` in order, with the largest value of each. The smallest is 0."""
 
 TRAIN_COLUMNS = {"label": CLASSES - 1} | TEST_COLUMNS
-
 DOWNLOAD = "digit-recognizer.zip"
-"""What Kaggle calls the download of all files."""
 
 
 def read_train(path: str | Path) -> tuple[Tensor, Tensor]:
     """Images (uint8, shape (rows, 1, 28, 28)) and labels (int64) of a `train.csv`, in file order.
 
     The file may be compressed: under its own name, as `train.csv.gz` or `train.csv.zip` beside it,
-    or within `digit-recognizer.zip`.
-
-    Raises:
-        InputError: There is no such file, or it has another form; the message names the file, and
-            the line, column and value of the first fault.
+    or within `digit-recognizer.zip`. InputError names the line, column and value of a fault.
     """
     table = _read(Path(path), TRAIN_COLUMNS)
     return table[:, 1:].reshape(-1, 1, SIDE, SIDE), table[:, 0].long()
@@ -63,33 +55,24 @@ def read_test(path: str | Path) -> Tensor:
 def write_dataset(folder: str | Path, data: Dataset) -> None:
     """Write images of 28 x 28 pixels in Kaggle's format, to try things out without an account.
 
-    `train.csv` gets the training images and then the validation images, `test.csv` the test images
-    without their labels.
+    `train.csv` gets the training images and then the validation images.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    splits = (data.train, data.validation)
-    labels = torch.cat([split.labels for split in splits]).to(torch.uint8)
-    images = torch.cat([split.images for split in splits]).flatten(1)
-    tables = {
-        "train.csv": (TRAIN_COLUMNS, torch.cat([labels.unsqueeze(1), images], 1)),
-        "test.csv": (TEST_COLUMNS, data.test.images.flatten(1)),
-    }
-    for name, (columns, table) in tables.items():
-        frame = pd.DataFrame(table.numpy(), columns=list(columns))
+    images, labels = (torch.cat(parts) for parts in zip(data.train, data.validation, strict=True))
+    table = torch.cat([labels.unsqueeze(1), images.flatten(1)], 1)
+    for name, columns, values in (
+        ("train.csv", TRAIN_COLUMNS, table),
+        ("test.csv", TEST_COLUMNS, data.test.images.flatten(1)),
+    ):
+        frame = pd.DataFrame(values.numpy(), columns=list(columns))
         frame.to_csv(folder / name, index=False, lineterminator="\n")
 
 
 def write_submission(path: str | Path, predictions: Tensor) -> Path:
-    """Write the file that Kaggle scores, whole or not at all.
+    """Write the file that Kaggle scores, whole or not at all, in place of an earlier one.
 
-    Args:
-        path: Where it goes, in place of an earlier one; its folder is made if there is none.
-        predictions: Whole numbers, shape (n,), n >= 1: the class, 0 to 9, of each image of
-            `test.csv`, in its order.
-
-    Raises:
-        InputError: The predictions are of another form.
+    `predictions`, whole numbers of shape (n,), n >= 1, are the classes of `test.csv`'s images.
     """
     path, lines = Path(path), []
     for image, label in enumerate(predictions.tolist(), start=1):
@@ -109,22 +92,19 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
 def _read(path: Path, columns: Mapping[str, int]) -> Tensor:
     """The values in a file: uint8, shape (rows, columns)."""
     path, content = _content(path)
-    header, _, rows = content.partition(b"\n")
-    if fault := _header_fault(next(_rows(header), []), list(columns)):
-        raise InputError(f"{path}, line 1: {fault}")
-    if not rows:
-        raise InputError(f"{path} has a line of column names, but no rows")
     try:
-        file = io.BytesIO(rows)
-        table = pd.read_csv(file, header=None, dtype=np.int64, skip_blank_lines=False).to_numpy()
-        sound = table.shape[1] == len(columns)
-        sound = sound and bool(((table >= 0) & (table <= list(columns.values()))).all())
+        table = pd.read_csv(io.BytesIO(content), dtype=np.int64, skip_blank_lines=False)
+        values = table.to_numpy()
+        # Rows with more values than the header would give the table an index.
+        sound = list(table) == list(columns) and isinstance(table.index, pd.RangeIndex)
+        sound = sound and bool(((values >= 0) & (values <= list(columns.values()))).all())
     except (ValueError, OverflowError):
         sound = False
     if not sound:
-        fault = _first_fault(rows, columns) or "there are values that are not whole numbers"
-        raise InputError(f"{path}, {fault}")
-    return torch.from_numpy(table.astype(np.uint8))
+        raise InputError(f"{path}, {_first_fault(content, columns)}")
+    if table.empty:
+        raise InputError(f"{path} has a line of column names, but no rows")
+    return torch.from_numpy(values.astype(np.uint8))
 
 
 def _content(path: Path) -> tuple[Path, bytes]:
@@ -157,32 +137,27 @@ def _content(path: Path) -> tuple[Path, bytes]:
     return found, content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
 
 
-def _rows(content: bytes) -> Any:
-    return csv.reader(io.StringIO(content.decode(errors="backslashreplace"), newline=""))
-
-
-def _header_fault(found: list[str], columns: list[str]) -> str | None:
-    for number, (name, wanted) in enumerate(itertools.zip_longest(found, columns), start=1):
-        if name != wanted:
-            return (
-                f"column {number} is {_shortened(name)}, but it must be {wanted!r}; the file has "
-                f"{len(found)} columns, and must have {len(columns)}, as UTF-8 text separated by "
-                f"commas"
-            )
-    return None
-
-
-def _first_fault(content: bytes, columns: Mapping[str, int]) -> str | None:
-    """The line of the first fault in the rows after the header, and what it is."""
-    for number, row in enumerate(_rows(content), start=2):
-        if len(row) != len(columns):  # comes first: after a lost field all columns are wrong
+def _first_fault(content: bytes, columns: Mapping[str, int]) -> str:
+    """The line of the first fault in a file, and what it is."""
+    text = io.StringIO(content.decode(errors="backslashreplace"), newline="")
+    for number, row in enumerate(csv.reader(text), start=1):
+        if number == 1:
+            for place, (name, wanted) in enumerate(itertools.zip_longest(row, columns), start=1):
+                if name != wanted:
+                    return (
+                        f"line 1: column {place} is {_shortened(name)}, but it must be {wanted!r}; "
+                        f"the file has {len(row)} columns, and must have {len(columns)}, as UTF-8 "
+                        f"text separated by commas"
+                    )
+        elif len(row) != len(columns):  # comes first: after a lost field all columns are wrong
             return f"line {number}: it has {len(row)} values, and must have {len(columns)}"
-        for (name, largest), value in zip(columns.items(), row, strict=True):
-            whole = value.isascii() and value.strip().isdigit() and len(value) < 100
-            if not whole or int(value) > largest:
-                what = f"{_shortened(value)} is not a whole number from 0 to {largest}"
-                return f"line {number}, column {name}: {what}"
-    return None
+        else:
+            for (name, largest), value in zip(columns.items(), row, strict=True):
+                whole = value.isascii() and value.strip().isdigit() and len(value) < 100
+                if not whole or int(value) > largest:
+                    what = f"{_shortened(value)} is not a whole number from 0 to {largest}"
+                    return f"line {number}, column {name}: {what}"
+    return "there are values that are not whole numbers"
 
 
 def _shortened(text: str | None) -> str:

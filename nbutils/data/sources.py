@@ -35,7 +35,7 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-DIGESTS = {
+SHA256 = {
     "MNIST": (
         "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -48,14 +48,8 @@ DIGESTS = {
         "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
-    "KMNIST": (
-        "bdb82020997e1d708af4cf47b453dcf7",
-        "e144d726b3acfaa3e44228e80efcd344",
-        "5c965bf0a639b31b8f53240b1b52f4d7",
-        "7320c461ea6c1c855c0b718fb2a4b134",
-    ),
 }
-"""Of `FILES`: SHA-256 of the decompressed ones; for KMNIST torchvision's MD5 of the `.gz` ones."""
+"""Of the decompressed `FILES`. Those of KMNIST are known compressed only, by torchvision's MD5."""
 
 
 def load_dataset(name: str) -> Dataset:
@@ -122,11 +116,10 @@ def _kaggle(folder: str) -> tuple[Split, Split]:
 
 def _idx(class_name: str) -> tuple[Split, Split]:
     """Training and test images of one of torchvision's datasets of MNIST's form."""
-    files = _files(class_name)
-    values = [
-        _values(files[name], known) for name, known in zip(FILES, DIGESTS[class_name], strict=True)
-    ]
-    train_images, train_labels, test_images, test_labels = values
+    paths = _files(class_name)
+    train_images, train_labels, test_images, test_labels = (
+        _values(paths[name], class_name) for name in FILES
+    )
     return (
         Split(train_images.view(-1, 1, 28, 28), train_labels.long()),
         Split(test_images.view(-1, 1, 28, 28), test_labels.long()),
@@ -136,42 +129,44 @@ def _idx(class_name: str) -> tuple[Split, Split]:
 def _files(class_name: str) -> dict[str, Path]:
     """The IDX files by name, decompressed or not; downloaded where they are missing."""
     folder, reason = data_folder() / class_name / "raw", ""
-    forms = [".gz"] if class_name == "KMNIST" else [".gz", ""]
-    paths = [(name, folder / f"{name}{form}") for name in FILES for form in forms]
-    if not {*FILES} <= {name for name, path in paths if path.is_file()}:
-        reason = _download(class_name)
-    found = {name: path for name, path in paths if path.is_file()}
-    if len(found) == len(FILES):
-        return found
-    raise InputError(
-        f"{class_name} is not in {folder} and cannot be downloaded. Two ways out: put its four "
-        f"files ({', '.join(f'{name}.gz' for name in FILES)}) there, or into "
-        f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no download. "
-        f"{reason}"
-    )
+    forms = (".gz", "") if class_name in SHA256 else (".gz",)
+
+    def found() -> dict[str, Path]:
+        paths = [path for path in folder.glob("*-ubyte*") if path.suffix in forms]
+        return {path.stem: path for path in paths if path.stem in FILES}
+
+    if len(found()) < len(FILES):
+        from torchvision import datasets
+
+        try:
+            getattr(datasets, class_name)(data_folder(), download=True)
+        except (RuntimeError, OSError) as error:
+            reason = f"The download said: {' '.join(str(error).split())}"
+    if len(found()) < len(FILES):
+        raise InputError(
+            f"{class_name} is not in {folder} and cannot be downloaded. Two ways out: put its four "
+            f"files ({', '.join(f'{name}.gz' for name in FILES)}) there, or into "
+            f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no "
+            f"download. {reason}"
+        )
+    return found()
 
 
-def _download(class_name: str) -> str:
-    """Have torchvision download the files; what it said where it could not."""
-    from torchvision import datasets
-
-    try:
-        getattr(datasets, class_name)(data_folder(), download=True)
-    except (RuntimeError, OSError) as error:
-        return f"The download said: {' '.join(str(error).split())}"
-    return ""
-
-
-def _values(path: Path, known: str) -> torch.Tensor:
+def _values(path: Path, class_name: str) -> torch.Tensor:
     """The values in an IDX file, after its checksum: uint8, flat."""
     stored = path.read_bytes()
     try:
         content = gzip.decompress(stored) if path.suffix == ".gz" else stored
     except (OSError, EOFError, zlib.error):
         content = b""
-    md5 = len(known) == 32
-    digest = hashlib.md5(stored) if md5 else hashlib.sha256(content)
-    if digest.hexdigest() != known:
+    if class_name in SHA256:
+        known = SHA256[class_name][FILES.index(path.stem)]
+        official = hashlib.sha256(content).hexdigest() == known
+    else:
+        from torchvision import datasets
+
+        official = (path.name, hashlib.md5(stored).hexdigest()) in datasets.KMNIST.resources
+    if not official:
         raise InputError(
             f"{path} is damaged or not the official file (its checksum differs); delete it to "
             f"have it downloaded again, or put the official file there"

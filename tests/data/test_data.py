@@ -10,7 +10,7 @@ from torchvision import datasets
 from nbutils import InputError, load_dataset
 from nbutils.data.augment import augment
 from nbutils.data.dataset import VALIDATION_EVERY
-from nbutils.data.sources import DATASETS, DIGESTS
+from nbutils.data.sources import DATASETS
 from nbutils.paths import data_folder
 
 MNIST_FILES = 4
@@ -113,10 +113,6 @@ def test_no_files_and_no_network_names_both_ways_out(tmp_path, monkeypatch, name
             (tmp_path / name / "raw" / file.removesuffix(".gz")).touch()
     with pytest.raises(InputError, match=r"cannot be downloaded. Two ways out: .*'mnist-5k'"):
         load_dataset(name.lower())
-
-
-def test_the_checksums_of_kmnist_are_torchvisions():
-    assert tuple(md5 for _, md5 in datasets.KMNIST.resources) == DIGESTS["KMNIST"]
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones():

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -50,10 +49,9 @@ def can_be_judged(runs: pd.DataFrame) -> bool:
 
 
 def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
-    """The seeds before `confirming`, and those from it on, by their names.
+    """The seeds before `confirming` (if any has all settings) and those from it on, by their names.
 
-    All seeds together where fewer than two seeds from `confirming` on have all settings, and the
-    later ones alone where no earlier seed has. The last of the parts is the one to judge.
+    All in one part where fewer than two of the latter have all settings. The last part judges.
     """
     complete = answers.by_setting("run_id").dropna().index
     parts = [answers]
@@ -92,7 +90,7 @@ def whole_sizes(answers: Answers) -> list[int]:
 def fitted_change(answers: Answers) -> Effect:
     """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
 
-    Over the logarithm of the batch size; its slope is a weighted sum of accuracies.
+    Its slope over the logarithm of the batch size is a weighted sum of accuracies.
     """
     sizes = whole_sizes(answers)
     doublings = np.log2(sizes)
@@ -102,10 +100,7 @@ def fitted_change(answers: Answers) -> Effect:
 
 
 def target_accuracy(runs: pd.DataFrame) -> float | None:
-    """The highest of `TARGETS` that every run reaches, and none in its first epoch, if any.
-
-    What is reached within the first epoch does not show after how many updates.
-    """
+    """The highest of `TARGETS` that every run reaches, and none in its first epoch, if any."""
     first = runs.loc[runs["epoch"] == 1, "validation_accuracy"].max()
     least = runs.groupby("run_id")["validation_accuracy"].max().min()
     return max((target for target in TARGETS if first < target <= least), default=None)
@@ -123,29 +118,20 @@ class KaggleRuns(Answers):
         return self.by_setting("run_id")[f"128, learning_rate {POSTED_RATE}"].dropna()
 
 
-def load_kaggle_runs(folder: Path = REFERENCE) -> KaggleRuns:
-    """Those of the reference, with the rates that its study `kaggle-tuning` found."""
-    split = folder / "kaggle-split"
-    tuned = tuned_rates(load_runs(folder / "kaggle-tuning"))
+def load_kaggle_runs() -> KaggleRuns:
+    """Those of the reference, with the rates that its study `kaggle-tuning` found.
+
+    They are judged after the final epoch, as when the runs of `kaggle-split` were planned.
+    """
+    split = REFERENCE / "kaggle-split"
+    final = last_epochs(load_runs(REFERENCE / "kaggle-tuning"))
+    means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
+    tuned = {int(steps): rate for steps, rate in means.groupby(level=0).idxmax()}
     return KaggleRuns(load_runs(split), *load_late_predictions(split), tuned)
 
 
-def tuned_rates(tuning: pd.DataFrame) -> dict[int, float]:
-    """The learning rate of the best mean validation accuracy, by accumulation steps.
-
-    Judged after the final epoch, as it was when the runs of `kaggle-split` were planned.
-    """
-    final = last_epochs(tuning)
-    means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
-    best = means.groupby("accumulation_steps").idxmax()
-    return {int(steps): float(rate) for steps, rate in best}
-
-
 def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
-    """8 x 128 less 128, at equal epochs and at equal updates, at each pair of rates on record.
-
-    The pairs are "same rate", "rate x root of 8", "tuned rates"; runs are paired by seed.
-    """
+    """8 x 128 less 128, at equal epochs and at equal updates, at each pair of rates on record."""
     rates = {
         "same rate": (POSTED_RATE, POSTED_RATE),
         "rate x root of 8": (POSTED_RATE, SCALED_RATE),
@@ -176,10 +162,9 @@ def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
 
 
 def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
-    """Probability that a run leads another of its own setting by `lead` of `part` test images.
+    """Probability that a run of 128 leads another by `lead` of `part` test images.
 
-    The setting is 128 at `POSTED_RATE`, after the final epoch, as one would submit it; the mean
-    over all ordered pairs of its seeds; NaN where there is only one.
+    At `POSTED_RATE`, after the final epoch; the mean over all ordered pairs of seeds, or NaN.
     """
     right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in kaggle.plain]
     won = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in permutations(right, 2)]

@@ -33,12 +33,9 @@ SAVED = (0.8, 0.2)
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """When each run first reached a validation accuracy, between epochs as `first_crossing` says.
 
-    Returns:
-        One row per run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and
-        `epochs`, `updates` and `images` until the target, missing where it was never reached.
-
-    Raises:
-        InputError: The target is not in (0, 1).
+    One row per run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and `epochs`,
+    `updates` and `images` until the target, missing where it was never reached. InputError for a
+    target not in (0, 1).
     """
     if not 0 < target < 1:
         raise InputError(f"target = {target}, but it must be in (0, 1)")
@@ -59,10 +56,9 @@ def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
     size without such a rate has no rows.
     """
     size = ["optimizer", "effective_batch_size"]
-    means = table.groupby([*size, "learning_rate"])["updates"].agg(
-        lambda updates: updates.mean(skipna=False)
-    )
-    best = means.dropna().reset_index().sort_values("updates").drop_duplicates(size)
+    arrived = table.groupby([*size, "learning_rate"]).filter(lambda of: of["updates"].notna().all())
+    means = arrived.groupby([*size, "learning_rate"], as_index=False)["updates"].mean()
+    best = means.sort_values("updates").drop_duplicates(size)
     return table.merge(best[[*size, "learning_rate"]], on=[*size, "learning_rate"])
 
 
@@ -80,12 +76,9 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     """Fit `E = E_min (1 + B / B_crit)` to the rows of `fastest_rates` of one optimizer.
 
     Runs that reached the target in their first epoch are left out, since how soon is unknown.
-    Least squares on log E, as runs differ by factors. The interval is Student's on log B_crit,
-    from the covariance that scipy's `curve_fit` estimates by the scatter of the runs. It covers
-    neither the choice of the rates nor errors that all sizes share.
-
-    Raises:
-        InputError: There are fewer than three sizes, which a curve of two parameters needs.
+    Least squares on log E, as runs differ by factors; Student's interval on log B_crit, from the
+    scatter of the runs. It covers neither the choice of the rates nor errors that all sizes share.
+    InputError where there are fewer than the three sizes that a curve of two parameters needs.
     """
     from scipy import optimize
 
@@ -129,10 +122,9 @@ def regime_borders(critical: float) -> tuple[float, float]:
 def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
     """The noise scale up to the first measurement at the target, beside the critical batch size.
 
-    Returns:
-        One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
-        scale among them; the critical batch size `fitted`, with its interval, `low` and `high`;
-        their `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+    One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
+    scale among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
+    `ratio`, median to fitted; and `agree`, whether interval and range overlap.
     """
     runs = noise.sort_values("update")
     reached = runs["validation_accuracy"] >= target
@@ -148,15 +140,15 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
 
 def describe_agreement(table: pd.DataFrame) -> str:
     """One Markdown line per optimizer of the table of `agreement`."""
-    return "\n".join(
-        f"- **{row['optimizer']}**: the noise scale is {row['median']:.0f} images (median of "
-        f"{row['measurements']} measurements, {row['lowest']:.0f} to {row['highest']:.0f}), the "
-        f"fitted critical batch size {row['fitted']:.0f} ({row['low']:.0f} to {row['high']:.0f}). "
-        f"Range and interval {'overlap' if row['agree'] else 'do not overlap'}: they "
-        f"{'are compatible' if row['agree'] else 'do not agree'}. The median is "
-        f"{row['ratio']:.2g} times the fitted size."
-        for _, row in table.iterrows()
+    text = (
+        "- **{optimizer}**: the noise scale is {median:.0f} images (median of {measurements} "
+        "measurements, {lowest:.0f} to {highest:.0f}), the fitted critical batch size "
+        "{fitted:.0f} ({low:.0f} to {high:.0f}). Range and interval {found}. The median is "
+        "{ratio:.2g} times the fitted size."
     )
+    found = {True: "overlap: they are compatible", False: "do not overlap: they do not agree"}
+    rows = table.assign(found=table["agree"].map(found)).to_dict("records")
+    return "\n".join(text.format_map(row) for row in rows)
 
 
 def target_table(
@@ -164,17 +156,16 @@ def target_table(
 ) -> pd.DataFrame:
     """What each of all `sizes` took to reach the target, for reading.
 
-    Returns:
-        One row per `optimizer` and size: the chosen rate, means over seeds of updates and images
-        ("at most" where a run arrived in its first epoch), those of the fit, and the regime.
+    One row per `optimizer` and size: the chosen rate, means over seeds of updates and images ("at
+    most" where a run arrived in its first epoch), those of the fit, and the regime.
     """
     rows = []
     for optimizer, fit in fits.items():
-        by_size = dict(iter(fastest[optimizer].groupby("effective_batch_size")))
         for size in sizes:
-            row = {"learning rate": "none", "updates": "not reached", "images": "not reached"}
-            if size in by_size:
-                runs = by_size[size]
+            row = {"optimizer": optimizer, "images per update": size}
+            row |= {"learning rate": "none", "updates": "not reached", "images": "not reached"}
+            runs = fastest[optimizer].query("effective_batch_size == @size")
+            if len(runs):
                 bound = "at most " if (runs["epochs"] <= 1).any() else ""
                 row["learning rate"] = f"{runs['learning_rate'].iloc[0]:g}"
                 row["updates"] = f"{bound}{runs['updates'].mean():,.0f}"
@@ -182,5 +173,5 @@ def target_table(
             fitted = fit.fewest_images * (1 + size / fit.value)
             row |= {"updates, fit": f"{fitted / size:,.0f}", "images, fit": f"{fitted:,.0f}"}
             row["regime"] = REGIMES[sum(size > border for border in regime_borders(fit.value))]
-            rows.append({"optimizer": optimizer, "images per update": size} | row)
+            rows.append(row)
     return pd.DataFrame(rows).set_index(["optimizer", "images per update"])

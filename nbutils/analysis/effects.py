@@ -86,10 +86,9 @@ class Effect:
         return f"between {points(self.low)} and {points(self.high)} points"
 
     def __str__(self) -> str:
+        known = self.seeds > 1
         interval = f"{points(self.low)} to {points(self.high)}, n = {self.seeds}"
-        if self.seeds < 2:
-            interval = f"n = {self.seeds}: no interval"
-        return f"{points(self.mean)} points ({interval})"
+        return f"{points(self.mean)} points ({interval if known else 'n = 1: no interval'})"
 
 
 def points(fraction: float) -> str:
@@ -97,20 +96,12 @@ def points(fraction: float) -> str:
     return f"{round(100 * fraction, 2) + 0:+.2f}"  # + 0 turns -0.0 into 0.0
 
 
-def written_gaps(table: pd.DataFrame, reference: str, name: str) -> list[str]:
+def written_gaps(table: pd.DataFrame, reference: str, name: str) -> pd.Series:
     """How a table for reading shows `difference`, `low` and `high` from the row `reference`."""
-    shown = []
-    for setting, gap in table.iterrows():
-        if setting == reference:
-            shown.append(name)
-        elif pd.isna(gap["difference"]):
-            shown.append("no seed in common")
-        elif pd.isna(gap["low"]):
-            shown.append(f"{points(gap['difference'])} (one seed)")
-        else:
-            ends = f"{points(gap['low'])} to {points(gap['high'])}"
-            shown.append(f"{points(gap['difference'])} ({ends})")
-    return shown
+    mean, low, high = (table[column].map(points) for column in ("difference", "low", "high"))
+    interval = (low + " to " + high).mask(table["low"].isna(), "one seed")
+    shown = (mean + " (" + interval + ")").mask(table["difference"].isna(), "no seed in common")
+    return shown.mask(table.index == reference, name)
 
 
 def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_accuracy") -> Effect:
@@ -118,10 +109,7 @@ def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_a
 
     The interval of a test accuracy is that of `crossed_interval`, with the predictions of the late
     epochs that were kept (older records have the final ones alone). That of another metric, or
-    where labels are unknown, is Student's, for other seeds only.
-
-    Raises:
-        InputError: No seed has all these settings.
+    where labels are unknown, is Student's, for other seeds only. InputError without a common seed.
     """
     ids = answers.by_setting("run_id").reindex(columns=list(weights)).dropna()
     if ids.empty:
@@ -129,7 +117,7 @@ def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_a
     values = answers.by_setting(metric).loc[ids.index, list(weights)]
     per_seed = values.to_numpy(float) @ np.array(list(weights.values()))
     mean, seeds = float(per_seed.mean()), len(per_seed)
-    if metric != "test_accuracy" or len(answers.labels) == 0 or seeds < 2:
+    if metric != "test_accuracy" or len(answers.labels) == 0:
         return Effect(mean, *mean_interval(per_seed), seeds)
     epochs = answers.outcomes.set_index("run_id")["epoch"].map(late_epochs)
     per_image = np.zeros((seeds, len(answers.labels)))
@@ -150,11 +138,8 @@ def prediction_differences(answers: Answers, pairs: Iterable[tuple[str, str]]) -
     """How many test images two networks predict differently after the final epoch.
 
     Of each pair of settings, runs of equal seeds are compared; of one name twice, each two seeds
-    of that setting, the baseline that gives the others a meaning.
-
-    Returns:
-        One row per pair that has runs to compare: `compared`, how many `pairs` of networks, and
-        over these the `mean`, `fewest` and `most` images predicted differently.
+    of it. One row per pair that has such runs: `compared`, how many `pairs` of networks, and the
+    `mean`, `fewest` and `most` images over them.
     """
     ids = answers.by_setting("run_id")
     rows = []

@@ -1,7 +1,4 @@
-"""95 % intervals around measured values, and how large a difference they could have shown.
-
-scipy does the mathematics; it is imported only where it is used, since that takes half a second.
-"""
+"""95 % intervals around measured values; scipy, which takes half a second, is imported on use."""
 
 from __future__ import annotations
 
@@ -36,22 +33,14 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 def crossed_interval(
     values: np.ndarray, outcomes: np.ndarray | None = None
 ) -> tuple[float, float, float]:
-    """Interval of a mean over seeds and images: for other seeds *and* other images.
+    """Ends of the interval of a mean for other seeds *and* other images; minimum detectable effect.
 
-    In the analysis of variance of two crossed random effects, the mean has variance
-    `MS_seed / (S I)` from the S seeds, which already contains the residual, plus
-    `(MS_image - MS_residual) / (S I)` from the I images. Student's half-width of the first and the
-    normal one of the second are added in quadrature, so the residual counts once. Source: Searle,
-    Casella, McCulloch (1992), "Variance Components", chapter 4.
-
-    Args:
-        values: Shape (seeds, images); for a comparison, a difference in each place.
-        outcomes: Shape (seeds,), where they are known more precisely than as means of `values`.
-            The mean and the part of the seeds then come from these.
-
-    Returns:
-        Its ends, and the minimum detectable effect: the true mean at which such an interval leaves
-        out zero with probability `POWER` (noncentral t for the seeds). All NaN for one seed.
+    `values`, shape (seeds, images), have two crossed random effects. The variance of their mean is
+    `MS_seed / (S I)`, which contains the residual, plus `(MS_image - MS_residual) / (S I)`, each
+    with its own half-width (Student's, normal), added in quadrature. Source: Searle, Casella,
+    McCulloch (1992), "Variance Components", chapter 4. `outcomes`, shape (seeds,), give the mean
+    and the part of the seeds, where they are known better than as means of `values`. The effect is
+    the true mean at which such intervals exclude zero with probability `POWER`. One seed: NaN.
     """
     from scipy import special
 
@@ -81,10 +70,9 @@ def proportion_interval(fraction: float, n: int) -> tuple[float, float]:
 
 
 def probability_of_lead(won: int, lost: int, images: int, part: int, lead: int) -> float:
-    """Probability that a network leads another by `lead` images or more of `part` random ones.
+    """Probability of a lead of `lead` images or more on `part` random ones of all `images`.
 
-    They are drawn without replacement from all `images`, of which only this network gets `won`
-    right and only the other `lost`.
+    Of these only the one network gets `won` right, and only the other `lost`.
     """
     from scipy import stats
 

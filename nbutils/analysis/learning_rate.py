@@ -25,16 +25,13 @@ KEYS = ["optimizer", "effective_batch_size"]
 
 
 def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
-    """The validation accuracy that runs of `load_runs` came to, over batch size and learning rate.
+    """The outcomes of runs of `load_runs` over batch size and learning rate, means over seeds.
 
-    Returns:
-        One row per `optimizer`, `effective_batch_size` and `learning_rate`, in that order:
-        `seeds`; means over them of the outcomes `train_loss` and `validation_accuracy`, the latter
-        with its 95 % interval `low` and `high` (Wilson's, as a share of the validation images);
-        `best`, whether it is the highest of its size; `within_noise`, whether it is no lower than
-        `low` of that best one; and `outcome`: "learnt", or, where the loss is not finite or the
-        accuracy below `NOTHING_LEARNT`, "diverged" at rates above the best one and "too slow" at
-        rates below it. A loss that is not finite has "diverged" at any rate.
+    One row per `optimizer`, `effective_batch_size` and `learning_rate`: `seeds`, `train_loss`,
+    `validation_accuracy` with `low` and `high` (Wilson's interval), `best` of its size,
+    `within_noise` (no lower than `low` of that best one), and `outcome`: "learnt", or, where the
+    accuracy is below `NOTHING_LEARNT`, "too slow" at rates below the best one, else "diverged", as
+    wherever the loss is not finite.
     """
     ends = outcomes(runs)
     ends["finite"] = np.isfinite(ends["train_loss"])
@@ -45,8 +42,7 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
     rate, accuracy = table["learning_rate"], table["validation_accuracy"]
     images = int(ends["validation_images"].iloc[0])
     table["low"], table["high"] = np.transpose([proportion_interval(a, images) for a in accuracy])
-    of_size = [table[key] for key in KEYS]
-    top = accuracy.groupby(of_size).transform("idxmax").to_numpy()  # the best row of each size
+    top = table.groupby(KEYS)["validation_accuracy"].transform("idxmax").to_numpy()
     table["best"] = table.index == top
     table["within_noise"] = accuracy >= table["low"].to_numpy()[top]
     learnt = table["finite"] & (accuracy >= NOTHING_LEARNT)
@@ -57,11 +53,10 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 def ridge(table: pd.DataFrame) -> pd.DataFrame:
     """The best rate of each size of a `rate_map`, and the range of rates within noise of it.
 
-    Returns:
-        One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy`
-        there; `low` and `high`, half-way (on a log scale) from the outermost rates within noise to
-        the next that were tried, missing where none was; and `loss_rate`, the rate of lowest
-        training loss, which is far less noisy than the accuracy on some hundred images.
+    One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy` there;
+    `low` and `high`, half-way (on a log scale) from the outermost rates within noise to the next
+    that were tried, missing where none was; and `loss_rate`, the rate of lowest training loss,
+    which is far less noisy than the accuracy on some hundred images.
     """
     rows = {}
     for key, group in table.groupby(KEYS):
@@ -91,10 +86,9 @@ def lowest_loss_rate(of_size: pd.DataFrame) -> float:
 
 
 def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
-    """The power of the batch size with which the rate of lowest training loss grows, and its ends.
+    """The power of the batch size with which `loss_rate` grows, and the ends of its interval.
 
-    By least squares on log scales over three rows or more of `ridge`; the 95 % interval is
-    Student's.
+    By least squares on log scales over three rows or more of `ridge`.
     """
     from scipy import stats
 
@@ -107,12 +101,8 @@ def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
 def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     """What each of `RULES` makes of the rate of lowest training loss at the size `anchor`.
 
-    Returns:
-        One row per `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and
-        `fits`, whether that is in the range of the `ridge`.
-
-    Raises:
-        InputError: No runs have the size `anchor`.
+    One row per `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and `fits`,
+    whether that is in the range of the `ridge`. InputError where no runs have the size `anchor`.
     """
     sizes = ridge_table["effective_batch_size"]
     if anchor not in sizes.tolist():
@@ -129,19 +119,18 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
 
 def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame:
     """The ridge for reading, beside the rates of `scaling_rules` and whether they are in noise."""
-    rounded = ridge_table[["low", "high", "loss_rate"]].map("{:.2g}".format).replace("nan", "open")
-    table = ridge_table[KEYS].assign(
-        **{
-            "best rate": ridge_table["best_rate"].map("{:g}".format),
-            "accuracy": ridge_table["validation_accuracy"].map("{:.1%}".format),
-            "within noise": rounded["low"] + " to " + rounded["high"],
-            "lowest loss": rounded["loss_rate"],
-        }
-    )
-    fits = rules["fits"].map({True: ", within", False: ", outside"})
-    by_rule = rules.assign(text=rules["learning_rate"].map("{:.2g}".format) + fits)
-    beside = by_rule.pivot_table(index=KEYS, columns="rule", values="text", aggfunc="first")
-    return table.set_index(KEYS).join(beside).rename_axis(["optimizer", "images per update"])
+    table = ridge_table.set_index(KEYS)
+    rounded = table[["low", "high", "loss_rate"]].map("{:.2g}".format).replace("nan", "open")
+    shown = {
+        "best rate": table["best_rate"].map("{:g}".format),
+        "accuracy": table["validation_accuracy"].map("{:.1%}".format),
+        "within noise": rounded["low"] + " to " + rounded["high"],
+        "lowest loss": rounded["loss_rate"],
+    }
+    for rule, rows in rules.set_index(KEYS).groupby("rule"):
+        fits = rows["fits"].map({True: ", within", False: ", outside"})
+        shown[rule] = rows["learning_rate"].map("{:.2g}".format) + fits
+    return pd.DataFrame(shown).rename_axis(["optimizer", "images per update"])
 
 
 def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
@@ -175,23 +164,19 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
 def describe_fixed_rates(table: pd.DataFrame) -> str:
     """Markdown lines for each optimizer: at which fixed rates small or large batches are better.
 
-    Small batches are better at a rate of the `rate_map` if the largest size is worse than the best
-    size of that rate by more than noise (their intervals do not overlap); large ones if the
-    smallest size is. Both hold where a middle size is best.
+    Small batches are better at a rate of the `rate_map` if the intervals of its best and its
+    largest size do not overlap, large ones if those of its best and its smallest do not.
     """
     lines = []
     ordered = table.sort_values("effective_batch_size")
+    accuracy = "at {effective_batch_size}: {validation_accuracy:.1%}".format_map
     for optimizer, of_optimizer in ordered.groupby("optimizer"):
         for name, end in (("small", -1), ("large", 0)):
             rates = []
             for rate, cut in of_optimizer.groupby("learning_rate"):
                 best, other = cut.sort_values("validation_accuracy").iloc[-1], cut.iloc[end]
                 if other["high"] < best["low"]:
-                    at_best, at_other = (
-                        f"at {row['effective_batch_size']}: {row['validation_accuracy']:.1%}"
-                        for row in (best, other)
-                    )
-                    rates.append(f"{rate:g} (best {at_best}, {at_other})")
+                    rates.append(f"{rate:g} (best {accuracy(best)}, {accuracy(other)})")
             listed = ", ".join(rates) or "none of the rates tried"
             lines.append(f"- **{optimizer}**, {name} batches are better at {listed}.")
     return "\n".join(lines)

@@ -31,15 +31,11 @@ FEWEST_SEEDS = 3
 class Pick:
     """The settings to take, and why; see `pick`.
 
-    Attributes:
-        table: One row per setting that has a time: mean `validation_accuracy`; its `difference`
-            from the best, paired by seed, with the interval `low` and `high`; `qualifies`;
-            `seconds` of training until the mean accuracy first reached `threshold`, NaN if it did
-            not; and `share`, the resamples in which the setting is among the cheapest.
-        best: The setting of the highest mean validation accuracy.
-        threshold: The lower end of Wilson's interval of the best accuracy, over other images.
-        seeds: Seeds that all these settings share.
-        untimed: Settings left out, as their time is not known.
+    `table` has one row per setting that has a time: mean `validation_accuracy`; its `difference`
+    from the `best` one, paired by seed, with `low` and `high`; `qualifies`; `seconds` of training
+    until the mean accuracy first reached `threshold` (the lower end of Wilson's interval of the
+    best accuracy), NaN if it did not; and `share`, the resamples in which it is among the cheapest.
+    `seeds` are those that all its settings share, `untimed` the settings whose time is not known.
     """
 
     table: pd.DataFrame
@@ -84,11 +80,9 @@ class Pick:
 
     def __str__(self) -> str:
         reached = f"{self.threshold:.2%} validation accuracy"
-        qualify = (
-            f"end at {reached} or above"
-            if self.seeds < 2
-            else f"are not shown to end more than {100 * MARGIN:.1f} points below the best"
-        )
+        qualify = f"are not shown to end more than {100 * MARGIN:.1f} points below the best"
+        if self.seeds < 2:
+            qualify = f"end at {reached} or above"
         left_out = f" Not timed: {', '.join(self.untimed)}." if self.untimed else ""
         return (
             f"{self.answer}\nThe cheapest are within {TIE - 1:.0%} of the least training time to "
@@ -103,15 +97,11 @@ def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick
     A setting qualifies unless its seeds show that it ends more than `MARGIN` below the best: the
     upper end of the 95 % interval of the paired difference of outcomes is below `-MARGIN`. Of
     those that qualify, the ones within `TIE` of the least time to the threshold are the cheapest.
-    All of this is done again for resamples of the seeds (bootstrap); a setting that is among the
-    cheapest in `STABLE` of them is named. With fewer than `FEWEST_SEEDS` seeds there are no
-    resamples, and the answer is called a guess. Test accuracy plays no part. This rule was chosen
-    on the first five seeds of `batch-size`, and is not confirmed on fresh ones alone.
+    This is repeated for resamples of the seeds; a setting that is among the cheapest in `STABLE`
+    of them is named. Test accuracy plays no part. The rule was chosen on the first five seeds of
+    `batch-size`, and is not confirmed on fresh ones alone.
 
-    `seconds` per epoch are as in `summary_table`.
-
-    Raises:
-        InputError: `seconds` has no setting of the runs.
+    `seconds` per epoch are as in `summary_table`; InputError where they have no setting of `runs`.
     """
     final, curves = name_settings(outcomes(runs)), name_settings(runs)
     every = [str(setting) for setting in final["setting"].unique()]
@@ -147,8 +137,8 @@ def _judge(
 ) -> tuple[dict[str, np.ndarray], float]:
     """The columns of the table of a `Pick` from these seeds alone, and its threshold.
 
-    From outcomes, shape (seeds, settings), and of each setting the errors, shape (seeds, epochs),
-    and the seconds per epoch.
+    `ends` are outcomes, shape (seeds, settings); of each setting `errors` are (seeds, epochs), and
+    `cost` the seconds per epoch.
     """
     means, seeds = ends.mean(axis=0), len(ends)
     gaps = ends - ends[:, [means.argmax()]]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 
 import pandas as pd
 
 from nbutils.analysis.effects import Answers, Effect, lead, written_gaps
 from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes
+from nbutils.errors import InputError
 
 BASELINE = "128"
 """The setting that others are compared with, where a study has it: the blog post's."""
@@ -18,16 +20,11 @@ BASELINE = "128"
 def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per setting: its outcome, and how that differs from the baseline's.
 
-    Args:
-        answers: The runs of a study.
-        seconds: Seconds per epoch of each setting, measured on a quiet machine; else those of the
-            fastest seed, since other work on the machine only adds to them.
-
-    Returns:
-        `seeds`; `accuracy`, the mean over them of `metric`, which is "test_accuracy", or
-        "validation_accuracy" where test labels are unknown; its `difference` from the setting
-        `baseline` ("128", else the first), paired by seed, with `low`, `high` and `detectable` of
-        an `Effect`, all missing where no seed has both; `seconds` and `updates` per epoch.
+    `seeds`; `accuracy`, the mean over them of `metric` ("validation_accuracy" where test labels
+    are unknown); its `difference` from the setting `baseline` ("128", else the first), paired by
+    seed, with `low`, `high` and `detectable` of an `Effect`, all missing where no seed has both;
+    `updates` and `seconds` per epoch: those given, as measured on a quiet machine, else those of
+    the fastest seed, since other work on the machine only adds to them.
     """
     table = answers.outcomes
     per_epoch = table[["seconds", "updates"]].div(table["epoch"], axis=0)
@@ -42,11 +39,10 @@ def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) 
     baseline = BASELINE if BASELINE in rows.index else str(rows.index[0])
     if seconds is not None:
         rows["seconds"] = rows.index.map(seconds)
-    held = answers.by_setting("run_id").notna()
     columns = ["difference", "low", "high", "detectable"]
     rows[columns] = math.nan
     for setting in rows.index.drop(baseline):
-        if (held[setting] & held[baseline]).any():
+        with suppress(InputError):  # no seed in common
             gap = lead(answers, setting, baseline, metric)
             rows.loc[setting, columns] = gap.mean, gap.low, gap.high, gap.detectable
     return rows.assign(metric=metric, baseline=baseline, updates=rows["updates"].astype(int))
@@ -77,14 +73,10 @@ def markdown_table(table: pd.DataFrame) -> str:
 
 def describe_study(runs: pd.DataFrame) -> str:
     """One Markdown paragraph: how many runs, on which images, with which common settings."""
-    first = runs.iloc[0]
-    numbers = {
-        "run": runs["run_id"].nunique(),
-        "setting": name_settings(runs)["setting"].nunique(),
-        "seed": runs["seed"].nunique(),
-    }
+    first, counted = runs.iloc[0], name_settings(runs)[["run_id", "setting", "seed"]].nunique()
     made, settings, seeds = (
-        f"{number} {thing}{'s' if number > 1 else ''}" for thing, number in numbers.items()
+        f"{number} {thing}{'s' if number > 1 else ''}"
+        for thing, number in zip(("run", "setting", "seed"), counted, strict=True)
     )
     epochs = " or ".join(map(str, sorted(runs["epochs"].unique())))
     common = {
@@ -104,8 +96,8 @@ def describe_study(runs: pd.DataFrame) -> str:
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """How outcomes change from one large batch to the same images in micro-batches, as text.
 
-    One row per normalisation and accumulated setting, one column per metric: the mean over seeds
-    of the paired difference with Student's 95 % interval, accuracies in points.
+    One row per normalisation and accumulated setting, one column per metric: mean paired
+    differences with Student's 95 % interval, accuracies in points.
     """
     final = name_settings(outcomes(runs.assign(norm=runs["norm"].astype(str))))
     final["setting"] = final["setting"].str.partition(",")[0]
@@ -114,11 +106,11 @@ def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     pairs = cut.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
 
     def text(values: pd.Series) -> str:
-        found = Effect(values.mean(), *mean_interval(values.tolist()), len(values))
+        low, high = mean_interval(values.tolist())
         if str(values.name).endswith("accuracy"):
-            return str(found).replace(" points", "")
-        interval = f"{found.low:+.4f} to {found.high:+.4f}, n = {found.seeds}"
-        return f"{found.mean:+.4f} ({interval if found.seeds > 1 else 'n = 1: no interval'})"
+            return str(Effect(values.mean(), low, high, len(values))).replace(" points", "")
+        interval = f"{low:+.4f} to {high:+.4f}, n = {len(values)}"
+        return f"{values.mean():+.4f} ({interval if len(values) > 1 else 'n = 1: no interval'})"
 
     for metric in metrics:
         pairs[metric] -= pairs[f"{metric}_whole"]

@@ -1,9 +1,8 @@
 """The claims of the blog post, each put to the runs: what they show, and whether it holds.
 
 A verdict follows from 95 % intervals of differences between outcomes, by rules that were fixed
-before the runs that it judges, see `nbutils.analysis.claims.CONFIRMING`. It begins with "holds",
-"fails" or "open" and always says how large the difference can be. The rules are here, the words in
-`verdicts.yaml`.
+before the runs that it judges, see `claims.CONFIRMING`. It begins with "holds", "fails" or "open"
+and always says how large the difference can be. The rules are here, the words in `verdicts.yaml`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import setting_name
 
 HARMFUL = 8
-"""Micro-batches of at most so many images are where BatchNorm is expected to do harm."""
+"""The largest micro-batch at which BatchNorm is expected to do harm."""
 
 SAME_MEMORY = 1.25
 """Peaks of memory within this ratio count as the same: the allocator's holes vary as much. Fixed
@@ -69,10 +68,8 @@ def all_verdicts(
 def size_verdicts(answers: Answers, confirming: int | None = None) -> list[Verdict]:
     """The verdicts on the claims about batch size and accumulation alone, on any dataset.
 
-    Args:
-        answers: Of a study like `batch-size`, see `nbutils.analysis.claims.can_be_judged`.
-        confirming: The first seed that was run after the rules were fixed. Where two or more such
-            seeds have all settings, they alone are judged. None judges all seeds.
+    `claims.can_be_judged` tells which studies have what they need. From the seed `confirming` on
+    runs were made after the rules were fixed, see `claims.split_seeds`; None judges all seeds.
     """
     judged = list(claims.split_seeds(answers, confirming).values())[-1]
     return [_rises(judged), _best(judged), _faster(judged), _generalises(judged), _same(judged)]
@@ -138,9 +135,8 @@ def _faster(answers: Answers) -> Verdict:
         ends = runs.groupby("batch_size")["validation_accuracy"].max()
         return _verdict("3 without target", "open", small=ends[32], large=ends[1024])
     reached = runs[runs["validation_accuracy"] >= target]
-    first = reached.pivot_table(
-        index="seed", columns="batch_size", values=["epoch", "updates"], aggfunc="min"
-    ).dropna()
+    when = {"index": "seed", "columns": "batch_size", "aggfunc": "min"}
+    first = reached.pivot_table(values=["epoch", "updates"], **when).dropna()
     epochs, updates = first["epoch"], first["updates"]
     gap = epochs[1024] - epochs[32]
     low, high = mean_interval(gap.to_numpy())
@@ -155,9 +151,9 @@ def _faster(answers: Answers) -> Verdict:
     if len(gap) > 1:
         in_updates = _word("updates open", in_updates=fewer > 0)
         words = [_word(holds=low > 0, fails=high < 0), in_updates]
-    means = {"small": epochs[32].mean(), "large": epochs[1024].mean(), "gap": gap.mean()}
-    means |= {"low": low, "high": high, "more_low": -high, "more_high": -low}
-    return _verdict("3", *words, target=target, n=len(gap), counted=counted, **means)
+    values = {"small": epochs[32].mean(), "large": epochs[1024].mean(), "gap": gap.mean()}
+    values |= {"low": low, "high": high, "more_low": -high, "more_high": -low}
+    return _verdict("3", *words, target=target, n=len(gap), counted=counted, **values)
 
 
 def _generalises(answers: Answers) -> Verdict:
@@ -222,40 +218,21 @@ def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
     ]
     gain, later = gains["same rate"]
     images, posted = len(kaggle.labels), claims.POSTED_GAIN
-    lead_of_scored, lead_of_all = round(posted * claims.SCORED), round(posted * images)
-    values = {
-        "gain": gain,
-        "later": later,
-        "posted": 100 * posted,
-        "images": images,
-        "by_rate": "; ".join(by_rate),
-        "evidence": "; ".join(evidence),
-        "rate": claims.POSTED_RATE,
-        "scaled": claims.SCALED_RATE,
-        "tuned": kaggle.tuned,
-        "scored": claims.SCORED,
-        "lead": lead_of_scored,
-        "lead_of_all": lead_of_all,
-        "luck": _percent(claims.seed_probability(kaggle, claims.SCORED, lead_of_scored)),
-        "luck_of_all": _percent(claims.seed_probability(kaggle, images, lead_of_all)),
-        "seeds": len(kaggle.plain),
-    }
+    values: dict[str, Any] = {"kaggle": kaggle, "claims": claims, "gain": gain, "later": later}
+    values |= {"by_rate": "; ".join(by_rate), "evidence": "; ".join(evidence)}
+    values |= {"posted": 100 * posted, "images": images, "seeds": len(kaggle.plain)}
+    for name, part in (("", claims.SCORED), ("_of_all", images)):
+        values[f"lead{name}"] = lead_of_part = round(posted * part)
+        luck = claims.seed_probability(kaggle, part, lead_of_part)
+        shown = f"{luck:.0%}" if luck >= 0.005 else "below 0.5%"
+        values[f"luck{name}"] = "unknown" if math.isnan(luck) else shown
     word = _word(fails=gain.high < posted, holds=gain.low > 0)
-    return [
-        _verdict("7a", word, **values),
-        _verdict("7b", "by rate", **values),
-        _verdict("7c", "open", **values),
-    ]
+    words = {"7a": word, "7b": "by rate", "7c": "open"}
+    return [_verdict(number, word, **values) for number, word in words.items()]
 
 
 def _gained(gap: Effect) -> str:
     return _word(holds=gap.low > 0, fails=gap.high < 0)
-
-
-def _percent(probability: float) -> str:
-    if math.isnan(probability):
-        return "unknown"
-    return f"{probability:.0%}" if probability >= 0.005 else "below 0.5%"
 
 
 def memory_verdict(cost: pd.DataFrame) -> Verdict:
@@ -264,22 +241,21 @@ def memory_verdict(cost: pd.DataFrame) -> Verdict:
         cost.pivot_table(index="repeat", columns=["batch_size", "accumulation_steps"], values=name)
         for name in ("peak_memory", "seconds_per_update")
     )
-    parts, ratios = [], []
+    parts, ratios = [], {}
     for size, steps in ((128, 8), (32, 32)):
         small, large = (memory[size, steps] / memory[other, 1] for other in (size, 1024))
+        ratios[size] = pd.DataFrame({"small": small, "large": large})
         slower = seconds[size, steps] / seconds[1024, 1]
         parts.append(
             f"{setting_name(size, steps)} takes {_ratio(small)} times the peak memory of {size}, "
             f"{_ratio(large)} times that of 1024, and {_ratio(slower)} times the time of 1024"
         )
-        # Both count as "the same or less" below 1.
-        ratios.append(pd.concat([small / SAME_MEMORY, large * SAME_MEMORY], axis=1))
-    holds = all((each < 1).all(axis=None) for each in ratios)
-    fails = any((each.min() >= 1).any() for each in ratios)
-    small, large = (memory[128, 8] / memory[other, 1] for other in (128, 1024))
-    values = {"small": small.max(), "large": large.max(), "ratio": _ratio(small), "n": len(memory)}
+    # Of the small batch's memory it may take a little more, of the large one's it must save more.
+    judged = pd.concat(ratios, axis=1) * ([1 / SAME_MEMORY, SAME_MEMORY] * 2)
+    word = _word(holds=(judged < 1).all(axis=None), fails=(judged >= 1).all().any())
+    values = {**ratios[128].max(), "ratio": _ratio(ratios[128]["small"]), "n": len(memory)}
     values |= {"parts": "; ".join(parts), "devices": ", ".join(cost["device"].unique())}
-    return _verdict("8", _word(holds=holds, fails=fails), "bound", **values)
+    return _verdict("8", word, "bound", **values)
 
 
 def _ratio(values: pd.Series) -> str:

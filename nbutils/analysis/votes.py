@@ -20,8 +20,7 @@ def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
     """The accuracy to expect of the majority of `size` networks, of as many or more.
 
-    The mean over the votes of each network with the `size - 1` that follow it, the first after
-    the last: so all networks count alike.
+    The mean over the votes of each network with the `size - 1` next ones, in a circle.
     """
     around = [*predictions, *predictions]
     votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]

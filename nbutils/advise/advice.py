@@ -24,9 +24,8 @@ from nbutils.advise.trials import Setting
 from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.measure.factory import Factory
 from nbutils.measure.memory import free_memory, parse_memory
-from nbutils.measure.process import OutOfMemory
+from nbutils.measure.process import Factory, OutOfMemory
 from nbutils.training.setup import resolve_device
 
 MARGIN = 0.1

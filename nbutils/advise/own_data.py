@@ -20,7 +20,7 @@ from nbutils.advise.pictures import ImageFolder, read_picture
 from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
 from nbutils.machine import no_progress
-from nbutils.measure.factory import describe, find_factory
+from nbutils.measure.process import describe, find_factory
 
 HELD_BYTES = 2**29
 """Bytes that are held in memory. Of a larger dataset, evenly spread examples are taken."""

@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
 from nbutils.errors import InputError, suggest
-from nbutils.measure.factory import Factory, describe, find_factory
+from nbutils.measure.process import Factory, describe, find_factory
 
 Losses = Callable[[nn.Module, Any], Any]
 

@@ -31,15 +31,12 @@ def noise_along_training(
     """Train as `config` says, and measure the noise scale after the updates with these numbers.
 
     The measurements leave no trace in the training. Their images, `micro_batches` times
-    `batch_size`, are drawn from the training images with replacement, so that they are independent.
-    At a constant learning rate the training ends with the epoch of the last measurement.
+    `batch_size`, are drawn with replacement, so that they are independent. At a constant learning
+    rate the training ends with the epoch of the last measurement.
 
-    Returns:
-        One row per measurement: `optimizer`, `learning_rate`, `seed`, `update`,
-        `validation_accuracy`, and the fields of `NoiseScale`.
-
-    Raises:
-        InputError: As `train` and `noise_scale`, or the run has fewer updates.
+    One row per measurement: `optimizer`, `learning_rate`, `seed`, `update`, `validation_accuracy`,
+    and the fields of `NoiseScale`. Raises an `InputError` as `train` and `noise_scale`, or if the
+    run has fewer updates.
     """
     count = len(data.train.labels)
     per_epoch = updates_per_epoch(count, config.effective_batch_size, config.last_window)

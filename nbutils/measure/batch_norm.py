@@ -11,21 +11,17 @@ from nbutils.data.dataset import Dataset
 from nbutils.training.model import DigitCNN
 
 SETTLE, MEASURE = 30, 20
-"""Micro-batches before the averages are compared, and while they are. The start then weighs
-0.9**30 = 4 % or less."""
+"""Micro-batches before the averages are compared, and while they are: the start weighs 0.9**30."""
 
 
 def running_statistics_error(
     data: Dataset, batch_sizes: list[int], seed: int = 0
 ) -> dict[int, float]:
-    """Error of the running variances of `DigitCNN(norm="batch")` at fixed, initial weights.
+    """Error of the running variances of `DigitCNN(norm="batch")` at its initial weights.
 
-    The averages start at the statistics of all training images, then see micro-batches of each of
-    the sizes, drawn at random from these.
-
-    Returns:
-        For each batch size, the mean relative difference between the running variance and the
-        variance over all training images, over all channels and `MEASURE` micro-batches.
+    The averages start at the statistics of all training images, then see micro-batches drawn from
+    these. For each batch size: the mean relative difference between the running variance and that
+    of all training images, over all channels and `MEASURE` micro-batches.
     """
     images = data.normalised(data.train.images, torch.device("cpu"), torch.float32)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -1,14 +1,12 @@
 """What an update costs: its peak memory and time, measured for any model on this machine's device.
 
-A measurement makes the model anew in a process of its own and trains it by whole updates, as a
-reader's loop would: `accumulate_gradient` over the micro-batches of a window, then one step of the
-optimizer.
+Each measurement makes the model anew in a process of its own and trains it by whole updates, as a
+reader's loop would.
 
 **Peak memory** is what training adds to a process that has torch and the data: weights, gradients,
-the optimizer's state, activations, and what the allocator keeps. A first model makes one update
-with one or two images and is thrown away, so that what torch takes once per process does not count.
-On the CPU it is resident memory, on CUDA what torch's allocator has reserved. The CUDA context,
-some hundred megabytes, comes on top.
+the optimizer's state, activations, and what the allocator keeps. What torch takes once per process
+does not count: a first model makes an update before. On the CPU it is resident memory, on CUDA what
+torch's allocator has reserved; the CUDA context, some hundred megabytes, comes on top.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -30,13 +27,12 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from tqdm.auto import tqdm
 
-from nbutils.accumulation.batch import check_counts
+from nbutils.accumulation import batch
 from nbutils.accumulation.window import accumulate_gradient
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress
-from nbutils.measure.factory import Factory, find_factory
 from nbutils.measure.memory import begin_peak, peak
-from nbutils.measure.process import OutOfMemory, in_own_process
+from nbutils.measure.process import Factory, OutOfMemory, find_factory, in_own_process
 from nbutils.training.setup import resolve_device
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -45,8 +41,7 @@ Update = Callable[[Sequence[Tensor]], Any]
 """Makes one update from a window of index tensors."""
 
 PASSES = 12
-"""The least number of passes in a measurement. An allocator does not reuse all freed memory, so
-the peak grows over the first passes."""
+"""The least number of passes in a measurement: over the first ones the allocator's peak grows."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +78,22 @@ def measure(
     """Measure updates of one setting of a model that takes images, after one to warm up.
 
     Args:
-        factory: Makes the model: a function or class, also one that a notebook defines, or where
-            to find it, as "package.module:name".
-        images: What the model takes, shape (n, ...), n >= 1. A window of more than n images uses
-            them again.
+        factory: Makes the model: a function or class, or where it is, as "package.module:name".
+        images: What the model takes, shape (n, ...). A larger window uses them again.
         labels: Their classes, shape (n,), int64.
-        batch_size: Images in a micro-batch.
-        accumulation_steps: Micro-batches in an update.
+        batch_size, accumulation_steps: Images in a micro-batch, micro-batches in an update.
         updates: The least number of timed updates. There are also at least `PASSES` passes.
         device: As in `RunConfig`, but not "mps".
         optimizer: Makes the optimizer from the parameters.
         losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
 
     Raises:
-        ValueError: An argument is not allowed, or (`InputError`) the model cannot be made or
-            trained. The message has the cause and the reader's own line.
+        InputError: An argument is not allowed, or the model cannot be made or trained; the message
+            has the cause and the reader's own line.
         OutOfMemory, RuntimeError: As `in_own_process`.
     """
     make = find_factory(factory)
+    check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, images=len(images))
     # A copy: pickling a slice takes along the whole tensor.
     chosen = torch.arange(min(batch_size * accumulation_steps, len(images)))
     data = images[chosen].detach().cpu(), labels[chosen].detach().cpu()
@@ -110,16 +103,22 @@ def measure(
         first = iter([True])  # only one update is checked, since a check waits for a GPU
 
         def start() -> Update:
-            model = _new_model(make, device, images)
-            stepped = optimizer(model.parameters())
+            model = make()
+            if not isinstance(model, nn.Module):
+                kind = type(model).__name__
+                raise TypeError(f"the factory returned {kind}, not a torch.nn.Module")
+            model.to(device)
+            if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
+                with torch.no_grad():
+                    losses(model.eval(), (images[:2], labels[:2]))
+            stepped = optimizer(model.train().parameters())
 
             def of_part(part: Tensor) -> Tensor:
                 return losses(model, (images[part], labels[part]))
 
             def update(window: Sequence[Tensor]) -> None:
                 stepped.zero_grad()
-                check = next(first, False)
-                accumulate_gradient(model, window, of_part, check_finite=check)
+                accumulate_gradient(model, window, of_part, check_finite=next(first, False))
                 stepped.step()
 
             return update
@@ -130,16 +129,12 @@ def measure(
     return measure_updates(prepare, *sizes, device=device, updates=updates)
 
 
-def _new_model(factory: Factory, device: torch.device, images: Tensor) -> nn.Module:
-    """A model on `device` in training mode, its lazy layers filled by a pass of two `images`."""
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
-    model.to(device)
-    if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
-        with torch.no_grad():
-            model.eval()(images[:2])
-    return model.train()
+def check_counts(**counts: Any) -> None:
+    """Refuse by name what is no whole number of at least 1."""
+    try:
+        batch.check_counts(**counts)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def measure_updates(
@@ -151,48 +146,37 @@ def measure_updates(
     device: str = "auto",
     updates: int = 3,
 ) -> Cost:
-    """Measure updates of any training, after one to warm up, in a process of their own.
+    """Measure updates of any training; all else is as in `measure`.
 
-    `prepare(device)` loads what does not count as the memory of training, such as the data, and
-    returns a function that starts a new training: it makes model and optimizer and returns the
-    function that makes an update from a window of index tensors, which are in [0, examples). All
-    else is as in `measure`.
+    `prepare(device)` loads what does not count as memory of training, such as the data, and returns
+    a function that starts a new training: it returns what makes an update from a window of index
+    tensors, which are in [0, examples).
     """
     check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
     resolved = resolve_device(device)
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
-    size = batch_size * accumulation_steps
-    window = (torch.arange(size) % examples).split(batch_size)
-    number = 1 + max(updates, math.ceil(PASSES / accumulation_steps))
-    work = partial(_peak_and_seconds, prepare, window, number, resolved, torch.get_num_threads())
+    size, threads = batch_size * accumulation_steps, torch.get_num_threads()
+    wait = torch.cuda.synchronize if resolved.type == "cuda" else lambda _: None
+
+    def work() -> tuple[int, float]:
+        torch.set_num_threads(threads)
+        start = prepare(resolved)
+        window = (torch.arange(size, device=resolved) % examples).split(batch_size)
+        start()([window[0][:2]])
+        before = begin_peak(resolved)
+        update, seconds = start(), []
+        for _ in range(1 + max(updates, math.ceil(PASSES / accumulation_steps))):
+            wait(resolved)
+            begun = time.perf_counter()
+            update(window)
+            wait(resolved)
+            seconds.append(time.perf_counter() - begun)
+        return max(0, peak(resolved) - before), median(seconds[1:])
+
     memory, seconds = in_own_process(work)
     name = device_name(resolved)
     return Cost(batch_size, accumulation_steps, size, memory, seconds, size / seconds, name)
-
-
-def _peak_and_seconds(
-    prepare: Callable[[torch.device], Callable[[], Update]],
-    window: Sequence[Tensor],
-    updates: int,
-    device: torch.device,
-    threads: int,
-) -> tuple[int, float]:
-    """Bytes that a new training adds, and the median of the seconds of its updates."""
-    torch.set_num_threads(threads)
-    start = prepare(device)
-    window = [micro_batch.to(device) for micro_batch in window]
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    start()([window[0][:2]])
-    before = begin_peak(device)
-    update, seconds = start(), []
-    for _ in range(updates):
-        wait(device)
-        begun = time.perf_counter()
-        update(window)
-        wait(device)
-        seconds.append(time.perf_counter() - begun)
-    return max(0, peak(device) - before), median(seconds[1:])
 
 
 def measure_grid(
@@ -206,11 +190,8 @@ def measure_grid(
 ) -> pd.DataFrame:
     """Measure pairs of batch size and accumulation steps in turn, so that drift affects all alike.
 
-    `factory`, `images`, `labels` and `options` are as in `measure`.
-
-    Returns:
-        One row per measurement: the fields of `Cost`, and `repeat`, from 0. Memory and times are
-        NaN for a setting that needs more memory than there is.
+    One row per measurement: the fields of `Cost`, and `repeat`, from 0. Memory and times are NaN
+    where memory ran out. The other arguments are as in `measure`.
     """
     rows = []
     everything = list(itertools.product(range(repeats), settings))

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from nbutils.errors import InputError
-from nbutils.measure.cost import measure
-from nbutils.measure.factory import Factory
+from nbutils.measure.cost import check_counts, measure
 from nbutils.measure.memory import format_memory, free_memory
-from nbutils.measure.process import OutOfMemory
+from nbutils.measure.process import Factory, OutOfMemory
 
 TOLERANCE = 1 / 16
 """The search ends when the gap is no larger than this fraction of the size that fits."""
@@ -20,16 +19,12 @@ TOLERANCE = 1 / 16
 
 @dataclass(frozen=True)
 class LargestBatch:
-    """The largest micro-batch that was tried and fits; memory is in bytes.
-
-    `tried` has the peak of every size that was tried, in the order of the tries; None where memory
-    ran out. `limit` is the budget less the margin.
-    """
+    """The largest micro-batch that was tried and fits; memory is in bytes."""
 
     batch_size: int
     peak_memory: int
-    limit: int
-    tried: dict[int, int | None]
+    limit: int  # the budget less the margin
+    tried: dict[int, int | None]  # the peak of every size, in order; None where memory ran out
 
 
 def largest_batch_size(
@@ -45,9 +40,8 @@ def largest_batch_size(
 ) -> LargestBatch:
     """Find the largest micro-batch that can be trained within a memory budget.
 
-    A try makes updates of two micro-batches each. At its peak there are weights, the optimizer's
-    state, accumulated gradients and activations, which is what any number of accumulation steps
-    needs. The search starts at one image, or at two if the model cannot be trained on one, as with
+    A try makes updates of two micro-batches each, whose peak is that of any number of accumulation
+    steps. The search starts at one image, or at two if the model cannot be trained on one, as with
     batch norm.
 
     Args, where they are not those of `nbutils.measure.cost.measure`:
@@ -56,10 +50,10 @@ def largest_batch_size(
         largest: Where the search ends, >= 1; by default at the number of images.
 
     Raises:
-        InputError: As `measure`; or the smallest batch does not fit: the message says what it
-            needs.
+        InputError: As `measure`; or the smallest batch does not fit: it says what that needs.
     """
-    largest = largest or len(images)
+    largest = len(images) if largest is None else largest
+    check_counts(largest=largest)
     budget = free_memory(device) if memory_budget is None else memory_budget
     limit = int(budget * (1 - margin))
 
@@ -90,12 +84,11 @@ def largest_batch_size(
 def search(
     peak: Callable[[int], int | None], tried: dict[int, int | None], limit: int, largest: int
 ) -> dict[int, int | None]:
-    """Try sizes until the largest that fits is known to within `TOLERANCE`.
+    """Add to `tried` the peaks of sizes, until the largest that fits is known to `TOLERANCE`.
 
-    Sizes are doubled, but not beyond what a line through the tries so far says would fit. After one
-    that does not fit, the gap is halved. `peak` returns the bytes that a size needs, or None if
-    memory runs out; `tried` has that of the smallest size, which fits. Returned are the peaks of
-    all sizes that were tried, in the order of the tries.
+    `tried` has the smallest size, which fits. Sizes are doubled, but not beyond what a line through
+    the tries so far says would fit; after one that does not fit, the gap is halved. `peak` returns
+    the bytes that a size needs, None if memory runs out.
     """
     ((smallest, first),) = tried.items()
     tried, fitting, unfit = dict(tried), smallest, largest + 1

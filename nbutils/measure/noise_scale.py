@@ -1,13 +1,9 @@
 """The gradient noise scale: the number of images per update beyond which more of them stop helping.
 
 At fixed weights, let G be the mean gradient over all images and Sigma the covariance of one
-image's gradient. The gradient of B images has the expected squared length |G|^2 + tr(Sigma) / B.
-The second term is noise. Both terms are equal at the *simple noise scale*
-
-    B_simple = tr(Sigma) / |G|^2
-
-An update of far fewer images is mostly noise, so more images help nearly in proportion. An update
-of far more images is hardly better.
+image's gradient. The gradient of B images has the expected squared length |G|^2 + tr(Sigma) / B,
+whose second term is noise. Both terms are equal at the *simple noise scale* tr(Sigma) / |G|^2: an
+update of far fewer images is mostly noise, one of far more is hardly better.
 
 Source: McCandlish, Kaplan, Amodei et al. (2018), "An Empirical Model of Large-Batch Training",
 section 2.2 and appendix A.1.
@@ -34,23 +30,16 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """An estimate of the simple noise scale at fixed weights.
+    """An estimate of the simple noise scale; it and its interval are in images.
 
-    Attributes:
-        value: `trace / gradient_norm_squared`, in images. Infinite if the estimate of |G|^2 is not
-            positive: then the images were too few to find the mean gradient among the noise.
-        low: Lower end of the interval, in images, >= 0.
-        high: Upper end of the interval. Infinite if |G| = 0 is compatible with the images.
-        gradient_norm_squared: Unbiased estimate of |G|^2. It may be negative.
-        trace: Estimate of tr(Sigma), >= 0.
-        images: Images used.
-        micro_batches: Micro-batches used.
+    The value is infinite where |G|^2 is estimated as not positive: then the images were too few to
+    find the mean gradient among the noise. `high` is where |G| = 0 is compatible with the images.
     """
 
     value: float
     low: float
     high: float
-    gradient_norm_squared: float
+    gradient_norm_squared: float  # an unbiased estimate, which may be negative
     trace: float
     images: int
     micro_batches: int
@@ -65,26 +54,21 @@ def noise_scale(
     """Estimate the noise scale of a model from the micro-batches of one window.
 
     With K micro-batches of b_k images and mean gradients g_k, and n images in all with the mean
-    gradient g, the estimates are
+    gradient g, the estimates are, unbiased if the images are drawn independently,
 
         tr(Sigma): sum_k b_k |g_k - g|^2 / (K - 1)        |G|^2: |g|^2 - tr(Sigma) / n
-
-    Both are unbiased for any sizes b_k if the images are drawn independently. Images drawn without
-    replacement from a set not much larger than the window make the noise scale too large.
 
     The model stays in its mode: in training mode the noise of dropout counts, as in an update.
     Weights, buffers and gradients are left as they were. Memory must hold K gradients.
 
     Args:
-        model: A model without batch norm in training mode; for one with it, use
-            `noise_scale_of_batches`.
+        model: A model without batch norm in training mode; else `noise_scale_of_batches`.
         window: At least `FEWEST` micro-batches, of at least one image each.
         losses: Returns the loss of every image of a micro-batch, not reduced, shape (images,).
         confidence: Coverage of the interval, in (0, 1).
 
     Raises:
-        InputError: There are too few micro-batches, `confidence` is out of range, the model
-            normalises by the statistics of a batch, or gradients are not finite or all zero.
+        InputError: An argument is not so, or gradients are not finite or all zero.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
@@ -117,22 +101,19 @@ def noise_scale_of_batches(
     """Estimate the noise scale of any model, also with batch norm, from batches of two sizes.
 
     With batch norm an image has no gradient of its own, but a whole batch has one, normalised by
-    its own statistics. From batches of B images, each also split into k small ones, the estimates
-    are
+    its own statistics. From at least `FEWEST` `batches` of B images, each also split into k small
+    ones (as by `lambda batch: batch.split(32)`), the estimates are
 
         tr(Sigma): (mean |g_small|^2 - mean |g_large|^2) B / (k - 1)
         |G|^2: mean of g_i . g_j over all pairs of different large batches
 
-    The first is McCandlish's. The second replaces his, to which the bias of the first adds.
+    The second replaces McCandlish's, to which the bias of the first adds.
 
-    **Bias.** Without batch norm there is none. With it, |G|^2 is that of batches of B images. But
-    the statistics of small batches vary more, which changes their mean gradient too, and tr(Sigma)
-    counts that change as noise. For `DigitCNN` after 120 updates the noise scale came out 2 % too
-    high with 32 and 256 images, 8 % with 16 and 128. So small batches should not be tiny.
+    **Bias.** With batch norm the statistics of small batches vary more, which changes their mean
+    gradient too, and tr(Sigma) counts that as noise. For `DigitCNN` after 120 updates the noise
+    scale came out 2 % too high with 32 and 256 images, 8 % with 16 and 128.
 
-    All else is as in `noise_scale`, but there must be at least `FEWEST` `batches` of equal size,
-    and `split` splits a batch into two small ones or more, such as `lambda batch: batch.split(32)`
-    for a tensor of indices.
+    All else is as in `noise_scale`.
     """
     sizes, of_small, of_large = set(), np.zeros(len(batches)), []
     with _same_buffers(model):
@@ -143,7 +124,7 @@ def noise_scale_of_batches(
             of_small[number] = sum(squares) / whole
             of_large.append(gradient)
             sizes.add((whole, sum(count for count, _ in small), len(small)))
-    size, of_parts, parts = min(sizes)
+    size, of_parts, parts = min(sizes, default=(0, 0, 2))
     if len(sizes) > 1 or of_parts != size or parts < 2:
         raise InputError(
             f"batches of {sorted(sizes)} (images, images in parts, parts), but all must be alike, "
@@ -204,27 +185,21 @@ def _ratio(
 ) -> NoiseScale:
     """The noise scale from `estimates` of tr(Sigma) and |G|^2 by batches with the given numbers.
 
-    The interval is Fieller's for a ratio: the r >= 0 for which tr(Sigma) - r |G|^2 is compatible
-    with zero. It stays valid where |G|^2 may be zero, and then has no upper end. Its covariance
-    matrix comes from leaving out one of K batches at a time (the jackknife for groups of unequal
-    `sizes`), its quantile from Student's distribution with K - 1 degrees of freedom.
-
-    Sources: Fieller (1954); Busing, Meijer, van der Leeden (1999), "Delete-m jackknife".
+    The interval is Fieller's for a ratio (1954): the r >= 0 for which tr(Sigma) - r |G|^2 is
+    compatible with zero. It has no upper end where |G|^2 may be zero. The covariance comes from
+    leaving out one of K batches at a time (Busing, Meijer, van der Leeden 1999, "Delete-m
+    jackknife", for unequal `sizes`), the quantile from Student's with K - 1 degrees of freedom.
     """
     from scipy import stats
 
     if not 0 < confidence < 1:
         raise InputError(f"confidence = {confidence!r}, but it must be in (0, 1), such as 0.95")
     if len(sizes) < FEWEST:
-        raise InputError(
-            f"{len(sizes)} batches, but at least {FEWEST} are needed: their differences are the "
-            "noise"
-        )
-    trace, squared = whole = estimates(np.arange(len(sizes)))
+        raise InputError(f"{len(sizes)} batches, but at least {FEWEST} are needed to see noise")
+    shares, every = (sizes.sum() / sizes)[:, None], np.arange(len(sizes))
+    trace, squared = whole = estimates(every)
     if trace == squared == 0:
         raise InputError("all gradients are zero, so there is no noise scale")
-    shares = (sizes.sum() / sizes)[:, None]
-    every = np.arange(len(sizes))
     without = np.array([estimates(np.delete(every, left_out)) for left_out in every])
     pseudo_values = shares * np.array(whole) - (shares - 1) * without
     # Each row estimates the same two numbers; that of a larger batch does so more precisely.

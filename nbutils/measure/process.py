@@ -1,24 +1,41 @@
-"""Work in a process of its own, whose memory is free again when it ends, also after an error."""
+"""A reader's own code in a process of its own, and its errors told with its own lines.
+
+The memory of the process is free again when it ends, also after an error.
+"""
 
 from __future__ import annotations
 
+import importlib
 import io
+import linecache
 import multiprocessing
 import multiprocessing.forkserver
 import signal
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from operator import attrgetter
+from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
+from torch import nn
 
-from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.errors import InputError
-from nbutils.measure.factory import last_line, quote
+from nbutils.training.out_of_memory import is_out_of_memory
 
+Factory = Callable[[], nn.Module]
 Result = TypeVar("Result")
+
+NOT_THE_READERS = (
+    str(Path(__file__).parents[1]),
+    *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
+    "<frozen",
+)
+"""How the paths of nbutils, Python and installed packages begin."""
 
 
 class OutOfMemory(RuntimeError):
@@ -28,8 +45,7 @@ class OutOfMemory(RuntimeError):
 def in_own_process(work: Callable[[], Result]) -> Result:
     """Call `work` in a new process, and return its result.
 
-    cloudpickle takes `work` there, so it may be a lambda, hold tensors, and call what a notebook
-    or script defines.
+    It may be a lambda, hold tensors, and call what a notebook or script defines.
 
     Raises:
         InputError: `work` raised an error, or holds something that cannot be taken there.
@@ -57,7 +73,15 @@ def in_own_process(work: Callable[[], Result]) -> Result:
         outcome, told, line = receiver.recv()
     except EOFError:
         process.join()
-        raise _ended(process.exitcode or 0) from None
+        code = process.exitcode
+        if code == -signal.SIGKILL:  # what Linux does when memory runs out
+            told = "the measuring process was killed, probably because memory ran out"
+            raise OutOfMemory(told) from None
+        how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+        raise RuntimeError(
+            f"the measuring process ended {how} without a result; its own message is in the "
+            f'terminal. A script must measure under `if __name__ == "__main__":`'
+        ) from None
     finally:
         receiver.close()
         process.kill()
@@ -84,16 +108,6 @@ class _Pickler(cloudpickle.Pickler):
     dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduced})
 
 
-def _ended(code: int) -> RuntimeError:
-    if code == -signal.SIGKILL:  # what Linux does when memory runs out
-        return OutOfMemory("the measuring process was killed, probably because memory ran out")
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-    return RuntimeError(
-        f"the measuring process ended {how} without a result; its own message is in the terminal. "
-        f'A script must measure under `if __name__ == "__main__":`'
-    )
-
-
 def _report(sender: Connection, content: bytes) -> None:
     """Do the work, in the new process, and send how it went."""
     try:
@@ -101,3 +115,43 @@ def _report(sender: Connection, content: bytes) -> None:
     except Exception as error:  # whatever the reader's model raises
         outcome = "memory" if is_out_of_memory(error) else "error"
         sender.send((outcome, f"{type(error).__name__}: {error}", last_line(error)))
+
+
+def find_factory(factory: Factory | str) -> Factory:
+    """Return the factory; one given as text, "package.module:name", is imported."""
+    found: Any = factory
+    if isinstance(factory, str):
+        module, _, name = factory.partition(":")
+        if not (module and name):
+            raise InputError(f"factory = {factory!r}, but it must read package.module:name")
+        try:
+            found = attrgetter(name)(importlib.import_module(module))
+        except Exception as error:  # whatever a reader's module raises
+            raise InputError(f"factory = {factory!r}: {describe(error)}") from error
+    if not callable(found):
+        raise InputError(f"factory = {factory!r}, but it must be callable and return the model")
+    return found
+
+
+def describe(error: BaseException) -> str:
+    """Such as "ZeroDivisionError: division by zero (models.py, line 3: `return 1 / 0`)"."""
+    return f"{type(error).__name__}: {error}{quote(last_line(error))}"
+
+
+def last_line(error: BaseException) -> tuple[str, int] | None:
+    """File and number of the last line of the reader's that an error passed through."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith(NOT_THE_READERS):
+            return frame.filename, frame.lineno or 0
+    return None
+
+
+def quote(line: tuple[str, int] | None) -> str:
+    """The end of a message about a line of a file or of a notebook's cell."""
+    if line is None:
+        return ""
+    path, number = line
+    # IPython keeps the text of its cells in linecache, under paths where there are no files.
+    source = linecache.getline(path, number).strip()
+    name = Path(path).name if Path(path).exists() else "a cell of the notebook"
+    return f" ({name}, line {number}: `{source}`)"

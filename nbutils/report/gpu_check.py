@@ -1,9 +1,9 @@
 """`python -m nbutils gpu-check`: everything that has to be seen on a GPU, in one command.
 
-Each stage runs in a process of its own with a time limit. It is a generator, called with the device
-and whether to be quick; it yields rows: a name, a number or a few words, and whether that is right,
-None where nothing is judged. After each stage `gpu.json` and `gpu.txt` are written anew, and a
-stage that is cut keeps the rows it has yielded, so that a cut costs only what comes later.
+A stage is a generator, called with the device and whether to be quick. It yields rows: a name, a
+number or a few words, and whether that is right, None where nothing is judged. Each runs in a
+process of its own with a time limit, and keeps the rows it has yielded if it is cut. `gpu.json` and
+`gpu.txt` are written anew after each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from nbutils.analysis.outcomes import setting_name
 from nbutils.data.dataset import Dataset
@@ -33,7 +34,6 @@ from nbutils.machine import device_name, environment
 from nbutils.paths import ROOT, write_atomically
 from nbutils.report.bench import run_bench, second_epoch
 from nbutils.training.config import RunConfig
-from nbutils.training.result import RunResult
 from nbutils.training.setup import resolve_device
 from nbutils.training.train import train, train_many
 
@@ -42,18 +42,22 @@ Rows = Iterator[tuple[str, Any, bool | None]]
 BUDGET = 2 * 10**9
 """Bytes within which the largest batch is searched."""
 
-SETTINGS = ((32, 1), (128, 1), (1024, 1), (128, 8))
-"""Batch size and accumulation steps of what is timed."""
+CUT = "took over"
+"""How the reason of a stage begins that its time limit ended."""
 
 
 def _digits(quick: bool) -> Dataset:
     """Full MNIST where its files are, else the embedded digits; few of them for a quick check."""
-    if quick:
-        return load_dataset("mnist-5k").subset(1100)
-    try:
-        return load_dataset("mnist")
-    except InputError:
-        return load_dataset("mnist-5k")
+    if not quick:
+        with suppress(InputError):
+            return load_dataset("mnist")
+    digits = load_dataset("mnist-5k")
+    return digits.subset(250) if quick else digits
+
+
+def _settings(quick: bool) -> list[tuple[int, int]]:
+    """Batch size and accumulation steps of what is timed."""
+    return [(100, 2)] if quick else [(32, 1), (128, 1), (1024, 1), (128, 8)]
 
 
 def _config(device: str, **settings: Any) -> RunConfig:
@@ -63,7 +67,7 @@ def _config(device: str, **settings: Any) -> RunConfig:
 
 def probes(device: str, quick: bool) -> Rows:
     """What a review of torch's sources found to go wrong on a GPU."""
-    data = load_dataset("mnist-5k").subset(512)
+    data = _digits(quick=True)
     indexed = "cuda:0" if device == "cuda" else device
     # The first use of CUDA in this process, by its index: that used to fail.
     train(_config(indexed), data, progress=False)
@@ -78,23 +82,18 @@ def probes(device: str, quick: bool) -> Rows:
     gc.enable()
     # cuBLAS keeps a workspace for the stream; nothing else may stay.
     yield "bytes left after a run, collector off", left, left < 2**26
-    exact, rounded = (_convolution_error(allow) for allow in (False, True))
-    yield "error of a float32 convolution", f"{exact:.1e}", exact < 1e-5
-    yield "the same with TF32", f"{rounded:.1e}", None
-
-
-def _convolution_error(allow_tf32: bool) -> float:
-    images = torch.randn(64, 32, 28, 28, device="cuda")
-    weights = torch.randn(32, 32, 3, 3, device="cuda") / 17
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allow_tf32):
-        ours = torch.nn.functional.conv2d(images, weights)
-    truth = torch.nn.functional.conv2d(images.double(), weights.double())
-    return ((ours - truth).norm() / truth.norm()).item()
+    images = torch.randn(64, 32, 28, 28, device=device)
+    weights = torch.randn(32, 32, 3, 3, device=device) / 17
+    truth = F.conv2d(images.double(), weights.double())
+    for name, tf32 in {"a float32 convolution": False, "the same with TF32": True}.items():
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
+            error = ((F.conv2d(images, weights) - truth).norm() / truth.norm()).item()
+        yield f"error of {name}", f"{error:.1e}", None if tf32 else error < 1e-5
 
 
 def graphs(device: str, quick: bool) -> Rows:
     """Replayed graphs against the plain loop, bitwise, for every kind of setting."""
-    data = load_dataset("mnist-5k").subset(300)
+    data = load_dataset("mnist-5k").subset(200 if quick else 300)
     choices = {
         "optimizer": ("adam", "sgd"),
         "schedule": ("constant", "one-cycle"),
@@ -102,49 +101,48 @@ def graphs(device: str, quick: bool) -> Rows:
         "precision": ("float32", "float64", "bfloat16"),
     }
     combinations = list(itertools.product(*choices.values()))
+    tried = combinations[-1:] if quick else combinations
     for norm in ("batch", "ghost", "group", "none"):
-        different, tried = [], combinations[-1:] if quick else combinations
+        different = []
         for values in tried:
             settings = dict(zip(choices, values, strict=True)) | {"norm": norm}
+            settings["epochs"] = 1 if quick else 2
             config = _config(device, batch_size=64, accumulation_steps=2, **settings)
-            graphed, plain = (
-                train(config, data, progress=False, cuda_graph=graph) for graph in (True, False)
+            ours, theirs = (
+                train(config, data, progress=False, cuda_graph=g) for g in (True, False)
             )
-            if not _same(graphed, plain):
+            weights = theirs.model.state_dict()
+            equal = all(
+                torch.equal(value, weights[n]) for n, value in ours.model.state_dict().items()
+            )
+            histories = [result.history.drop(columns="seconds") for result in (ours, theirs)]
+            if not (equal and histories[0].equals(histories[1])):
                 different.append(" ".join(map(str, values)))
-        equal = f"{len(tried) - len(different)} of {len(tried)} bitwise equal"
-        yield f"graph against plain loop, norm {norm}", equal, not different
+        found = f"{len(tried) - len(different)} of {len(tried)} bitwise equal"
+        yield f"graph against plain loop, norm {norm}", found, not different
         yield from (("differs", f"{norm} {name}", False) for name in different)
-
-
-def _same(one: RunResult, other: RunResult) -> bool:
-    ours, theirs = (result.history.drop(columns="seconds") for result in (one, other))
-    states = one.model.state_dict(), other.model.state_dict()
-    return ours.equals(theirs) and all(torch.equal(states[0][n], states[1][n]) for n in states[1])
 
 
 def epochs(device: str, quick: bool) -> Rows:
     """Seconds of a second epoch, by plain loop and by graph."""
     data = _digits(quick)
-    for batch_size, steps in SETTINGS[-1:] if quick else SETTINGS:
+    for (batch_size, steps), graph in itertools.product(_settings(quick), (True, False)):
         config = _config(device, batch_size=batch_size, accumulation_steps=steps)
-        for how, graph in {"graph": True, "plain loop": False}.items():
-            seconds = round(second_epoch(config, data, cuda_graph=graph), 4)
-            name = setting_name(batch_size, steps)
-            yield f"{name}, {how}: s per epoch of {len(data.train.labels):,}", seconds, None
+        seconds = round(second_epoch(config, data, cuda_graph=graph), 4)
+        name = f"{setting_name(batch_size, steps)}, {'graph' if graph else 'plain loop'}"
+        yield f"{name}: s per epoch of {len(data.train.labels):,}", seconds, None
 
 
 def bench(device: str, quick: bool) -> Rows:
     """`python -m nbutils bench`, with fewer settings."""
-    images, repeats = (1200, 1) if quick else (13_500, 3)
-    settings = SETTINGS[1:2] if quick else SETTINGS
     labels = {
         "baseline_seconds": "usual loop, s per epoch",
         "seconds": "ours, s per epoch",
         "ratio": "times as fast",
         "floor_ratio": "times the floor",
     }
-    for row in run_bench(_digits(quick), images, repeats, device, settings):
+    repeats = 1 if quick else 3
+    for row in run_bench(_digits(quick), 13_500, repeats, device, _settings(quick)):
         for figure, label in labels.items():
             yield f"{row['setting']}: {label}", round(row[figure], 3), None
 
@@ -154,16 +152,16 @@ def tests(device: str, quick: bool) -> Rows:
     import hypothesis  # noqa: F401 # the tests need it
     import pytest
 
-    selected = "tests/training/test_cuda_graph.py" if quick else "tests"
+    selected = ROOT / ("tests/training/test_cuda_graph.py" if quick else "tests")
     with redirect_stdout(io.StringIO()) as text:
-        status = pytest.main(["-q", "-m", "cuda", selected])
+        status = pytest.main(["-q", "-m", "cuda", str(selected)])
     yield "tests marked cuda", text.getvalue().strip().splitlines()[-1], status == 0
 
 
 def side_by_side(device: str, quick: bool) -> Rows:
     """Seconds of several seeds that share the device."""
     data = _digits(quick)
-    for runs in (1, 2) if quick else (1, 4, 8, 16):
+    for runs in (2,) if quick else (1, 4, 8, 16):
         configs = [_config(device, seed=seed) for seed in range(runs)]
         results = train_many(configs, data, progress=False)
         seconds = max(result.history["seconds"].diff().iloc[-1] for result in results)
@@ -190,10 +188,9 @@ def study(device: str, quick: bool) -> Rows:
     from nbutils.studies.runner import run_study
     from nbutils.studies.study import load_study
 
-    plan = load_study("batch-size", {"device": [device]})
-    if quick:
-        plan = load_study("batch-size", {"device": [device], "epochs": [1], "batch_size": [512]})
-        plan = replace(plan, runs=plan.runs[:1])
+    fewer = {"epochs": [1], "batch_size": [512]} if quick else {}
+    plan = load_study("batch-size", {"device": [device], **fewer})
+    plan = replace(plan, runs=plan.runs[: 1 if quick else None])
     with tempfile.TemporaryDirectory() as folder:
         failures = run_study(plan, folder)
     yield "runs of the study batch-size that failed", len(failures), not failures
@@ -216,6 +213,8 @@ STAGES: dict[str, tuple[Callable[[str, bool], Rows], int]] = {
 def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     """Run all stages, on "cpu" or when `quick` only to try them; whether none failed or was cut.
 
+    When `quick`, they run in this process and without limits, which saves eight imports of torch.
+
     Raises:
         InputError: The device does not exist.
     """
@@ -227,29 +226,37 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     with suppress(ModuleNotFoundError):  # of a package whose version is recorded
         content["environment"] = environment(name)
     out.mkdir(parents=True, exist_ok=True)
-    lines = [name]
+    lines, marks = [name], {True: "ok  ", False: "BAD ", None: "    "}
     for stage, (_, limit) in STAGES.items():
         print(f"{stage} ...", flush=True)
-        call = f"from nbutils.report.gpu_check import _main; _main({stage!r}, {device!r}, {quick})"
-        # A CPU is slower.
-        stages[stage] = in_process(call, limit if device == "cuda" else 4 * limit)
-        lines.append(_as_text(stage, **stages[stage]))
-        print(lines[-1], flush=True)
+        start = time.perf_counter()
+        call = f"from nbutils.report.gpu_check import _main; _main({stage!r}, {device!r})"
+        limit = limit if device == "cuda" else 4 * limit  # a CPU is slower
+        rows, reason = _here(stage, device) if quick else in_process(call, limit)
+        state, seconds = _state(rows, reason), round(time.perf_counter() - start, 1)
+        stages[stage] = {"state": state, "reason": reason, "seconds": seconds, "rows": rows}
+        text = [f"{stage}: {state} in {seconds} s {reason}".rstrip()]
+        text += [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in rows]
+        print(*text, sep="\n", flush=True)
+        lines += text
         write_atomically(out / "gpu.json", (json.dumps(content, indent=1) + "\n").encode())
         write_atomically(out / "gpu.txt", ("\n".join(lines) + "\n").encode())
     print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
     return all(outcome["state"] in ("passed", "skipped") for outcome in stages.values())
 
 
-def in_process(code: str, limit: int) -> dict[str, Any]:
-    """Run Python code that prints rows as lines of JSON, for `limit` seconds at most.
+def _state(rows: list[dict[str, Any]], reason: str) -> str:
+    """What became of a stage; one is skipped if a package is missing."""
+    if reason.startswith(CUT):
+        return "cut"
+    if "ModuleNotFoundError" in reason or "PackageNotFoundError" in reason:
+        return "skipped"
+    return "failed" if reason or any(row["ok"] is False for row in rows) else "passed"
 
-    Returns:
-        `state`: "passed", "failed", "skipped" if a package is missing, or "cut"; the `rows` so far;
-        `seconds`; and the `reason`, empty if the code ended by itself.
-    """
-    start = time.perf_counter()
-    state, reason = "passed", ""
+
+def in_process(code: str, limit: int) -> tuple[list[dict[str, Any]], str]:
+    """The rows that Python code prints as lines of JSON in `limit` seconds, and why it ended."""
+    reason = ""
     try:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=limit)
@@ -257,28 +264,29 @@ def in_process(code: str, limit: int) -> dict[str, Any]:
         if done.returncode:
             lines = done.stderr.decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else f"exit status {done.returncode}"
-            missing = "ModuleNotFoundError" in reason or "PackageNotFoundError" in reason
-            state = "skipped" if missing else "failed"
     except subprocess.TimeoutExpired as expired:
-        printed, state, reason = expired.stdout or b"", "cut", f"took over {limit} s"
-    rows = [json.loads(line) for line in printed.splitlines(keepends=True) if line.endswith(b"\n")]
-    if state == "passed" and any(row["ok"] is False for row in rows):
-        state = "failed"
-    seconds = round(time.perf_counter() - start, 1)
-    return {"state": state, "reason": reason, "seconds": seconds, "rows": rows}
+        printed, reason = expired.stdout or b"", f"{CUT} {limit} s"
+    whole = printed.splitlines(keepends=True)
+    return [json.loads(line) for line in whole if line.endswith(b"\n")], reason
 
 
-def _main(stage: str, device: str, quick: bool) -> None:
+def _main(stage: str, device: str) -> None:
     """The process of one stage: it prints each row as one line of JSON."""
-    rows = os.fdopen(os.dup(1), "w")
+    file = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no row
+    for row in _rows(stage, device):
+        print(json.dumps(row), file=file, flush=True)
+
+
+def _here(stage: str, device: str) -> tuple[list[dict[str, Any]], str]:
+    rows: list[dict[str, Any]] = []
+    try:
+        rows.extend(_rows(stage, device, quick=True))
+    except Exception as error:  # it leaves the other stages, as in a process of its own
+        return rows, f"{type(error).__name__}: {error}"
+    return rows, ""
+
+
+def _rows(stage: str, device: str, quick: bool = False) -> Iterator[dict[str, Any]]:
     for name, value, ok in STAGES[stage][0](device, quick):
-        print(json.dumps({"name": name, "value": value, "ok": ok}), file=rows, flush=True)
-
-
-def _as_text(
-    stage: str, state: str, reason: str, seconds: float, rows: list[dict[str, Any]]
-) -> str:
-    marks = {True: "ok  ", False: "BAD ", None: "    "}
-    lines = [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in rows]
-    return "\n".join([f"{stage}: {state} in {seconds} s {reason}".rstrip(), *lines])
+        yield {"name": name, "value": value, "ok": ok}

@@ -146,13 +146,20 @@ def test_a_bad_factory_is_named_with_its_cause(factory, message):
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0"),
+        ({"batch_size": -5}, "batch_size = -5"),
         ({"accumulation_steps": True}, "accumulation_steps = True"),
+        ({"updates": 0}, "updates = 0, but it must be a whole number >= 1"),
         ({"device": "cuda:99"}, "cuda:99"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InputError, match=message):
         on_cpu(Hungry, **settings)
+
+
+def test_the_search_ends_at_one_image_or_more():
+    with pytest.raises(InputError, match="largest = 0, but it must be a whole number >= 1"):
+        search(lambda n: n, largest=0)
 
 
 def cost_of(batch_size, steps, peak):

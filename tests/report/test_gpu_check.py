@@ -6,6 +6,7 @@ import torch
 from nbutils.__main__ import main
 from nbutils.report import gpu_check
 from nbutils.report.gpu_check import STAGES
+from nbutils.studies import runner
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
@@ -16,7 +17,8 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys):
     ]
 
 
-def test_every_stage_runs_on_the_cpu(tmp_path, capsys):
+def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_sum_up", lambda study, out: {})  # the longest part of a study
     assert main(["gpu-check", "--out", str(tmp_path), "--device", "cpu", "--quick"]) == 0
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     assert list(stages) == list(STAGES)
@@ -27,15 +29,14 @@ def test_every_stage_runs_on_the_cpu(tmp_path, capsys):
 
 
 def test_a_stage_that_is_cut_keeps_its_rows_and_leaves_the_others():
-    row = '{"name": "first", "value": 1, "ok": true}'
-    write = f"import time; print('{row}', flush=True)"
-    cut = gpu_check.in_process(f"{write}; time.sleep(60)", limit=2)
-    assert cut["state"] == "cut"
-    assert cut["rows"] == [json.loads(row)]
+    row = {"name": "first", "value": 1, "ok": True}
+    write = f"import time; print({json.dumps(row)!r}, flush=True)"
+    cut = gpu_check.in_process(f"{write}; time.sleep(60)", limit=1)
+    assert cut == ([row], "took over 1 s")
     broken = gpu_check.in_process(f"{write}; [][1]", limit=60)
-    assert broken["state"] == "failed"
-    assert broken["reason"] == "IndexError: list index out of range"
-    assert broken["rows"] == cut["rows"]
+    assert broken == ([row], "IndexError: list index out of range")
     missing = gpu_check.in_process("import nothing_of_this_name", limit=60)
-    assert missing["state"] == "skipped"
-    assert "nothing_of_this_name" in missing["reason"]
+    assert missing == ([], "ModuleNotFoundError: No module named 'nothing_of_this_name'")
+    states = [gpu_check._state(*outcome) for outcome in (cut, broken, missing, ([row], ""))]
+    assert states == ["cut", "failed", "skipped", "passed"]
+    assert gpu_check._state([row | {"ok": False}], "") == "failed"

@@ -5,22 +5,7 @@ notebooks does not wait for torch.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nbutils.accumulation.check import check_accumulation
-    from nbutils.accumulation.window import accumulate_gradient, windows, windows_of_batches
-    from nbutils.advise.advice import advise
-    from nbutils.data.dataset import Dataset
-    from nbutils.data.sources import load_dataset
-    from nbutils.errors import InputError
-    from nbutils.measure.largest_batch import largest_batch_size
-    from nbutils.measure.noise_scale import noise_scale
-    from nbutils.studies.record import load_runs, save_run
-    from nbutils.training.config import RunConfig
-    from nbutils.training.model import DigitCNN
-    from nbutils.training.result import RunResult
-    from nbutils.training.train import train, train_many
+from typing import Any
 
 _HOME = {
     "Dataset": "data.dataset",

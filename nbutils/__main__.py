@@ -15,7 +15,7 @@ import yaml
 from nbutils.errors import InputError
 
 INTERRUPTED = 130
-"""The exit status of a command that Ctrl-C ended: 128 and the number of the signal."""
+"""Exit status after Ctrl-C: 128 and the number of the signal."""
 
 Arguments = list[tuple[str, str, dict[str, Any]]]
 """Of a command: the flag or name of each, its meaning, and other arguments of argparse."""
@@ -24,13 +24,15 @@ SEVERAL = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command.
-
-    Returns:
-        Exit status: 0 when all went well, 1 when a run failed or is damaged, 2 when the input was
-        bad, 130 when it was interrupted.
-    """
-    options = _parser().parse_args(arguments)
+    """Run one command; exit status 1 when a run failed or is damaged, 2 when the input was bad."""
+    parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True)
+    for name, (command, summary, described) in COMMANDS.items():
+        subparser = commands.add_parser(name, help=summary)
+        subparser.set_defaults(command=command)
+        for flag, meaning, settings in described:
+            subparser.add_argument(flag, help=meaning, **settings)
+    options = parser.parse_args(arguments)
     try:
         return options.command(options) or 0
     except (InputError, OSError) as error:
@@ -39,17 +41,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
         return INTERRUPTED
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
-    commands = parser.add_subparsers(title="commands", required=True)
-    for name, (command, summary, arguments) in COMMANDS.items():
-        described = commands.add_parser(name, help=summary)
-        described.set_defaults(command=command)
-        for flag, meaning, settings in arguments:
-            described.add_argument(flag, help=meaning, **settings)
-    return parser
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -68,9 +59,9 @@ def _run(options: argparse.Namespace) -> int:
     place = cluster(options.scheduler, out) if options.scheduler else nullcontext()
     with place as executor:
         failures = run_study(study, out, options.jobs, executor, **limits)
+    for run_id, cause in failures.items():
+        print(f"failed: {run_id}: {cause}", file=sys.stderr)
     if failures:
-        for run_id, cause in failures.items():
-            print(f"failed: {run_id}: {cause}", file=sys.stderr)
         print("what is done is kept; the same command tries the rest again", file=sys.stderr)
         return 1
     if study.runs:
@@ -80,9 +71,8 @@ def _run(options: argparse.Namespace) -> int:
 
         answers = load_answers(out)
         print(f"\n{format_table(summary_table(answers)).to_string()}\n\n{pick(answers.runs)}\n")
-    for pattern, kind in {"*.png": "figure", "*.svg": "figure", "summary.ipynb": "summary"}.items():
-        for path in sorted(out.glob(pattern)):
-            print(f"{kind}: {path}")
+    for path in [*sorted(out.glob("*.png")), *sorted(out.glob("*.svg")), out / "summary.ipynb"]:
+        print(f"{'summary' if path.suffix == '.ipynb' else 'figure'}: {path}")
     return 0
 
 
@@ -131,9 +121,7 @@ def _advise(options: argparse.Namespace) -> None:
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
     advice = advise(**given)
-    print(advice.answer)
-    for warning in advice.warnings:
-        print(f"  warning: {warning}")
+    print(advice.answer, *(f"  warning: {warning}" for warning in advice.warnings), sep="\n")
     for path in write_report(advice, options.out):
         print(f"report: {path}")
 
@@ -141,8 +129,7 @@ def _advise(options: argparse.Namespace) -> None:
 def _figures(_: argparse.Namespace) -> None:
     from nbutils.report.readme import make_figures
 
-    for path in make_figures():
-        print(path)
+    print(*make_figures(), sep="\n")
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -219,8 +206,7 @@ GPU_CHECK: Arguments = [
 ]
 STATUS: Arguments = [("folder", "of the runs", {"type": Path})]
 EXPORT: Arguments = [
-    ("runs", "folder of the runs", {"type": Path}),
-    ("reference", "folder of the reference", {"type": Path}),
+    (name, f"folder of the {name}", {"type": Path}) for name in ("runs", "reference")
 ]
 
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Arguments]] = {

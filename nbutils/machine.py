@@ -22,7 +22,7 @@ def processors() -> int:
 
 
 def processor_name() -> str:
-    """The name of the processor, from Linux or else from Python."""
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -8,12 +8,6 @@ import time
 import psutil
 
 
-def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True, **options
-    )
-
-
 class Run:
     """`python -m nbutils run` of the study in `file`, going on; a context manager."""
 

@@ -10,8 +10,9 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,13 @@ from nbutils.paths import NOTEBOOKS
 
 @contextmanager
 def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
-    """The cluster of a scheduler as an executor for `run_study`.
+    """The cluster of the scheduler at `address` as an executor for `run_study`.
 
     Where workers declare the resource `GPU`, each run takes one.
 
-    Args:
-        address: The scheduler's, such as "tcp://10.0.0.7:8786".
-        out: The folder of the study, which every worker must see under this name.
-        timeout: Seconds to wait for the scheduler's answer.
-
     Raises:
-        InputError: Dask is not installed, no scheduler answers, or workers, which are named, do
-            not see the folder or have other code than this machine.
+        InputError: Dask is not installed, no scheduler answers within `timeout` seconds, or
+            workers, which are named, do not see the folder `out` or have other code.
     """
     try:
         from distributed import Client
@@ -53,11 +49,13 @@ def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
             print(f"Waiting for a worker; `dask worker {address}` starts one", flush=True)
             client.wait_for_workers(1)
         resources = {"GPU": 1} if _check_workers(client, out.absolute()) else None
-        yield _SameCode(client.get_executor(pure=False, resources=resources))
+        executor = client.get_executor(pure=False, resources=resources)
+        executor.submit = partial(executor.submit, _on_worker, code_version())
+        yield executor
 
 
 def _check_workers(client: Any, out: Path) -> bool:
-    """Refuse workers that cannot make runs of the study; whether any of them declares a GPU."""
+    """Refuse workers that cannot make the runs; whether any of them declares a GPU."""
     folder = next(path for path in (out, *out.parents) if path.is_dir())
     mark = folder / f".seen-by-workers-{uuid.uuid4().hex}"
     mark.touch()
@@ -94,21 +92,12 @@ def code_version() -> str:
     return digest.hexdigest()[:8]
 
 
-class _SameCode(Executor):
-    """Has tasks done by workers that have the code of this machine; some may join later."""
-
-    def __init__(self, executor: Executor) -> None:
-        self._executor, self._code = executor, code_version()
-
-    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        return self._executor.submit(_on_worker, self._code, task, *args, **kwargs)
-
-
-def _on_worker(code: str, task: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _on_worker(code: str, task: Callable[..., Any], *args: Any) -> Any:
+    """Do a task on a worker, which may have joined later, with the code of the command."""
     from distributed import get_worker
 
     worker = get_worker()
     if code_version() != code:
         raise InputError(f"{worker.address} has the nbutils {code_version()}, not {code}")
     os.environ["OMP_NUM_THREADS"] = str(max(1, processors() // worker.state.nthreads))
-    return task(*args, **kwargs)
+    return task(*args)

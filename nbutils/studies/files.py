@@ -76,10 +76,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`, in place of an earlier one.
-
-    Killed between two renames, it leaves the earlier one under the name of `replaced`.
-    """
+    """Rename `new` to `folder`; killed between two renames, it leaves the earlier as `replaced`."""
     aside = replaced(folder)
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)

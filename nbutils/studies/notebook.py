@@ -79,14 +79,8 @@ def execute_notebook(
 ) -> None:
     """Run a notebook of the project with papermill, in a kernel that ends with this process.
 
-    May be called from several threads at a time. Raises what papermill does.
-
-    Args:
-        notebook: Its name in `notebooks/`.
-        output: Where the executed notebook goes.
-        parameters: Plain Python values for parameters that it declares.
-        threads: CPU threads of the kernel.
-        time_limit: Seconds that a cell may take, rounded up.
+    The kernel has this number of `threads`; a cell may take `time_limit` seconds, rounded up. May
+    be called from several threads at a time. Raises what papermill does.
     """
     import papermill
     from traitlets.config import Config

@@ -2,18 +2,15 @@
 
 A record is a folder `<out>/<run_id>/`, written aside and renamed when whole:
 
-- `run.json`: a manifest, see `nbutils.studies.files`. `config` has all fields of `RunConfig`;
-  `dataset` has `name`, `fingerprint` (SHA-256 of pixels and labels) and the number of images in
-  `train`, `validation` and `test`; `images_per_epoch` take part in the updates of an epoch;
-  `final` is the last row of the history; `images_per_second` leaves evaluation out; for
-  `peak_memory` (bytes) and `micro_batch` see `RunResult`.
+- `run.json`: a manifest, see `nbutils.studies.files`. `dataset` has `name`, `fingerprint` (SHA-256
+  of pixels and labels) and the number of images in `train`, `validation` and `test`; `final` is
+  the last row of the history; `images_per_second` leaves evaluation out; for `images_per_epoch`,
+  `peak_memory` (bytes) and `micro_batch` see `RunResult`. Older records have no `micro_batch`.
 - `history.csv`: one row per epoch, columns `nbutils.training.result.HISTORY_COLUMNS`.
 - `predictions.npz`: `predictions`, uint8, shape (k, test images), after each of the last
   k = min(5, epochs) epochs; and `labels`, uint8, shape (test images,), or (0,) where they are
   unknown. Older records have only the last epoch's predictions, shape (test images,).
 - `notebook.ipynb`: the executed notebook, where the run was part of a study; without a checksum.
-
-Many runs can be kept in few small files instead: see `nbutils.studies.reference`.
 """
 
 from __future__ import annotations
@@ -36,15 +33,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 RECORD_FILES = ("history.csv", "predictions.npz")
-KEYS = {
-    *("run_id", "config", "dataset", "images_per_epoch", "environment", "final"),
-    *("images_per_second", "peak_memory", "files", "schema_version"),
-}
-"""Of every `run.json`; newer ones have `micro_batch` too."""
-
-REFERENCE_FILES = ("runs.csv", "history.csv", "predictions.npz")
-MANIFEST = "environment.json"
-"""Of a reference."""
+REFERENCE_FILES, MANIFEST = ("runs.csv", *RECORD_FILES), "environment.json"
 
 
 class Runs(NamedTuple):
@@ -101,13 +90,12 @@ def read_record(folder: Path) -> dict[str, Any]:
         version = content.get("schema_version")
         if version not in (1, SCHEMA_VERSION):
             raise InputError(f"its schema version is {version!r}, and only 1 and 2 can be read")
-        found = content.keys() - {"micro_batch"} | {*content["files"]}
-        if wrong := found ^ {*KEYS, *RECORD_FILES}:
-            raise InputError(f"run.json lacks, or should not have: {', '.join(sorted(wrong))}")
+        if {*content["files"]} != {*RECORD_FILES}:
+            raise InputError(f"run.json lists {', '.join(content['files']) or 'no files'}")
         run_id = RunConfig.from_dict(content["config"]).run_id
         if not folder.name == content["run_id"] == run_id:
             raise InputError(f"it belongs to the run {run_id}")
-    except (ValueError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"the record {folder} is damaged: {error}") from error
     return content
 
@@ -130,8 +118,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
 def load_late_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Labels of the test images, and what each run predicted after its last epochs, by its id.
 
-    Shapes are those of a record's `predictions.npz`, but one of (test images,) is made (1, test
-    images). Errors as of `load_runs`.
+    Shapes: (test images,) and (k, test images). Errors as of `load_runs`.
     """
     runs = read_runs(folder)
     return runs.labels, runs.predictions
@@ -174,16 +161,16 @@ def _from_records(folder: Path) -> Runs:
 
 def _row(record: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig.from_dict(record["config"])  # which knows settings that came later
-    dataset, measured = record["dataset"], ("images_per_second", "peak_memory")
     return {
         "run_id": record["run_id"],
         **config.to_dict(),
         "effective_batch_size": config.effective_batch_size,
-        "dataset_fingerprint": dataset["fingerprint"],
+        "dataset_fingerprint": record["dataset"]["fingerprint"],
         "images_per_epoch": record["images_per_epoch"],
-        "validation_images": dataset["validation"],
-        "test_images": dataset["test"],
-        **{name: record[name] for name in measured},
+        "validation_images": record["dataset"]["validation"],
+        "test_images": record["dataset"]["test"],
+        "images_per_second": record["images_per_second"],
+        "peak_memory": record["peak_memory"],
     }
 
 

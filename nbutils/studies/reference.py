@@ -26,13 +26,10 @@ from nbutils.studies.record import MANIFEST, REFERENCE_FILES, read_runs
 
 
 def export(folder: str | Path, reference: str | Path) -> None:
-    """Add what a study left to a reference: its tables, or its runs.
+    """Add what a study left to a reference: its tables; or its runs, in place of earlier ones.
 
-    Runs take the place of earlier ones of the same id. Killed at any instant, or out of disk, an
-    export of runs leaves the earlier reference or the new one; see `replace_folder`.
-
-    Raises:
-        InputError: As `load_runs` or `load_tables`, or the reference holds something else.
+    Killed at any instant, or out of disk, an export of runs leaves the earlier reference or the
+    new one; see `replace_folder`. Errors as of `load_runs` or `load_tables`.
     """
     folder, reference = Path(folder), Path(reference).absolute()
     if not (folder / MANIFEST).exists() or (folder / "runs.csv").exists():
@@ -58,9 +55,8 @@ def _export_runs(folder: Path, reference: Path) -> None:
         if held.predictions.keys() - runs.predictions.keys():
             parts = [held, runs]
     table = pd.concat([part.table for part in parts]).drop_duplicates("run_id", keep="last")
-    history = pd.concat([part.history for part in parts])
-    history = history.drop_duplicates(["run_id", "epoch"], keep="last")
-    history = history.sort_values(["run_id", "epoch"])
+    history, key = pd.concat([part.history for part in parts]), ["run_id", "epoch"]
+    history = history.drop_duplicates(key, keep="last").sort_values(key)
     final = history.groupby("run_id").tail(1).drop(columns="epoch")
     table = table.sort_values("run_id").merge(final, on="run_id")
     late = {name: array for part in parts for name, array in part.predictions.items()}

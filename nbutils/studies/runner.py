@@ -62,8 +62,7 @@ def run_study(
         The cause of each failure, by run id, or by the name of the summary notebook.
 
     Raises:
-        InputError: The study does not fit the folder, the images, the options or, without
-            `executor`, this machine; nothing was run or changed.
+        InputError: The study cannot run here as it is; nothing was run or changed.
     """
     out = Path(out).absolute()
     for name, value in {"jobs": jobs, "time_limit": time_limit}.items():

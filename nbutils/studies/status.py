@@ -30,23 +30,24 @@ def run_status(out: str | Path) -> dict[str, str]:
     """How far each planned run of a study's folder is, by run id; and a summary that failed."""
     out = Path(out).absolute()
     plan, failures = read_plan(out), read_failures(out)
-    statuses = {run.run_id: _status(out, run, failures) for run in plan.runs}
+    statuses = {}
+    for run in plan.runs:
+        if (out / run.run_id).exists():
+            try:
+                accuracy = read_record(out / run.run_id)["final"]["test_accuracy"]
+                told = "unknown" if math.isnan(accuracy) else f"{accuracy:.2%}"
+                statuses[run.run_id] = f"done: test accuracy {told}"
+            except InputError as error:
+                statuses[run.run_id] = f"damaged: {error}"
+        elif run.run_id in failures:
+            statuses[run.run_id] = f"failed: {failures[run.run_id]}"
+        elif epochs := epochs_done(out, run):
+            statuses[run.run_id] = f"started: epoch {epochs}/{run.config.epochs}"
+        else:
+            statuses[run.run_id] = "waiting"
     if plan.summary in failures:
         statuses[plan.summary] = f"failed: {failures[plan.summary]}"
     return statuses
-
-
-def _status(out: Path, run: PlannedRun, failures: Mapping[str, str]) -> str:
-    if (out / run.run_id).exists():
-        try:
-            accuracy = read_record(out / run.run_id)["final"]["test_accuracy"]
-        except InputError as error:
-            return f"damaged: {error}"
-        return f"done: test accuracy {'unknown' if math.isnan(accuracy) else f'{accuracy:.2%}'}"
-    if run.run_id in failures:
-        return f"failed: {failures[run.run_id]}"
-    epochs = epochs_done(out, run)
-    return f"started: epoch {epochs}/{run.config.epochs}" if epochs else "waiting"
 
 
 def missing(study: Study, out: Path) -> list[PlannedRun]:
@@ -125,11 +126,11 @@ def note(out: Path, outcomes: Mapping[str, BaseException | None]) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    for _ in range(2):
+    try:
+        write_json(path, failures)
+    except OSError:  # the disk may be full
+        (out / ".work" / SPARE).unlink(missing_ok=True)
         try:
             write_json(path, failures)
-            return
-        except OSError as error:  # the disk may be full
-            reason = error
-        (out / ".work" / SPARE).unlink(missing_ok=True)
-    print(f"not noted that {', '.join(outcomes)} failed: {reason}", file=sys.stderr)
+        except OSError as error:
+            print(f"not noted that {', '.join(outcomes)} failed: {error}", file=sys.stderr)

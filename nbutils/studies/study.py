@@ -5,15 +5,13 @@ The keys of a study file:
 - `title`: one line.
 - `fixed`: settings of every run, fields of `RunConfig`.
 - `runs`: a list of blocks. Each has a `notebook` (its name in `notebooks/`), a `grid` (a list of
-  values for each field; one run for every combination), and may have a `fixed` of its own.
+  values for each field; one run for every combination), and may have a `fixed` of its own. The
+  notebook has a parameter for each setting, and `out`: where it saves its record.
 - `summary`: the notebook that sums the runs up. It has the parameters `runs` (their folder) and
   `figures` (where to save its figures).
 
 A study without `runs` measures in its summary, which then has the parameter `out` (where to save
 its tables) in place of `runs`; the key `parameters` of the study sets others.
-
-A training notebook has a parameter for each setting that it takes, named as in `RunConfig`, and
-`out`: the folder in which it saves its record.
 """
 
 from __future__ import annotations
@@ -56,10 +54,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Study:
-    """A named set of runs, none where the summary measures, and the notebook that sums them up.
-
-    `parameters` are what that notebook gets besides folders.
-    """
+    """A named set of runs, none where the summary measures; `parameters` are the summary's."""
 
     name: str
     title: str

@@ -10,10 +10,10 @@ import time
 import pandas as pd
 import pytest
 import torch
-from commands import Run, assert_end, command
+from commands import Run, assert_end
 
 from nbutils import load_dataset, load_runs, save_run, train
-from nbutils.__main__ import _overrides
+from nbutils.__main__ import _overrides, main
 from nbutils.machine import processors
 from nbutils.studies.record import load_late_predictions
 from nbutils.studies.study import load_study
@@ -34,8 +34,7 @@ def test_a_study_from_command_to_figure_and_reference(finished, tmp_path):
     assert runs["accumulation_steps"].tolist() == [1, 1, 3, 3]
     beside = ["out", "printed.txt", "two.yaml"]
     assert sorted(path.name for path in finished.file.parent.iterdir()) == beside
-    export = command("nbutils", "export", finished.out, tmp_path / "reference")
-    assert export.returncode == 0, export.stderr
+    assert main(["export", str(finished.out), str(tmp_path / "reference")]) == 0
     assert load_runs(tmp_path / "reference").equals(runs)
 
 
@@ -43,15 +42,15 @@ def test_with_nothing_to_do_a_command_ends_at_once_and_torch_is_not_imported(fin
     paths = [path for path in finished.out.rglob("*") if path.name not in ("study.json", ".lock")]
     made = {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
     script = (
-        "import sys; from nbutils.__main__ import main; code = main(sys.argv[1:]);"
-        "sys.exit(code or 'torch' in sys.modules)"
+        "import sys; from nbutils.__main__ import main; file, out = sys.argv[1:];"
+        "assert main(['run', file, '--out', out]) == main(['status', out]) == 0;"
+        "assert 'torch' not in sys.modules"
     )
-    for arguments in (["run", finished.file, "--out", finished.out], ["status", finished.out]):
-        told = subprocess.run(
-            [sys.executable, "-c", script, *arguments], capture_output=True, text=True
-        )
-        assert told.returncode == 0, told.stderr
-        assert "Summing up" not in told.stdout
+    told = subprocess.run(
+        [sys.executable, "-c", script, finished.file, finished.out], capture_output=True, text=True
+    )
+    assert told.returncode == 0, told.stderr
+    assert "Summing up" not in told.stdout
     assert told.stdout.count("done: test accuracy") == 2
     assert {path: path.stat().st_mtime_ns for path in made} == made
 

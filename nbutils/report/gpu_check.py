@@ -1,9 +1,8 @@
 """`python -m nbutils gpu-check`: everything that has to be seen on a GPU, in one command.
 
 A stage is a generator, called with the device and whether to be quick. It yields rows: a name, a
-number or a few words, and whether that is right, None where nothing is judged. Each runs in a
-process of its own with a time limit, and keeps the rows it has yielded if it is cut. `gpu.json` and
-`gpu.txt` are written anew after each.
+number or a few words, and whether that is right, None where nothing is judged. A stage that fails
+or is cut keeps its rows and leaves the others.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import gc
 import io
 import itertools
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +35,10 @@ from nbutils.training.setup import resolve_device
 from nbutils.training.train import train, train_many
 
 Rows = Iterator[tuple[str, Any, bool | None]]
+Stage = Callable[[str, bool], Rows]
 
 BUDGET = 2 * 10**9
 """Bytes within which the largest batch is searched."""
-
-CUT = "took over"
-"""How the reason of a stage begins that its time limit ended."""
 
 
 def _digits(quick: bool) -> Dataset:
@@ -188,7 +183,7 @@ def study(device: str, quick: bool) -> Rows:
     from nbutils.studies.runner import run_study
     from nbutils.studies.study import load_study
 
-    fewer = {"epochs": [1], "batch_size": [512]} if quick else {}
+    fewer: dict[str, Any] = {"epochs": [1], "batch_size": [512]} if quick else {}
     plan = load_study("batch-size", {"device": [device], **fewer})
     plan = replace(plan, runs=plan.runs[: 1 if quick else None])
     with tempfile.TemporaryDirectory() as folder:
@@ -197,7 +192,7 @@ def study(device: str, quick: bool) -> Rows:
     yield from ((name, cause, False) for name, cause in failures.items())
 
 
-STAGES: dict[str, tuple[Callable[[str, bool], Rows], int]] = {
+STAGES: dict[str, tuple[Stage, int]] = {
     "probes": (probes, 30),
     "graphs": (graphs, 100),
     "epochs": (epochs, 60),
@@ -210,10 +205,14 @@ STAGES: dict[str, tuple[Callable[[str, bool], Rows], int]] = {
 """The most valuable first, and the seconds that each may take: 8 minutes in all."""
 
 
+PROCESSES: Any = multiprocessing.get_context("spawn")  # CUDA starts anew in each
+
+
 def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     """Run all stages, on "cpu" or when `quick` only to try them; whether none failed or was cut.
 
     When `quick`, they run in this process and without limits, which saves eight imports of torch.
+    After each stage `gpu.json` and `gpu.txt` are written anew.
 
     Raises:
         InputError: The device does not exist.
@@ -227,66 +226,57 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
         content["environment"] = environment(name)
     out.mkdir(parents=True, exist_ok=True)
     lines, marks = [name], {True: "ok  ", False: "BAD ", None: "    "}
-    for stage, (_, limit) in STAGES.items():
+    for stage, (work, limit) in STAGES.items():
         print(f"{stage} ...", flush=True)
-        start = time.perf_counter()
-        call = f"from nbutils.report.gpu_check import _main; _main({stage!r}, {device!r})"
-        limit = limit if device == "cuda" else 4 * limit  # a CPU is slower
-        rows, reason = _here(stage, device) if quick else in_process(call, limit)
-        state, seconds = _state(rows, reason), round(time.perf_counter() - start, 1)
-        stages[stage] = {"state": state, "reason": reason, "seconds": seconds, "rows": rows}
-        text = [f"{stage}: {state} in {seconds} s {reason}".rstrip()]
-        text += [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in rows]
+        longest = limit if device == "cuda" else 4 * limit  # a CPU is slower
+        found = stages[stage] = run_stage(work, device, quick, longest)
+        text = [f"{stage}: {found['state']} in {found['seconds']} s {found['reason']}".rstrip()]
+        text += [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in found["rows"]]
         print(*text, sep="\n", flush=True)
         lines += text
         write_atomically(out / "gpu.json", (json.dumps(content, indent=1) + "\n").encode())
         write_atomically(out / "gpu.txt", ("\n".join(lines) + "\n").encode())
     print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
-    return all(outcome["state"] in ("passed", "skipped") for outcome in stages.values())
+    return all(found["state"] in ("passed", "skipped") for found in stages.values())
 
 
-def _state(rows: list[dict[str, Any]], reason: str) -> str:
-    """What became of a stage; one is skipped if a package is missing."""
-    if reason.startswith(CUT):
-        return "cut"
-    if "ModuleNotFoundError" in reason or "PackageNotFoundError" in reason:
-        return "skipped"
-    return "failed" if reason or any(row["ok"] is False for row in rows) else "passed"
+def run_stage(work: Stage, device: str, quick: bool, limit: float) -> dict[str, Any]:
+    """What a stage found in a process of its own, in `limit` seconds; here if it is quick.
+
+    Returns:
+        `state`: "passed", "failed", "skipped" if a package is missing, or "cut"; the `reason`,
+        empty if it passed; `seconds`; and the `rows` so far.
+    """
+    start, sent = time.perf_counter(), list[Any]()
+    end = {"state": "cut", "reason": f"took over {limit} s"}
+    if quick:
+        _send_rows(work, device, quick, sent.append)
+    else:
+        receiver, sender = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=_send_rows, args=(work, device, quick, sender.send))
+        process.start()
+        sender.close()
+        try:
+            while receiver.poll(max(0.0, start + limit - time.perf_counter())):
+                sent.append(receiver.recv())
+        except EOFError:  # it has ended
+            process.join()
+            end = {"state": "failed", "reason": f"exit status {process.exitcode}"}
+        process.kill()
+        process.join()
+    if sent and "state" in sent[-1]:
+        end = sent.pop()
+    if end["state"] == "passed" and any(row["ok"] is False for row in sent):
+        end["state"] = "failed"
+    return {**end, "seconds": round(time.perf_counter() - start, 1), "rows": sent}
 
 
-def in_process(code: str, limit: int) -> tuple[list[dict[str, Any]], str]:
-    """The rows that Python code prints as lines of JSON in `limit` seconds, and why it ended."""
-    reason = ""
+def _send_rows(work: Stage, device: str, quick: bool, send: Callable[[Any], object]) -> None:
+    end = {"state": "passed", "reason": ""}
     try:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=limit)
-        printed = done.stdout
-        if done.returncode:
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired as expired:
-        printed, reason = expired.stdout or b"", f"{CUT} {limit} s"
-    whole = printed.splitlines(keepends=True)
-    return [json.loads(line) for line in whole if line.endswith(b"\n")], reason
-
-
-def _main(stage: str, device: str) -> None:
-    """The process of one stage: it prints each row as one line of JSON."""
-    file = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever else is printed is no row
-    for row in _rows(stage, device):
-        print(json.dumps(row), file=file, flush=True)
-
-
-def _here(stage: str, device: str) -> tuple[list[dict[str, Any]], str]:
-    rows: list[dict[str, Any]] = []
-    try:
-        rows.extend(_rows(stage, device, quick=True))
-    except Exception as error:  # it leaves the other stages, as in a process of its own
-        return rows, f"{type(error).__name__}: {error}"
-    return rows, ""
-
-
-def _rows(stage: str, device: str, quick: bool = False) -> Iterator[dict[str, Any]]:
-    for name, value, ok in STAGES[stage][0](device, quick):
-        yield {"name": name, "value": value, "ok": ok}
+        for name, value, ok in work(device, quick):
+            send({"name": name, "value": value, "ok": ok})
+    except Exception as error:
+        state = "skipped" if isinstance(error, ModuleNotFoundError) else "failed"
+        end = {"state": state, "reason": f"{type(error).__name__}: {error}"}
+    send(end)

@@ -1,4 +1,7 @@
 import json
+import multiprocessing
+import os
+import time
 
 import pytest
 import torch
@@ -28,15 +31,53 @@ def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
     assert sum(limit for _, limit in STAGES.values()) <= 8 * 60
 
 
-def test_a_stage_that_is_cut_keeps_its_rows_and_leaves_the_others():
-    row = {"name": "first", "value": 1, "ok": True}
-    write = f"import time; print({json.dumps(row)!r}, flush=True)"
-    cut = gpu_check.in_process(f"{write}; time.sleep(60)", limit=1)
-    assert cut == ([row], "took over 1 s")
-    broken = gpu_check.in_process(f"{write}; [][1]", limit=60)
-    assert broken == ([row], "IndexError: list index out of range")
-    missing = gpu_check.in_process("import nothing_of_this_name", limit=60)
-    assert missing == ([], "ModuleNotFoundError: No module named 'nothing_of_this_name'")
-    states = [gpu_check._state(*outcome) for outcome in (cut, broken, missing, ([row], ""))]
-    assert states == ["cut", "failed", "skipped", "passed"]
-    assert gpu_check._state([row | {"ok": False}], "") == "failed"
+def first(device, quick):
+    yield "first", 1, True
+
+
+def endless(device, quick):
+    yield from first(device, quick)
+    time.sleep(60)
+
+
+def broken(device, quick):
+    yield from first(device, quick)
+    [][1]
+
+
+def killed(device, quick):
+    yield from first(device, quick)
+    os._exit(3)
+
+
+def missing(device, quick):
+    yield from first(device, quick)
+    import nothing_of_this_name  # noqa: F401
+
+
+def wrong(device, quick):
+    yield from first(device, quick)
+    yield "second", 0, False
+
+
+@pytest.mark.parametrize(
+    ("work", "state", "reason"),
+    [
+        (endless, "cut", "took over 1 s"),
+        (broken, "failed", "IndexError: list index out of range"),
+        (killed, "failed", "exit status 3"),
+        (missing, "skipped", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
+        (wrong, "failed", ""),
+        (first, "passed", ""),
+    ],
+)
+def test_a_stage_keeps_its_rows_however_it_ends(work, state, reason, monkeypatch):
+    monkeypatch.setattr(gpu_check, "PROCESSES", multiprocessing.get_context("fork"))  # no import
+    stage = gpu_check.run_stage(work, "cpu", quick=False, limit=1)
+    assert (stage["state"], stage["reason"]) == (state, reason)
+    assert stage["rows"][0] == {"name": "first", "value": 1, "ok": True}
+
+
+def test_a_quick_stage_that_fails_leaves_the_others():
+    stage = gpu_check.run_stage(broken, "cpu", quick=True, limit=1)
+    assert (stage["state"], len(stage["rows"])) == ("failed", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,12 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation.trainers import transformers_callback
-from nbutils.report.libraries.task import NO_TOKENS, Task, constant_rate, library
-
-NO_TOKENS_NO_LOG = NO_TOKENS | {"logged loss": "not its job"}
+from nbutils.report.libraries.task import Task, constant_rate
 
 
-@library("accelerate", NO_TOKENS_NO_LOG)
 def accelerate(task: Task, prepare_loader: bool = True) -> None:
     """`Accelerator.accumulate`."""
     from accelerate import Accelerator
@@ -36,13 +34,8 @@ def accelerate(task: Task, prepare_loader: bool = True) -> None:
         task.end_epoch()
 
 
-@library("accelerate, loader not prepared", NO_TOKENS_NO_LOG)
-def accelerate_unprepared(task: Task) -> None:
-    """`Accelerator.accumulate` over a DataLoader that did not go through `prepare`."""
-    accelerate(task, prepare_loader=False)
-
-
-def _train(task: Task, model: nn.Module) -> None:
+def transformers(task: Task, make: Callable[[Task], nn.Module]) -> None:
+    """The Trainer with a model made around that of the task."""
     from transformers import Trainer, TrainingArguments
 
     def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
@@ -65,13 +58,13 @@ def _train(task: Task, model: nn.Module) -> None:
             disable_tqdm=True,
         )
         Trainer(
-            *(model, arguments, collate, task.dataset),
+            *(make(task), arguments, collate, task.dataset),
             optimizers=(optimizer, constant_rate(optimizer)),
             callbacks=[transformers_callback(task.run)],
         ).train()
 
 
-class _Classifier(nn.Module):
+class _PlainModel(nn.Module):
     """Returns its own loss, as the Trainer wants it. Takes images and labels only."""
 
     def __init__(self, task: Task) -> None:
@@ -82,12 +75,12 @@ class _Classifier(nn.Module):
         return {"loss": F.cross_entropy(self.table(pixel_values), labels)}
 
 
-class _WithKwargs(_Classifier):
+class _WithKwargs(_PlainModel):
     def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
         return super().forward(pixel_values, labels)
 
 
-class _WithNumItems(_Classifier):
+class _WithNumItems(_PlainModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any
     ) -> dict[str, Tensor]:
@@ -97,21 +90,8 @@ class _WithNumItems(_Classifier):
         return {"loss": loss / num_items_in_batch}
 
 
-@library("transformers, plain model")
-def transformers_plain(task: Task) -> None:
-    """The Trainer with a model that takes images and labels only."""
-    _train(task, _Classifier(task))
-
-
-@library("transformers, model with **kwargs")
-def transformers_kwargs(task: Task) -> None:
-    """The Trainer with a model that takes `**kwargs` and does nothing with them."""
-    _train(task, _WithKwargs(task))
-
-
-@library("transformers, ResNetForImageClassification")
-def transformers_resnet(task: Task) -> None:
-    """The Trainer with `ResNetForImageClassification`, whose last layer is the model to train."""
+def _resnet(task: Task) -> nn.Module:
+    """`ResNetForImageClassification`, whose last layer is the model to train."""
     from transformers import ResNetConfig, ResNetForImageClassification
     from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
 
@@ -122,10 +102,12 @@ def transformers_resnet(task: Task) -> None:
     config = ResNetConfig(num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1])
     model = ResNetForImageClassification(config)
     model.resnet, model.classifier = Backbone(), task.model
-    _train(task, model)
+    return model
 
 
-@library("transformers, model with num_items_in_batch")
-def transformers_num_items(task: Task) -> None:
-    """The Trainer with a model that divides by `num_items_in_batch`."""
-    _train(task, _WithNumItems(task))
+MODELS: dict[str, Callable[[Task], nn.Module]] = {
+    "plain model": _PlainModel,
+    "model with **kwargs": _WithKwargs,
+    "ResNetForImageClassification": _resnet,
+    "model with num_items_in_batch": _WithNumItems,
+}

@@ -1,16 +1,17 @@
 """What one library does to the weight of every image, measured by watching a short training.
 
-An epoch has micro-batches of 4, and 3 of them make a window. Which micro-batches went into an
-update, and how much each image weighed in it, is read off the gradient
-(`nbutils.accumulation.check.probe` says how).
+Micro-batches have 4 images, and 3 make a window. Which went into an update, and how much each image
+weighed in it, is read off the gradient (`nbutils.accumulation.check.probe` says how).
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +19,52 @@ from torch import Tensor
 
 from nbutils.accumulation.check.probe import Batches, Probe, make_probe
 from nbutils.accumulation.check.watch import Run, Update, watch
-from nbutils.report.libraries import hugging_face, others  # noqa: F401 # fill LIBRARIES
-from nbutils.report.libraries.task import (
-    BATCH_SIZE,
-    EPOCHS,
-    IGNORED,
-    LIBRARIES,
-    STEPS,
-    WINDOW,
-    Task,
-)
+from nbutils.report.libraries import hugging_face, others
+from nbutils.report.libraries.hugging_face import accelerate, transformers
+from nbutils.report.libraries.task import Task, this_project
 
+BATCH_SIZE, STEPS, EPOCHS, WINDOW = Task.batch_size, Task.steps, Task.epochs, Task.window
 TOLERANCE, CLIP = 1e-4, 1.0
 Runs = Mapping[str, Run]
 """The runs of one library, by what was trained."""
+
+
+class Library(NamedTuple):
+    """How to run a library, and the verdicts that a probe of it has instead of those measured."""
+
+    loop: Callable[[Task], None]
+    answers: Mapping[str, str] = {}  # to probes that cannot be run with it
+    words: Mapping[str, str] = {}  # where the verdict is not "right"
+
+
+NO_TOKENS = {"unequal tokens": "not its job"}
+NO_LOG = NO_TOKENS | {"logged loss": "not its job"}
+IGNITE = NO_TOKENS | {"clipping": "not offered", "schedule": "not its job"}
+FASTAI = {"schedule": "by fraction of training", "logged loss": "smoothed"}
+LIBRARIES = {
+    "this project": Library(this_project),
+    "accelerate": Library(accelerate, NO_LOG),
+    "accelerate, loader not prepared": Library(partial(accelerate, prepare_loader=False), NO_LOG),
+    **{
+        f"transformers, {name}": Library(partial(transformers, make=make))
+        for name, make in hugging_face.MODELS.items()
+    },
+    "lightning": Library(others.lightning, NO_TOKENS),
+    "keras": Library(others.keras),
+    "pytorch-ignite": Library(others.ignite, IGNITE),
+    "fastai": Library(others.fastai, NO_TOKENS, FASTAI),
+    "poutyne": Library(others.poutyne, NO_TOKENS),
+    "torchtnt": Library(others.torchtnt, NO_TOKENS),
+    "pytorch-accelerated": Library(others.pytorch_accelerated, NO_TOKENS),
+    "composer": Library(others.composer),
+}
+"""By their names in the table, in its order: a package, or "package, variant"."""
+
+
+def package_of(name: str) -> str:
+    """The package on PyPI of a library; "" for this project."""
+    package = name.partition(",")[0]
+    return {"this project": "", "composer": "mosaicml"}.get(package, package)
 
 
 def _problem(name: str) -> Probe:
@@ -40,7 +73,7 @@ def _problem(name: str) -> Probe:
     images, labels = probe.batches.dataset.tensors
     if name == "tokens":
         labels = labels.clone()
-        labels[1 - BATCH_SIZE :] = IGNORED
+        labels[1 - BATCH_SIZE :] = Task.ignored
     if name == "clipping":
         # Micro-batches share images, or clipping the values of each would change nothing.
         images = images[torch.arange(len(images)) % BATCH_SIZE]
@@ -52,10 +85,9 @@ def _problem(name: str) -> Probe:
 def observe(name: str) -> list[dict[str, object]]:
     """Run every probe with a library, in this process.
 
-    Returns:
-        One row per probe: `library`, `probe`, `measured` (None if it was not run), `verdict`.
+    One row per probe: `library`, `probe`, `measured` (None if it was not run), `verdict`.
     """
-    loop, _, answers, words = LIBRARIES[name]
+    loop, answers, words = LIBRARIES[name]
     runs = {}
     for problem in ("full", "short", "unequal", "tokens", "clipping"):
         if not {problem, f"unequal {problem}"} & set(answers):
@@ -63,14 +95,12 @@ def observe(name: str) -> list[dict[str, object]]:
                 loop(Task(runs[problem], CLIP if problem == "clipping" else None))
     rows: list[dict[str, object]] = []
     for probe, judge in PROBES.items():
-        row: dict[str, object] = {"library": name, "probe": probe, "measured": None}
-        if probe in answers:
-            row["verdict"] = answers[probe]
-        else:
-            measured, verdict = judge(runs)
-            row["measured"] = float(f"{measured:.5g}")
-            row["verdict"] = verdict if verdict == "right" else words.get(probe, verdict)
-        rows.append(row)
+        measured, verdict = None, answers.get(probe, "")
+        if not verdict:
+            value, verdict = judge(runs)
+            measured = float(f"{value:.5g}")
+            verdict = verdict if verdict == "right" else words.get(probe, verdict)
+        rows.append({"library": name, "probe": probe, "measured": measured, "verdict": verdict})
     return rows
 
 
@@ -112,15 +142,10 @@ def _short_window(runs: Runs) -> tuple[float, str]:
 
 
 def _unequal(runs: Runs, problem: str = "unequal") -> tuple[float, str]:
-    """The weight of the only image in a micro-batch, relative to one in a micro-batch of 4."""
+    """The weight of the only image, or token, in a micro-batch, relative to one of 4."""
     weights, elsewhere = _second_window(runs[problem])
     share = (weights[2 * BATCH_SIZE] / weights[0]).item()
     return share, elsewhere or ("right" if abs(share - 1) <= TOLERANCE else "mean of means")
-
-
-def _tokens(runs: Runs) -> tuple[float, str]:
-    """The same for tokens: the weight of the only one in a micro-batch that is not ignored."""
-    return _unequal(runs, "tokens")
 
 
 def _clipping(runs: Runs) -> tuple[float, str]:
@@ -174,7 +199,7 @@ PROBES: dict[str, Callable[[Runs], tuple[float, str]]] = {
     "full window": _full_window,
     "short last window": _short_window,
     "unequal micro-batches": _unequal,
-    "unequal tokens": _tokens,
+    "unequal tokens": partial(_unequal, problem="tokens"),
     "clipping": _clipping,
     "schedule": _schedule,
     "updates per epoch": _updates,
@@ -185,7 +210,7 @@ PROBES: dict[str, Callable[[Runs], tuple[float, str]]] = {
 
 def main(package: str, out: str) -> None:
     """Observe what needs a package; write the rows as JSON to the file `out`."""
-    names = [name for name, library in LIBRARIES.items() if library.package == package]
+    names = [name for name in LIBRARIES if package_of(name) == package]
     number = torch.__version__.partition("+")[0]
     found = {"torch": number, "rows": [row for name in names for row in observe(name)]}
     Path(out).write_text(json.dumps(found))

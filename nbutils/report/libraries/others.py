@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nbutils.accumulation.trainers import keras_callback, lightning_callback
-from nbutils.report.libraries.task import NO_TOKENS, Task, constant_rate, library
+from nbutils.report.libraries.task import Task, constant_rate
 
 
-@library("lightning", NO_TOKENS)
 def lightning(task: Task) -> None:
     """`Trainer(accumulate_grad_batches=3)`."""
     from lightning import pytorch as pl
@@ -45,7 +44,6 @@ def lightning(task: Task) -> None:
     ).fit(Module(), task.loader)
 
 
-@library("keras")
 def keras(task: Task) -> None:
     """`SGD(gradient_accumulation_steps=3)` of Keras on torch."""
     import keras
@@ -61,7 +59,6 @@ def keras(task: Task) -> None:
     model.fit(task.loader, epochs=task.epochs, verbose=0, callbacks=[keras_callback(task.run)])
 
 
-@library("pytorch-ignite", NO_TOKENS | {"clipping": "not offered", "schedule": "not its job"})
 def ignite(task: Task) -> None:
     """`create_supervised_trainer(gradient_accumulation_steps=3)`."""
     from ignite.engine import Events, create_supervised_trainer
@@ -77,9 +74,6 @@ def ignite(task: Task) -> None:
     trainer.run(task.loader, max_epochs=task.epochs)
 
 
-@library(
-    "fastai", NO_TOKENS, words={"schedule": "by fraction of training", "logged loss": "smoothed"}
-)
 def fastai(task: Task) -> None:
     """`GradientAccumulation(12)`, which counts images, and `GradientClip`."""
     from fastai.callback.core import Callback
@@ -109,7 +103,6 @@ def fastai(task: Task) -> None:
         learner.fit(task.epochs)
 
 
-@library("poutyne", NO_TOKENS)
 def poutyne(task: Task) -> None:
     """`Model.fit_generator(batches_per_step=3)`, with its callbacks for clipping and schedule."""
     from poutyne import Callback, ClipNorm, LambdaLR, Model
@@ -136,15 +129,12 @@ def poutyne(task: Task) -> None:
     )
 
 
-@library("torchtnt", NO_TOKENS)
 def torchtnt(task: Task) -> None:
     """`AutoUnit(gradient_accumulation_steps=3)`."""
     from torchtnt.framework.auto_unit import AutoUnit
     from torchtnt.framework.train import train
 
     class Unit(AutoUnit[Any]):
-        loss_sum = images = 0.0
-
         def compute_loss(self, state: Any, data: Any) -> Any:
             logits = self.module(data[0])
             return F.cross_entropy(logits, data[1]), logits
@@ -154,12 +144,11 @@ def torchtnt(task: Task) -> None:
             return optimizer, task.schedule(optimizer)
 
         def on_train_step_end(self, state: Any, data: Any, step: int, results: Any) -> None:
-            self.loss_sum += results.loss.item() * len(data[1])
-            self.images += len(data[1])
+            task.add_loss(results.loss.item(), len(data[1]))
 
         def on_train_epoch_end(self, state: Any) -> None:
             super().on_train_epoch_end(state)
-            task.end_epoch(self.loss_sum / self.images)
+            task.end_epoch()
 
     unit = Unit(
         module=task.model,
@@ -170,7 +159,6 @@ def torchtnt(task: Task) -> None:
     train(unit, task.loader, max_epochs=task.epochs)
 
 
-@library("pytorch-accelerated", NO_TOKENS)
 def pytorch_accelerated(task: Task) -> None:
     """`Trainer.train(gradient_accumulation_steps=3)`; it clips values, not the norm."""
     from pytorch_accelerated.callbacks import TrainerCallback
@@ -192,7 +180,6 @@ def pytorch_accelerated(task: Task) -> None:
     )
 
 
-@library("composer", package="mosaicml")
 def composer(task: Task) -> None:
     """`Trainer(device_train_microbatch_size=4)`, which cuts batches of 12 into micro-batches."""
     from composer import Callback, ComposerModel, DataSpec, Trainer
@@ -210,15 +197,11 @@ def composer(task: Task) -> None:
             return F.cross_entropy(outputs, batch[1])
 
     class MeanLoss(Callback):
-        loss_sum = images = 0.0
-
         def batch_end(self, state: Any, logger: Any) -> None:
-            images = len(state.batch[1])
-            self.loss_sum += state.total_loss_dict["loss/train/total"] * images
-            self.images += images
+            task.add_loss(float(state.total_loss_dict["loss/train/total"]), len(state.batch[1]))
 
         def epoch_end(self, state: Any, logger: Any) -> None:
-            task.end_epoch(self.loss_sum / self.images)
+            task.end_epoch()
 
     optimizer = task.optimizer()
     Trainer(

@@ -17,8 +17,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.paths import REFERENCE
-from nbutils.report.libraries.measure import PROBES
-from nbutils.report.libraries.task import LIBRARIES
+from nbutils.report.libraries.measure import LIBRARIES, PROBES, package_of
 
 FOLDER = REFERENCE / "libraries"
 NOTES = Path(__file__).parents[1] / "libraries_notes.md.jinja"
@@ -30,12 +29,9 @@ def observe_all(folder: Path = FOLDER) -> Path:
     """Run the installed libraries, each package in a process of its own, and write the record.
 
     The record is `libraries.csv`, whose path is returned, and `versions.csv`. A library that fails
-    is recorded with the reason. One that is not installed here keeps the rows recorded elsewhere.
-
-    Raises:
-        InputError: No library is installed.
+    is recorded with the reason; one that is not installed here keeps the rows recorded elsewhere.
     """
-    packages = list(dict.fromkeys(library.package for library in LIBRARIES.values()))
+    packages = list(dict.fromkeys(map(package_of, LIBRARIES)))
     installed = [package for package in packages if _version(package) is not None]
     if installed == [""]:
         raise InputError("none of the libraries is installed: pip install -e '.[peers]'")
@@ -47,7 +43,7 @@ def observe_all(folder: Path = FOLDER) -> Path:
         if package in found:
             one = {"version": _version(package), **found[package]}
         elif package in old_versions.index:
-            of_package = old_rows["library"].map(lambda name: LIBRARIES[name].package) == package
+            of_package = old_rows["library"].map(package_of) == package
             one = {**old_versions.loc[package], "rows": old_rows[of_package].to_dict("records")}
         else:
             one = {"not_run": "it is not installed"}
@@ -107,12 +103,10 @@ def libraries_table(folder: Path = FOLDER) -> pd.DataFrame:
     table = rows.assign(cell=rows.apply(_cell, axis=1)).pivot_table(
         index="library", columns="probe", values="cell", aggfunc="first", sort=False
     )
-    table.index = [  # the version behind the library's name: accelerate 1.15.0, loader not prepared
-        name.replace(
-            library, f"{library} {versions['version'][LIBRARIES[name].package]}".strip(), 1
-        )
-        for name in table.index
-        for library in [name.partition(",")[0]]
+    packages = {name: name.partition(",")[0] for name in table.index}
+    table.index = [  # such as "accelerate 1.15.0, loader not prepared"
+        name.replace(package, f"{package} {versions['version'][package_of(name)]}".strip())
+        for name, package in packages.items()
     ]
     return table[list(PROBES)].rename_axis(index="library", columns=None)
 

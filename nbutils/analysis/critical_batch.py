@@ -22,12 +22,12 @@ from nbutils.analysis.intervals import student_quantile
 from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
+SIZE = ["optimizer", "effective_batch_size"]
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
 """Of Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training",
 section 4.1, from small batches to large ones; see `regime_borders`."""
 
-SAVED = (0.8, 0.2)
-"""Shares of the ideal saving that separate the regimes. The paper names no borders: our choice."""
+SAVED = (0.8, 0.2)  # shares of the ideal saving that separate the regimes: our choice
 
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
@@ -43,7 +43,7 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     accuracies = by_run["validation_accuracy"]
     epochs = accuracies.agg(lambda curve: first_crossing(1 - curve.to_numpy(), 1 - target))
     first = by_run.first()
-    keys = ["optimizer", "effective_batch_size", "learning_rate", "seed"]
+    keys = [*SIZE, "learning_rate", "seed"]
     reached = {"epochs": epochs, "updates": epochs * first["updates"]}
     reached["images"] = epochs * first["images_per_epoch"]
     return first[keys].assign(**reached).sort_values(keys, ignore_index=True)
@@ -55,11 +55,11 @@ def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
     That is the one of the smallest mean of `updates` among those at which all seeds arrived. A
     size without such a rate has no rows.
     """
-    size = ["optimizer", "effective_batch_size"]
-    arrived = table.groupby([*size, "learning_rate"]).filter(lambda of: of["updates"].notna().all())
-    means = arrived.groupby([*size, "learning_rate"], as_index=False)["updates"].mean()
-    best = means.sort_values("updates").drop_duplicates(size)
-    return table.merge(best[[*size, "learning_rate"]], on=[*size, "learning_rate"])
+    rate = [*SIZE, "learning_rate"]
+    arrived = table.groupby(rate).filter(lambda runs: runs["updates"].notna().all())
+    means = arrived.groupby(rate)["updates"].mean().reset_index()
+    best = means.sort_values("updates").drop_duplicates(SIZE)
+    return table.merge(best[rate], on=rate)
 
 
 class CriticalBatch(NamedTuple):

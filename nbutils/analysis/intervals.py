@@ -8,9 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-POWER = 0.8
-"""Probability with which an effect of the minimum detectable size is found."""
-
+POWER = 0.8  # the probability with which an effect of the minimum detectable size is found
 NORMAL = NormalDist().inv_cdf(0.975)
 
 

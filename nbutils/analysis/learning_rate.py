@@ -11,17 +11,14 @@ from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import outcomes
 from nbutils.errors import InputError
 
-NOTHING_LEARNT = 0.2
-"""Validation accuracy below which nothing was learnt: twice that of guessing among ten classes."""
-
+NOTHING_LEARNT = 0.2  # of accuracies below: twice that of guessing among ten classes
+KEYS = ["optimizer", "effective_batch_size"]
 RULES = {"linear": 1.0, "square root": 0.5}
 """Scaling rules: the power of the batch size to which the learning rate is proportional.
 
 Sources: Goyal et al. (2017), "Accurate, Large Minibatch SGD", for SGD; Malladi et al. (2022), "On
 the SDEs and Scaling Rules for Adaptive Gradient Algorithms", for Adam.
 """
-
-KEYS = ["optimizer", "effective_batch_size"]
 
 
 def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
@@ -129,7 +126,7 @@ def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame
     }
     for rule, rows in rules.set_index(KEYS).groupby("rule"):
         fits = rows["fits"].map({True: ", within", False: ", outside"})
-        shown[rule] = rows["learning_rate"].map("{:.2g}".format) + fits
+        shown[str(rule)] = rows["learning_rate"].map("{:.2g}".format) + fits
     return pd.DataFrame(shown).rename_axis(["optimizer", "images per update"])
 
 

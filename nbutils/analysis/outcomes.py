@@ -16,7 +16,6 @@ In the first five seeds of `batch-size` that was 84 % of the variance between se
 32). The rule was chosen after these seeds were known: see `CONFIRMING` in `claims`."""
 
 METRICS = ["train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy"]
-"""Columns of a history whose outcome is a mean over the last epochs."""
 
 
 def late_epochs(epochs: int) -> int:
@@ -46,21 +45,25 @@ def setting_name(batch_size: int, accumulation_steps: int) -> str:
     return f"{batch_size}" if accumulation_steps == 1 else f"{accumulation_steps} x {batch_size}"
 
 
-def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column `setting`, in the order in which settings are to be shown.
-
-    Batch size and accumulation steps always show ("128", "8 x 128"), other fields of `RunConfig`
-    where they vary, the seed never.
-    """
+def varying(runs: pd.DataFrame) -> list[str]:
+    """The fields of `RunConfig` that vary, but for batch size, accumulation steps and seed."""
     always = ["batch_size", "accumulation_steps", "seed"]
     fields = [name for name in RunConfig.field_names() if name not in always and name in runs]
-    varying = [name for name in fields if len(runs[name].dropna().unique()) > 1]
+    return [name for name in fields if len(runs[name].dropna().unique()) > 1]
+
+
+def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
+    """`runs` with a column `setting`, such as "8 x 128, norm group", in the order to be shown.
+
+    It names the fields that are `varying` too, never the seed.
+    """
+    fields = varying(runs)
 
     def setting(row: pd.Series) -> str:
         size = setting_name(row["batch_size"], row["accumulation_steps"])
-        return ", ".join([size, *(f"{field} {row[field]}" for field in varying)])
+        return ", ".join([size, *(f"{field} {row[field]}" for field in fields)])
 
-    order = ["effective_batch_size", "accumulation_steps", *varying, "seed", "epoch"]
+    order = ["effective_batch_size", "accumulation_steps", *fields, "seed", "epoch"]
     named = runs.sort_values(order, ignore_index=True)
     first = named.drop_duplicates("run_id").set_index("run_id")
     return named.assign(setting=named["run_id"].map(first.apply(setting, axis=1)))
@@ -69,8 +72,7 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
 def first_crossing(errors: np.ndarray, target: float) -> float:
     """Epochs until an error of at most `target`, from those after each epoch; NaN if there is none.
 
-    Between epochs their logarithm is taken to fall evenly. What is reached in the first epoch
-    counts as reached at its end: an upper bound.
+    Between epochs their logarithm falls evenly. The end of the first epoch is an upper bound.
     """
     reached = np.flatnonzero(errors <= target)
     if len(reached) == 0:

@@ -16,15 +16,10 @@ from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import first_crossing, name_settings, outcomes
 from nbutils.errors import InputError
 
-TIE = 1.25
-"""Times within 25 % of the least count as equal: so much do those of one setting differ."""
-
-STABLE = 0.8
-"""The share of resamples in which a setting must be among the cheapest to be named."""
-
+TIE = 1.25  # times within 25 % of the least count as equal: those of one setting differ as much
+STABLE = 0.8  # the share of resamples in which a setting must be among the cheapest to be named
 RESAMPLES = 1000
-FEWEST_SEEDS = 3
-"""Seeds from which on a share of resamples means something."""
+FEWEST_SEEDS = 3  # from so many on, a share of resamples means something
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes
 from nbutils.errors import InputError
 
-BASELINE = "128"
-"""The setting that others are compared with, where a study has it: the blog post's."""
+BASELINE = "128"  # the blog post's: others are compared with it where a study has it
 
 
 def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) -> pd.DataFrame:

@@ -24,9 +24,7 @@ from nbutils.analysis.effects import MARGIN, Answers, Effect, lead, points, pred
 from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import setting_name
 
-HARMFUL = 8
-"""The largest micro-batch at which BatchNorm is expected to do harm."""
-
+HARMFUL = 8  # the largest micro-batch at which BatchNorm is expected to do harm
 SAME_MEMORY = 1.25
 """Peaks of memory within this ratio count as the same: the allocator's holes vary as much. Fixed
 after first measurements."""
@@ -88,7 +86,7 @@ def _verdict(key: str, *words: str, **values: Any) -> Verdict:
     return Verdict(number, texts["claim"], texts["shows"], verdict, texts["details"])
 
 
-def _word(otherwise: str = "open", **cases: bool) -> str:
+def _word(otherwise: str = "open", **cases: bool | np.bool) -> str:
     """The name of the first case that is true. An interval that is not known makes none true."""
     return next((name.replace("_", " ") for name, true in cases.items() if true), otherwise)
 
@@ -135,8 +133,9 @@ def _faster(answers: Answers) -> Verdict:
         ends = runs.groupby("batch_size")["validation_accuracy"].max()
         return _verdict("3 without target", "open", small=ends[32], large=ends[1024])
     reached = runs[runs["validation_accuracy"] >= target]
-    when = {"index": "seed", "columns": "batch_size", "aggfunc": "min"}
-    first = reached.pivot_table(values=["epoch", "updates"], **when).dropna()
+    first = reached.pivot_table(
+        index="seed", columns="batch_size", values=["epoch", "updates"], aggfunc="min"
+    ).dropna()
     epochs, updates = first["epoch"], first["updates"]
     gap = epochs[1024] - epochs[32]
     low, high = mean_interval(gap.to_numpy())

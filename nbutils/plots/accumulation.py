@@ -12,43 +12,40 @@ from numpy.typing import ArrayLike
 from nbutils.analysis.intervals import mean_interval
 from nbutils.plots import style
 
-FIRST, LAST = 3, 2
-"""Updates that `plot_windows` draws from the beginning and from the end of an epoch."""
+FIRST, LAST = 3, 2  # updates of an epoch that `plot_windows` draws from its beginning and end
 
 
 def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
     """The windows of an epoch: one row of blocks per update, one block per micro-batch.
 
-    A block is as wide as its micro-batch has images, and says how many. Blocks of a size that
-    differs from the first one, and the sum of a window that is smaller than the first one, are
-    red and hatched. The axes should be about 0.5 inches high for each row.
+    Blocks are as wide as their images are many. What differs from the first block, or is less than
+    the first window, is red and hatched. The axes should be about 0.5 inches high for each row.
     """
-    rows: list[int | None] = list(range(len(sizes)))
+    rows = {f"update {update:,}": window for update, window in enumerate(sizes, start=1)}
     usual, whole = sizes[0][0], sum(sizes[0])
     if len(sizes) > FIRST + LAST:
-        rows[FIRST:-LAST] = [None]
+        shown = list(rows.items())
+        rows = dict([*shown[:FIRST], ("...", ()), *shown[-LAST:]])
         text = f"{len(sizes) - FIRST - LAST:,} more updates of {whole:,} images"
         ax.text(whole / 2, FIRST, text, ha="center", va="center", color="0.4")
-    for place, update in enumerate(rows):
-        if update is None:
-            continue
+    for place, window in enumerate(rows.values()):
         left, note = 0, ""
-        for images in sizes[update]:
+        for images in window:
             odd = images != usual
             face, edge, hatch = ("white", style.RED, "///") if odd else ("#7fb8c4", "white", None)
             ax.barh(place, images, 0.76, left, color=face, ec=edge, hatch=hatch, lw=1.5)
             if images < whole / 40:
-                note = f", the last block has {images}"
+                note = f", the last block has {images}" if odd else ""
             else:
                 middle, box = left + images / 2, {"facecolor": face, "edgecolor": "none", "pad": 1}
                 ax.text(middle, place, str(images), ha="center", va="center", size=9, bbox=box)
             left += images
         short = left < whole
-        text = f" {left:,} images{note if odd else ''}" if len(sizes[update]) > 1 or short else ""
-        ax.text(left, place, text, va="center", color=style.RED if short else "0.15")
+        if window and (short or len(window) > 1):
+            colour = style.RED if short else "0.15"
+            ax.text(left, place, f" {left:,} images{note}", va="center", color=colour)
     ax.set(xlim=(0, 1.2 * whole), ylim=(len(rows) - 0.5, -0.5), xlabel="images of one update")
-    names = ["..." if update is None else f"update {update + 1:,}" for update in rows]
-    ax.set_yticks(range(len(rows)), names)
+    ax.set_yticks(range(len(rows)), list(rows))
     ax.set_xticks([0, whole])
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)
@@ -57,13 +54,11 @@ def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
 def plot_gradient_sum(
     axes: Sequence[Axes], micro: ArrayLike, total: ArrayLike, large: ArrayLike
 ) -> None:
-    """What the gradients of micro-batches add up to, beside the gradient of one large batch.
+    """What the gradients of micro-batches add up to (upper axes), beside that of one large batch.
 
-    A gradient is drawn as the small images of its filters, first channel only: purple is negative,
-    orange positive, white zero. Each of the two axes, one above the other, has a scale of its own,
-    since the mean is smaller than what it is of. `micro` are the gradients of the mean loss of
-    each micro-batch, shape (micro-batches, filters, channels, height, width), `total` is what they
-    accumulate to, `large` the gradient of all these images in one batch.
+    Filters are drawn as small images, first channel only: purple is negative, orange positive.
+    `micro` are the gradients of the mean loss of each micro-batch, shape (micro-batches, filters,
+    channels, height, width), `total` is what they accumulate to, `large` that of one batch.
     """
     mean, whole = np.asarray(total), np.asarray(large)
     difference = mean - whole
@@ -97,10 +92,7 @@ def _tiles(filters: np.ndarray) -> np.ndarray:
 
 
 def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> None:
-    """Differences of each rung on a log axis, and the limit that each must stay below.
-
-    `table` is from `nbutils.accumulation.equivalence.ladder`; it has one mark per row and rung.
-    """
+    """Differences of each rung of `accumulation.equivalence.ladder`, and the limit of each."""
     by_optimizer = table.groupby("optimizer")
     for number, (optimizer, rows) in enumerate(by_optimizer):
         places = np.arange(len(limits)) + 0.2 * (number - (len(by_optimizer) - 1) / 2)
@@ -119,17 +111,14 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> N
 def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
     """How the weights of two trainings drift apart: one line per precision and optimizer.
 
-    `table` is from `nbutils.accumulation.equivalence.drift`, with columns `precision` and
-    `optimizer`; where it has several rows per update, their mean is drawn.
+    `table` is from `accumulation.equivalence.drift`, with columns `precision` and `optimizer`.
     """
-    colours = dict(
-        zip(table["precision"].unique(), (style.PURPLE, "#2d9e8f", "#8a8a00"), strict=False)
-    )
-    dashes = dict(zip(table["optimizer"].unique(), ("-", "--", ":"), strict=False))
+    precisions, optimizers = list(table["precision"].unique()), list(table["optimizer"].unique())
     for (precision, optimizer), rows in table.groupby(["precision", "optimizer"], sort=False):
-        look = {"color": colours[precision], "linestyle": dashes[optimizer], "linewidth": 2}
+        colour = (style.PURPLE, "#2d9e8f", "#8a8a00")[precisions.index(precision)]
+        dashes = ("-", "--", ":")[optimizers.index(optimizer)]
         means = rows.groupby("update")["weights"].mean()
-        ax.plot(means, label=f"{precision}, {optimizer}", **look)
+        ax.plot(means, dashes, color=colour, label=f"{precision}, {optimizer}", linewidth=2)
     ax.set(yscale="log", xlabel="updates", ylabel="relative difference of the weights")
     style.label_ends(ax)
 
@@ -137,10 +126,8 @@ def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
 def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
     """What each wrong loop does to the gradient (left) and to the test error (right).
 
-    `damage` is from `pitfalls.measure_damage`; its first loop is the right one, which is drawn in
-    another colour. Errors of the gradient are on a log axis, one dot per seed. The test error is
-    shown as the difference to the right loop with the same start, in points, with its mean and
-    95 % interval; beyond 1 point the axis is logarithmic.
+    `damage` is from `pitfalls.measure_damage`; its first loop, the right one, is red. The test
+    error is shown as the difference to that loop with the same start, with its 95 % interval.
     """
     left, right = axes
     loops = damage["loop"].unique()
@@ -163,5 +150,5 @@ def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
     right.set_xticks([-10, -1, 0, 1, 10, 90], ["-10", "-1", "0", "+1", "+10", "+90"])
     right.set(xlabel="test error less the right loop's (points)", title="The test error")
     right.set_yticks(range(len(loops)), [""] * len(loops))
-    for ax in axes:
-        ax.invert_yaxis()
+    left.invert_yaxis()
+    right.invert_yaxis()

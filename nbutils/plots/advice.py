@@ -9,9 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nbutils.plots.style import RED, fixed_ticks
-
-PURPLE, GREEN, GREY = "#440154", "#29af7f", "0.6"
+from nbutils.plots.style import GREEN, PURPLE, RED, fixed_ticks, legend_beside
 
 
 def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
@@ -22,15 +20,16 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     dashes = iter(("--", ":", "-."))
     trained = race.astype({"validation_loss": float})[race["seconds"] > 0]
     for name, of_setting in trained.groupby("setting", sort=False):
-        roles = [role for role, n in (("advised", advised), ("usual", usual)) if n == name]
-        look: dict[str, Any] = {
-            "color": PURPLE if name == advised else RED if name == usual else GREY
-        }
-        look |= {"linestyle": "-" if roles else next(dashes), "zorder": 2 + len(roles)}
-        label = f"{name} ({', '.join(roles)})" if roles else str(name)
+        roles = {"advised": advised, "usual": usual}
+        held = [role for role, setting in roles.items() if setting == name]
+        look: dict[str, Any] = {"color": "0.6", "linewidth": 1.2, "label": str(name)}
+        look |= {"linestyle": "-" if held else next(dashes), "zorder": 2 + len(held)}
+        if held:
+            look |= {"label": f"{name} ({', '.join(held)})", "linewidth": 2.5}
+            look["color"] = PURPLE if name == advised else RED
         for start, points in of_setting.groupby("start"):
-            width, alpha = (2.5 if roles else 1.2, 1.0) if start == 0 else (1.2, 0.5)
-            look |= {"linewidth": width, "alpha": alpha, "label": None if start else label}
+            if start:
+                look |= {"linewidth": 1.2, "alpha": 0.5, "label": None}
             ax.plot(points["seconds"], points["validation_loss"], **look)
     ax.set(yscale="log", xlabel="seconds of training", ylabel="validation loss")
     ax.set_title("The race: lowest at the end wins")
@@ -39,23 +38,19 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     if 0 < low < first:
         ax.set_ylim(low * 0.9, first * 1.05)
         fixed_ticks(ax.yaxis, _round_ticks(low, first))
-    ax.legend(title="images per update, rate", loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(ax, title="images per update, rate")
 
 
 def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: str) -> None:
-    """Speed, memory, and the time to get equally far, against examples (`noun`) per update.
+    """Speed, memory, and the time to get equally far, of `Advice.costs`, on three axes.
 
-    The three `axes` show `Advice.costs`; bars reach down to the slowest measurement.
+    `noun` names the examples. Bars reach down to the slowest measurement.
     """
-    whole = costs["accumulation_steps"] == 1
-    for label, kind, colour, line in (
-        ("one micro-batch", whole, PURPLE, "-"),
-        ("accumulated", ~whole, GREEN, "--"),
-    ):
-        part = costs[kind]
+    for accumulated, part in costs.groupby(costs["accumulation_steps"] > 1):
         size, speed = part["effective_batch_size"], part["images_per_second"]
-        look: dict[str, Any] = {"color": colour, "ls": line}
-        look["label"] = label if len(part) else None
+        look: dict[str, Any] = {"color": PURPLE, "ls": "-", "label": "one micro-batch"}
+        if accumulated:
+            look = {"color": GREEN, "ls": "--", "label": "accumulated"}
         axes[0].errorbar(size, speed, [speed - part["slowest"], 0 * speed], fmt="o", **look)
         axes[1].plot(size, part["peak_memory"] / 1e6, "o", **look)
         axes[2].plot(size, part["relative_time"], "o", **look)
@@ -69,14 +64,13 @@ def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: st
         ax.axvline(advised, color="0.5", linestyle=":", label="advised")
         sizes = sorted(costs["effective_batch_size"].unique())
         fixed_ticks(ax.xaxis, sizes[::2] if len(sizes) > 6 else sizes)
-    axes[2].legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(axes[2])
 
 
 def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, same: bool) -> None:
-    """Validation loss after equally many updates at each rate, with 95 % intervals.
+    """Validation loss after equally many updates at each rate of `Advice.rates`, with intervals.
 
-    Of `Advice.rates`, tried at `rates_at` examples per update; is that the `same` as is advised?
-    Rates that diverged are crosses at the top.
+    They were tried at `rates_at` examples per update; is that the `same` as is advised?
     """
     rates = rates.astype({"validation_loss": float, "low": float, "high": float})
     learnt = rates[rates["outcome"] != "diverged"]
@@ -84,8 +78,8 @@ def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, sam
     spread = [loss - learnt["low"], learnt["high"] - loss]
     ax.errorbar(learnt["learning_rate"], loss, spread, fmt="o-", color=PURPLE, capsize=4)
     best = learnt[learnt["best"]]
-    look: dict[str, Any] = {"mfc": "none", "color": GREEN, "ls": "none"}
-    ax.plot(best["learning_rate"], best["validation_loss"], "o", ms=12, **look, label="lowest here")
+    look: dict[str, Any] = {"mfc": "none", "color": GREEN, "label": "lowest here"}
+    ax.plot(best["learning_rate"], best["validation_loss"], "o", ms=12, **look)
     where = "advised" if same else "advised, at another size"
     ax.axvline(advised, color="0.5", linestyle=":", label=where)
     top = 1.1 * learnt["high"].max()
@@ -96,7 +90,7 @@ def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, sam
     ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
     ax.set_ylim(min(0.0, 1.1 * learnt["low"].min()), 1.05 * top)
     ax.set_title(f"Learning rates at {rates_at} per update")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    legend_beside(ax)
 
 
 def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:

@@ -16,14 +16,11 @@ COSTS = {
     "seconds_per_update": ("seconds per update", 1.0),
     "images_per_second": ("images per second", 1.0),
 }
-"""What `plot_cost` and `plot_cost_map` show: its name on an axis, and the factor to its unit."""
+"""Columns of `nbutils.measure.cost.measure_grid`: their names, and the factors to their units."""
 
 
 def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """One of `COSTS` over batch size and accumulation steps: medians, colours on a log scale.
-
-    `table` is from `nbutils.measure.cost.measure_grid`.
-    """
+    """The medians of one of `COSTS` over batch size and accumulation steps."""
     import seaborn as sns  # takes over a second
 
     name, factor = COSTS[column]
@@ -39,33 +36,26 @@ def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
 
 
 def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
-    """One of `COSTS` against images per update: a thick line in one pass, else one per micro-batch.
+    """One of `COSTS` against images per update: a line in one pass (thick) and per micro-batch.
 
-    Points are medians, bars reach from the lowest to the highest measurement. `table` is from
-    `nbutils.measure.cost.measure_grid`.
+    Points are medians, bars reach from the lowest to the highest measurement.
     """
     name, factor = COSTS[column]
     sizes = ["batch_size", "accumulation_steps", "effective_batch_size"]
     groups = table.assign(value=table[column] * factor).groupby(sizes)["value"]
     points = groups.agg(["median", "min", "max"]).dropna().reset_index()
     whole = points["accumulation_steps"] == 1
-    colours = style.batch_size_colours(points["batch_size"][~whole])
-    lines: dict[str, tuple[pd.DataFrame, Any]] = {"the whole batch": (points[whole], "0.25")}
-    for size, colour in colours.items():
-        lines[f"passes of {size}"] = points[points["batch_size"] == size], colour
-    for number, (label, (line, colour)) in enumerate(lines.items()):
-        median = line["median"]
-        ax.errorbar(
-            line["effective_batch_size"] * 1.025**number,  # side by side, so that bars show
-            median,
-            yerr=[median - line["min"], line["max"] - median],
-            elinewidth=1,
-            marker=style.MARKERS[number % len(style.MARKERS)],
-            linewidth=1.5 if number else 3,
-            linestyle="--" if number else "-",
-            color=colour,
-            label=label,
-        )
+    lines = {"the whole batch": points[whole]}
+    for size in sorted(points["batch_size"][~whole].unique()):
+        lines[f"passes of {size}"] = points[points["batch_size"] == size]
+    colours = ["0.25", *style.shades(len(lines) - 1)]
+    for number, (label, line) in enumerate(lines.items()):
+        x = line["effective_batch_size"] * 1.025**number  # side by side, so that bars show
+        ends = line[["min", "median", "max"]].diff(axis=1)[["median", "max"]].to_numpy().T
+        look: dict[str, Any] = {"label": label, "color": colours[number], "elinewidth": 1}
+        look |= {"linestyle": "--", "linewidth": 1.5} if number else {"linewidth": 3}
+        look["marker"] = style.MARKERS[number % len(style.MARKERS)]
+        ax.errorbar(x, line["median"], yerr=ends, **look)
     if column == "images_per_second":
         ax.set_ylim(0)
     else:
@@ -77,10 +67,9 @@ def plot_cost(ax: Axes, table: pd.DataFrame, column: str) -> None:
 
 
 def plot_search(ax: Axes, tried: Mapping[int, int | None], limit: int) -> None:
-    """The sizes that `largest_batch_size` tried, numbered, and the bytes that fit, as a line.
+    """The peaks (bytes) of the sizes that `largest_batch_size` tried, numbered, and the limit.
 
-    `tried` are peaks in bytes by batch size, in the order of the tries; None where memory ran out,
-    which is not drawn.
+    None, where memory ran out, is not drawn.
     """
     name, factor = COSTS["peak_memory"]
     ax.axhline(limit * factor, color="0.4", linestyle="--", label="limit")

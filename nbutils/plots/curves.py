@@ -23,11 +23,10 @@ METRIC_NAMES = {
     "validation_accuracy": "validation accuracy (after the epoch)",
     "test_accuracy": "test accuracy (after the epoch)",
 }
-PROGRESS_NAMES = {"epoch": "epoch", "updates": "updates", "seconds": "seconds of training"}
 
+SETTINGS = "images per update; accumulated: steps x micro-batch"
 BAR_SEEDS = 3
-"""Seeds of each setting from which on curves have intervals. Student's interval of two seeds is
-13 standard errors wide on either side: it would hide the curves and say nothing."""
+"""Seeds from which on curves have intervals: those of two are 13 standard errors wide."""
 
 
 def plot_accuracy(
@@ -40,9 +39,8 @@ def plot_accuracy(
     """How a metric of the runs of `load_runs` develops: one line per setting, its mean over seeds.
 
     The darker a line, the more images per update; accumulated settings are dashed. Marks with
-    bars, 95 % intervals of the mean from `BAR_SEEDS` seeds on, take turns: at each epoch only some
-    lines have one. Seconds are those of the fastest seed at each epoch. Accuracies are on an axis
-    stretched towards 100 %, errors (wrong answers in percent) on a log axis.
+    95 % intervals (from `BAR_SEEDS` seeds on) take turns at the epochs. Seconds are those of the
+    fastest seed at each epoch.
     """
     runs = name_settings(runs)
     runs["value"] = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
@@ -52,21 +50,14 @@ def plot_accuracy(
     for number, (setting, rows) in enumerate(settings):
         epochs = rows.groupby("epoch")
         mean, spread = means_with_bars(epochs["value"])
+        size, steps = rows[["effective_batch_size", "accumulation_steps"]].iloc[0]
         turn = (number % len(mean), len(settings))
-        whole = rows["accumulation_steps"].iloc[0] == 1
-        ax.errorbar(
-            epochs[against].min(),
-            mean,
-            yerr=spread if bars else None,
-            errorevery=turn,
-            markevery=turn,
-            label=setting,
-            color=colours[rows["effective_batch_size"].iloc[0]],
-            marker=style.MARKERS[number % len(style.MARKERS)],
-            linestyle="-" if whole else style.ACCUMULATED,
-            linewidth=1.8,
-            elinewidth=1.2,
-        )
+        look: dict[str, Any] = {"label": setting, "color": colours[size], "linewidth": 1.8}
+        look |= {"markevery": turn, "marker": style.MARKERS[number % len(style.MARKERS)]}
+        look["linestyle"] = "-" if steps == 1 else style.ACCUMULATED
+        if bars:
+            look |= {"yerr": spread, "errorevery": turn, "elinewidth": 1.2}
+        ax.errorbar(epochs[against].min(), mean, **look)
     # The limits come from all metrics, so that panels side by side have one scale.
     _accuracy_axis(ax, runs[list(METRIC_NAMES)].to_numpy(), scale)
     _progress_axis(ax, against, runs[against])
@@ -82,19 +73,16 @@ def plot_overlay(
 ) -> None:
     """Validation accuracy of a few runs, one over the other, so that equal ones can be seen.
 
-    `histories` are `RunResult.history` by name, such as "128", "1024", "8 x 128". A name with
-    " x " is drawn dashed and thin, over the thick line that it should coincide with.
+    `histories` are `RunResult.history` by name; what has a name like "8 x 128" is dashed and thin.
     """
     metric = "validation_accuracy"
     colours = style.shades(len(histories), 0.3)
-    for marker, colour, (name, history) in zip(
-        style.MARKERS, colours, histories.items(), strict=False
-    ):
+    for number, (name, history) in enumerate(histories.items()):
         look: dict[str, Any] = {"linewidth": 4, "alpha": 0.7, "markersize": 8}
         if " x " in name:
-            look = {"linewidth": 1.8, "linestyle": style.ACCUMULATED, "markerfacecolor": "white"}
-            look["zorder"] = 3
-        ax.plot(history[against], history[metric], color=colour, marker=marker, label=name, **look)
+            look = {"linewidth": 1.8, "linestyle": style.ACCUMULATED, "mfc": "white", "zorder": 3}
+        look |= {"color": colours[number], "marker": style.MARKERS[number], "label": name}
+        ax.plot(history[against], history[metric], **look)
     together = pd.concat(list(histories.values()))
     _accuracy_axis(ax, together[metric].to_numpy())
     _show_lowest(ax, together[metric])
@@ -144,10 +132,7 @@ def _progress_axis(ax: Axes, against: Progress, values: pd.Series) -> None:
     else:
         ax.set_xscale("log")
         style.plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
-    ax.set_xlabel(PROGRESS_NAMES[against])
-
-
-SETTINGS = "images per update; accumulated: steps x micro-batch"
+    ax.set_xlabel("seconds of training" if against == "seconds" else against)
 
 
 def means_with_bars(groups: Any) -> tuple[pd.Series, np.ndarray]:
@@ -158,10 +143,9 @@ def means_with_bars(groups: Any) -> tuple[pd.Series, np.ndarray]:
 
 
 def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
-    """A value in [0, 1] of each of the runs: pale dots, and each setting's mean with its interval.
+    """A value in [0, 1] of each run (one row each): pale dots, and each setting's mean, interval.
 
-    A setting's mark is a circle without accumulation and a diamond with it. `runs` has one row per
-    run, `values` are in its order.
+    A setting's mark is a circle without accumulation and a diamond with it.
     """
     table = name_settings(runs.assign(value=values))
     settings = table.groupby("setting", sort=False)
@@ -181,9 +165,9 @@ def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
 
 
 def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
-    """The mean outcome of each kind of normalisation, with its 95 % interval.
+    """The mean outcome of each normalisation, with its 95 % interval; accuracies as errors.
 
-    `runs` of `load_runs` have one effective batch size. Accuracies are drawn as errors in percent.
+    `runs` of `load_runs` have one effective batch size.
     """
     final = outcomes(runs).sort_values("batch_size", ascending=False)
     is_accuracy = metric.endswith("accuracy")
@@ -191,19 +175,13 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     sizes = zip(final["batch_size"], final["accumulation_steps"], strict=True)
     final["setting"] = [setting_name(*size) for size in sizes]
     norms, places = final.groupby("norm"), pd.Index(final["setting"].unique())
+    colours = style.shades(len(norms))
     for number, (norm, rows) in enumerate(norms):
         mean, spread = means_with_bars(rows.groupby("setting", sort=False)["value"])
-        ax.errorbar(
-            places.get_indexer(mean.index) + 0.12 * (number - (len(norms) - 1) / 2),
-            mean,
-            yerr=spread,
-            label=norm,
-            color=style.shades(len(norms))[number],
-            marker=style.MARKERS[number],
-            linestyle=["-", "--", "-.", ":"][number],
-            ms=7,
-            capsize=4,
-        )
+        beside = places.get_indexer(mean.index) + 0.12 * (number - (len(norms) - 1) / 2)
+        look: dict[str, Any] = {"label": norm, "ms": 7, "capsize": 4, "color": colours[number]}
+        look |= {"marker": style.MARKERS[number], "linestyle": ["-", "--", "-.", ":"][number]}
+        ax.errorbar(beside, mean, yerr=spread, **look)
     ax.set_xticks(range(len(places)), places)
     name = metric.replace("_", " ").replace("accuracy", "error (%)")
     ax.set(xlabel=SETTINGS, ylabel=name)

@@ -21,10 +21,7 @@ WIDE = {"width": "210px"}
 
 
 class Playground(widgets.HBox):
-    """Controls, by the text above each, beside the `figure` that the subclass's `plot` draws.
-
-    Where no kernel runs, such as on the web, the figure is shown without the controls.
-    """
+    """Controls, by the text above each, beside the `figure` that the subclass's `plot` draws."""
 
     def __init__(self, controls: dict[str, Any]) -> None:
         fits = {"width": "calc(100% - 240px)", "max_width": "760px", "height": "auto"}
@@ -40,12 +37,11 @@ class Playground(widgets.HBox):
         return "Run this cell in JupyterLab to choose what is drawn."
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """The controls, and the figure for who cannot show them."""
+        """The controls, and the figure for who cannot show them, such as pages on the web."""
         data = super()._repr_mimebundle_(**kwargs)
         data["image/png"] = base64.b64encode(self.picture.value).decode()
         if os.environ.get("TQDM_DISABLE"):
-            # Nobody is looking: the output is stored, and JupyterLab would look for the controls
-            # of a kernel that is gone.
+            # The output is stored: JupyterLab would look for the controls of a kernel that is gone.
             del data["application/vnd.jupyter.widget-view+json"]
         return data
 
@@ -69,13 +65,13 @@ class Explorer(Playground):
     def __init__(self, runs: pd.DataFrame) -> None:
         self.runs = name_settings(runs)
 
-        def several(options: list[Any], rows: int) -> widgets.SelectMultiple:
-            rows = min(rows, len(options))
-            return widgets.SelectMultiple(options=options, value=options, rows=rows, layout=WIDE)
+        def several(options: Any, most: int) -> widgets.SelectMultiple:
+            rows = {"rows": min(most, len(options)), "layout": WIDE}
+            return widgets.SelectMultiple(options=list(options), value=list(options), **rows)
 
         metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
-        self.settings = several(self.runs["setting"].unique().tolist(), rows=9)
-        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), rows=5)
+        self.settings = several(self.runs["setting"].unique(), most=9)
+        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), most=5)
         self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE)
         self.against = widgets.Dropdown(options=get_args(Progress), layout=WIDE)
         self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
@@ -105,8 +101,8 @@ class Explorer(Playground):
 class LiveCurves(Playground):
     """A slider for the batch size, and a button that trains and adds a curve to the earlier ones.
 
-    `train(batch_size)` returns columns `seconds` and `accuracy`, one row per look. Of the `sizes`,
-    which ascend, `first` is trained at once.
+    `train(batch_size)` returns columns `seconds` and `accuracy`. Of `sizes`, `first` is trained at
+    once.
     """
 
     def __init__(

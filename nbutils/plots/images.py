@@ -16,6 +16,8 @@ from nbutils.plots import style
 if TYPE_CHECKING:
     from nbutils.data.dataset import Dataset, Split
 
+MISREAD = 12  # images that `plot_misread` draws at most
+
 
 def plot_digits(ax: Axes, images: Split, class_names: Sequence[str], columns: int = 16) -> None:
     """The first images of each class, one row per class."""
@@ -39,7 +41,7 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
         if images := len(split.labels):
             counts = np.bincount(split.labels.numpy(), minlength=len(data.class_names))
             shares[f"{name} ({images:,} images)"] = 100 * counts / images
-    colours: Any = ["#31688e", "#35b779", "#c8c8c8"][: len(shares)]
+    colours: Any = ["#31688e", "#35b779", "#c8c8c8"]
     pd.DataFrame(shares, data.class_names).plot.bar(ax=ax, width=0.8, rot=0, color=colours)
     ax.grid(axis="x", visible=False)
     ax.set(xlabel="class", ylabel="share of the images (%)")
@@ -49,11 +51,9 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
 def plot_network(ax: Axes, layers: pd.DataFrame, image: tuple[int, ...] = (1, 28, 28)) -> None:
     """A network as a drawing: what each layer gives, from the image to the classes.
 
-    Channels are drawn as sheets, one behind the other (not all, where there are many), as wide as
-    the image that each holds; the values of a layer without height and width as a column.
-
-    `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14": channels,
-    height, width) and `weights`, how many it learns. The axes should be four times as wide as high.
+    `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14", drawn as
+    some sheets, or "10", as a column) and `weights`, how many it learns. The axes should be four
+    times as wide as high.
     """
     shapes = [image, *(tuple(map(int, text.split(" x "))) for text in layers["activations"])]
     names = ["image", *map(str, layers.index)]
@@ -84,19 +84,17 @@ def plot_misread(
     images: ArrayLike,
     labels: ArrayLike,
     predictions: ArrayLike,
-    most: int = 12,
     class_names: Sequence[str] = "0123456789",
 ) -> None:
-    """The images that most networks get wrong, each with its label and the commonest wrong guess.
+    """The `MISREAD` images that most networks get wrong, with label and commonest wrong guess.
 
-    `images` have the shape (n, 1, height, width), dark is high; `labels` (n,); `predictions`, the
-    class that each network gives each image, (networks, n). At most `most` are drawn, in rows of
-    six that should be 1.6 inches high.
+    Shapes: `images` (n, 1, height, width), dark is high; `labels` (n,); `predictions` (networks,
+    n). They are drawn in rows of six that should be 1.6 inches high.
     """
     pictures, right, guesses = np.asarray(images), np.asarray(labels), np.asarray(predictions)
     wrong = guesses != right
     times_wrong = wrong.sum(0)
-    worst = [int(n) for n in np.argsort(-times_wrong, kind="stable")[:most] if times_wrong[n]]
+    worst = [int(n) for n in np.argsort(-times_wrong, kind="stable")[:MISREAD] if times_wrong[n]]
     height, width = pictures.shape[-2:]
     columns = min(6, max(1, len(worst)))
     for place, number in enumerate(worst):

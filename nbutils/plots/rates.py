@@ -1,6 +1,6 @@
-"""Batch size and learning rate: the map, its cuts, and the scaling rules.
+"""Batch size and learning rate: maps, cuts, rules; updates to a target; the noise scale.
 
-`table` is from `nbutils.analysis.learning_rate.rate_map`, the rows of one optimizer.
+Tables are those of `nbutils.analysis`, the rows of one optimizer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from nbutils.plots import style
 
 
 def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
-    """A map of validation accuracy over batch size and learning rate, both axes logarithmic.
-
-    Cells say the accuracy in percent, or why there is none; bold ones are within noise of the
-    best of their size. Colours follow the logarithm of the error, the paler the better.
-    """
+    """The validation accuracies of `rate_map`, the paler the better; bold: as good as the best."""
     grid = table.pivot_table(
         index="learning_rate", columns="effective_batch_size", values="validation_accuracy"
     )
@@ -30,21 +26,16 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
     edges = _log_edges(grid.columns.to_numpy(float)), _log_edges(grid.index.to_numpy(float))
     ax.pcolormesh(*edges, 1 - grid.to_numpy(), cmap=colours, norm=shade_of, edgecolor="white")
     for _, row in table.iterrows():
-        accuracy, learnt = row["validation_accuracy"], row["outcome"] == "learnt"
-        shade = float(shade_of(1 - accuracy))
-        ax.text(
-            row["effective_batch_size"],
-            row["learning_rate"],
-            f"{100 * accuracy:.1f}" if learnt else row["outcome"],
-            color="black" if shade < 0.4 else "white",
-            fontsize=10 if learnt else 8,
-            fontweight="bold" if row["within_noise"] else "normal",
-            ha="center",
-            va="center",
-            zorder=4,
-            # It hides what is drawn over the map behind the number.
-            bbox={"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5},
-        )
+        text, size = row["outcome"], 8
+        if text == "learnt":
+            text, size = f"{100 * row['validation_accuracy']:.1f}", 10
+        shade = float(shade_of(1 - row["validation_accuracy"]))
+        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "zorder": 4}
+        look["color"] = "black" if shade < 0.4 else "white"
+        look["fontweight"] = "bold" if row["within_noise"] else "normal"
+        # The box hides what is drawn over the map behind the number.
+        look["bbox"] = {"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5}
+        ax.text(row["effective_batch_size"], row["learning_rate"], text, **look)
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="learning rate")
     style.fixed_ticks(ax.xaxis, table["effective_batch_size"])
     style.fixed_ticks(ax.yaxis, table["learning_rate"])
@@ -60,10 +51,7 @@ def _log_edges(centres: np.ndarray) -> np.ndarray:
 
 
 def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> None:
-    """The rates of lowest training loss, and those of each rule, over `plot_rate_map`.
-
-    Both are from `nbutils.analysis.learning_rate`: `ridge`, `scaling_rules`; of one optimizer.
-    """
+    """The rates of lowest training loss of `ridge`, and `scaling_rules`, over `plot_rate_map`."""
     limits = ax.get_ylim()
     for (rule, line), dashes in zip(rules.groupby("rule"), ("-", "--"), strict=True):
         x, y = line["effective_batch_size"], line["learning_rate"]
@@ -77,28 +65,18 @@ def plot_scaling_rules(ax: Axes, ridge: pd.DataFrame, rules: pd.DataFrame) -> No
 
 
 def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> None:
-    """Error against batch size at some rates of the table, and at the best rate of each size.
-
-    Bars are 95 % intervals.
-    """
-    lines = {
-        np.format_float_positional(rate, trim="-"): table[np.isclose(table["learning_rate"], rate)]
-        for rate in sorted(rates)
-    }
+    """Error, with 95 % intervals, against batch size at some rates of `rate_map` and the best."""
+    near = [(rate, np.isclose(table["learning_rate"], rate)) for rate in sorted(rates)]
+    lines = {np.format_float_positional(rate, trim="-"): table[chosen] for rate, chosen in near}
     lines["best of each size"] = table[table["best"]]
     colours = [*style.shades(len(rates)), style.RED]
     for number, (label, line) in enumerate(lines.items()):
-        error = 100 * (1 - line["validation_accuracy"])
-        ax.errorbar(
-            line["effective_batch_size"] * 1.03**number,  # side by side, so that bars show
-            error,
-            yerr=[error - 100 * (1 - line["high"]), 100 * (1 - line["low"]) - error],
-            capsize=3,
-            color=colours[number],
-            linestyle="-" if number < len(rates) else "--",
-            marker=style.MARKERS[number],
-            label=label,
-        )
+        sizes = line["effective_batch_size"] * 1.03**number  # side by side, so that bars show
+        errors = 100 * (1 - line[["high", "validation_accuracy", "low"]])
+        look: dict[str, Any] = {"color": colours[number], "marker": style.MARKERS[number]}
+        look |= {"linestyle": "-" if number < len(rates) else "--", "label": label, "capsize": 3}
+        ends = errors.diff(axis=1)[["validation_accuracy", "low"]].to_numpy().T
+        ax.errorbar(sizes, errors["validation_accuracy"], yerr=ends, **look)
     ax.set(xscale="log", yscale="log", xlabel="images per update", ylabel="validation error")
     style.fixed_ticks(ax.xaxis, table["effective_batch_size"])
     style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
@@ -106,11 +84,9 @@ def plot_fixed_rates(ax: Axes, table: pd.DataFrame, rates: Sequence[float]) -> N
 
 
 def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
-    """The noise scale along training: a line through the medians over seeds of each optimizer.
+    """The measurements of `noise_along_training`, and their medians over seeds by optimizer.
 
-    Marks are measurements with their 95 % intervals, those of different seeds side by side. An
-    interval without an upper end reaches to the top of the axis. `table` is from
-    `nbutils.measure.along_training.noise_along_training`.
+    An interval without an upper end reaches to the top of the axis.
     """
     finite = table[["low", "value", "high"]].replace([np.inf, 0.0], np.nan)
     top, bottom = 3000.0, 1.0  # where no end of an interval is known
@@ -137,12 +113,10 @@ def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
 def plot_updates_to_target(
     ax: Axes, fastest: pd.DataFrame, critical: CriticalBatch, missing: Sequence[int] = ()
 ) -> None:
-    """Updates to a target against batch size, the fitted curve, and the three regimes.
+    """The runs of `fastest_rates` against batch size, the fitted curve, and the three regimes.
 
-    Dots are runs, open ones those that reached it in their first epoch, where it is an upper
-    bound. The shaded band is the 95 % interval of the critical batch size. Crosses are the
-    `missing` sizes, at which some seed never reached the target at any rate. `fastest` is from
-    `nbutils.analysis.critical_batch.fastest_rates`, one optimizer; `critical` is fitted to it.
+    Open dots reached the target in their first epoch, so they are upper bounds. The band is the
+    interval of the critical batch size; crosses are `missing` sizes, that never reached the target.
     """
     sizes = np.array(sorted({*fastest["effective_batch_size"], *missing}), dtype=float)
     x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
@@ -151,14 +125,10 @@ def plot_updates_to_target(
     ax.plot(x, fit, color=style.PURPLE, label="fit")
     ax.plot(x, np.full_like(x, least), color="0.5", linestyle="--", label="fewest updates")
     ax.plot(x, most / x, color="0.5", linestyle=":", label="perfect scaling")
-    first = fastest["epochs"] <= 1
-    for name, runs, fill in (
-        ("run", fastest[~first], style.GREEN),
-        ("run, at most", fastest[first], "white"),
-    ):
-        if len(runs):
-            points = runs["effective_batch_size"], runs["updates"]
-            ax.plot(*points, "o", color=style.GREEN, markerfacecolor=fill, ms=6, label=name)
+    for first, runs in fastest.groupby(fastest["epochs"] <= 1):
+        fill, label = ("white", "run, at most") if first else (style.GREEN, "run")
+        points = runs["effective_batch_size"], runs["updates"]
+        ax.plot(*points, "o", color=style.GREEN, mfc=fill, ms=6, label=label)
     # Free space above for the names of the regimes, below for the legend.
     highest = max(fastest["updates"].max(), fit.max())
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))

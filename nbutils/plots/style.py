@@ -17,15 +17,9 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-RED, PURPLE, GREEN = "#d1495b", "#440154", "#29af7f"
-"""What stands out from the palette of the batch sizes, and two colours of that palette."""
-
+RED, PURPLE, GREEN = "#d1495b", "#440154", "#29af7f"  # one beside viridis, two of it
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
-"""Marks of lines that are drawn together, so that they differ without colour too."""
-
-ACCUMULATED = (0, (4, 1.5))
-"""The dashes of accumulated settings."""
-
+ACCUMULATED = (0, (4, 1.5))  # the dashes of accumulated settings
 ACCURACY_TICKS = (
     *(0.5, 0.9, 0.99, 0.999, 0.9999),
     *(0.2, 0.8, 0.95, 0.98, 0.995, 0.998, 0.9995),
@@ -43,8 +37,8 @@ def use_style() -> None:
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write `<folder>/<name>.svg`, the same bytes on every machine, and return its path.
 
-    Processors differ in the last bits of a coordinate, and matplotlib derives the names of parts
-    from coordinates. So numbers are rounded to 6 digits, and names become running numbers.
+    Processors differ in the last bits of coordinates, from which matplotlib derives names of parts:
+    so numbers are rounded to 6 digits, and names become running numbers.
     """
     path = Path(folder, f"{name}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,21 +56,20 @@ def _round_numbers(attribute: re.Match[str]) -> str:
 
 
 def shades(number: int, start: float = 0.2, end: float = 1.0) -> np.ndarray:
-    """`number` colours from light to dark, of reversed viridis without its palest end."""
+    """`number` colours from light to dark."""
     return mpl.colormaps["viridis_r"](np.linspace(start, end, number))
 
 
 def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, np.ndarray]:
-    """A colour for each effective batch size, from light (small) to dark (large)."""
+    """A colour for each size, from light (small) to dark (large)."""
     sizes = sorted(set(effective_batch_sizes))
     return dict(zip(sizes, shades(len(sizes)), strict=True))
 
 
 def label_ends(ax: Axes, *only: str) -> None:
-    """Write the name of each labelled line (or of those in `only`) at its end, right of the axes.
+    """Write the name of each labelled line (or of those in `only`) beside its end, without overlap.
 
-    Thin lines lead to the ends. Names keep a line's height of distance, as near to their ends as
-    that allows. The limits and scales of the axes must not change any more.
+    The limits and scales of the axes must not change any more.
     """
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
     ends = []
@@ -100,17 +93,9 @@ def label_ends(ax: Axes, *only: str) -> None:
             places[above] += short / 2
     for (name, line, point), place in zip(ends, places, strict=True):
         thin = {"arrowstyle": "-", "linewidth": 1, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
-        ax.annotate(
-            name,
-            point,
-            (1.04, place),
-            xycoords=line.get_transform(),
-            textcoords="axes fraction",
-            va="center",
-            size=10.5,
-            arrowprops={**thin, "color": line.get_color()},
-            annotation_clip=False,
-        )
+        look: dict[str, Any] = {"arrowprops": {**thin, "color": line.get_color()}, "size": 10.5}
+        look |= {"xycoords": line.get_transform(), "textcoords": "axes fraction", "va": "center"}
+        ax.annotate(name, point, (1.04, place), annotation_clip=False, **look)
 
 
 def legend_beside(ax: Axes, **settings: Any) -> None:

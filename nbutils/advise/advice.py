@@ -6,7 +6,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from time import perf_counter
@@ -16,31 +15,22 @@ import pandas as pd
 import torch
 
 from nbutils.advise import race, report
-from nbutils.advise.costs import trial_costs, update_cost
-from nbutils.advise.measurements import trial_noise, trial_rates, typical
-from nbutils.advise.race import candidates, choose, entrants, relative_time, run_race, usual_row
+from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates, typical
 from nbutils.advise.task import Losses, Task, read_task
 from nbutils.advise.trials import Setting
-from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
 from nbutils.measure.memory import free_memory, parse_memory
-from nbutils.measure.process import Factory, OutOfMemory
+from nbutils.measure.process import Factory, in_own_process, start_server
 from nbutils.training.setup import resolve_device
 
-MARGIN = 0.1
-"""Share of the memory budget that is to stay free."""
-
-SHARES = {"costs": 0.25, "noise": 0.1, "rates": 0.2, "race": 0.45}
-"""Of the time budget. The race has its share even if the others overran theirs."""
+MARGIN = 0.1  # the share of the memory budget that is to stay free
+SHARES = {"costs": 0.25, "noise": 0.1, "rates": 0.2, "race": 0.45}  # of the time for measuring
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to train with, why, and what it rests on. All values are plain, for JSON.
-
-    What is not finite is None. Settings are written as in "8 x 128 at 0.001".
-    """
+    """What to train with, why, and what it rests on: plain values, None for what is not finite."""
 
     model: str  # name of its factory
     dataset: str
@@ -62,14 +52,15 @@ class Advice:
     noise_scale: float | None  # in examples, the median along a short training
     noise_scale_range: list[float | None]  # the lowest and the highest end of its intervals
     code: str  # the loop to paste
-    costs: list[dict[str, Any]]  # of `trial_costs`, and two columns of `_measured`
+    costs: list[dict[str, Any]]  # of `trial_costs`; `relative_time` to get equally far, the
+    # advised being 1; and `share_of_whole`: the speed over that of one batch of the same size
     noise: list[dict[str, Any]]  # of `trial_noise`
     rates: list[dict[str, Any]]  # of `trial_rates`
     rates_at: int  # examples per update at which they were tried
     race: list[dict[str, Any]]  # of `run_race`
     settings: list[dict[str, Any]]  # that raced, and `times` the time that they needed
     seconds_taken: float  # all the waiting
-    time_budget: float  # seconds
+    time_budget: float  # of `seconds_taken`
     environment: dict[str, Any]  # versions and hardware
     warnings: Sequence[str] = ()
     reasons: Sequence[str] = ()
@@ -109,9 +100,9 @@ def advise(
     Args:
         model, dataset, losses, collate, columns: As `read_task` takes them.
         memory_budget: What training may add, as bytes or "2GB"; by default what is free.
-        time_budget: For measurements and race, as seconds or "10min". Reading the examples and
-            starting the measuring processes come on top. What is needed at least, such as a search
-            for the largest batch that fits, is made whatever the time.
+        time_budget: For all of it, as seconds or "10min". However long reading takes, half of it is
+            left for measurements and race. What is needed at least, such as a search for the
+            largest batch that fits, is made whatever the time.
         optimizer: "adam" or "sgd" (with momentum 0.9).
         device: As in `RunConfig`, but not "mps".
 
@@ -125,13 +116,16 @@ def advise(
     if isinstance(memory_budget, str):
         memory_budget = parse_memory(memory_budget)
     memory, seconds = memory_budget or free_memory(str(place)), parse_time(time_budget)
+    start_server()  # it loads while the examples are read
     task = read_task(model, dataset, losses, collate, columns, optimizer, place)
-    with suppress(OutOfMemory):  # what takes long only once: starting the measuring processes
-        update_cost(task, 2)
     task.recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
-    mean_interval([0.0, 1.0])  # loads scipy
-    measured, bounded, left_out = _measured(task, memory * (1 - MARGIN), seconds)
+    in_own_process(perf_counter)  # waits for the server
+    left = max(began + seconds - perf_counter(), seconds / 2)
+    measured, bounded, left_out = _measured(task, memory * (1 - MARGIN), left)
     advice = Advice(
+        model=task.model_name,
+        dataset=task.data.name,
+        noun=task.noun,
         optimizer=optimizer,
         device=str(place),
         memory_budget=memory,
@@ -157,55 +151,58 @@ def parse_time(text: str | float) -> float:
 def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any], bool, list[str]]:
     """Costs, noise scale, rates and race: fields of `Advice`.
 
-    The costs get `relative_time` to get equally far, the advised being 1, and `share_of_whole`: the
-    speed of an accumulated update over that of one batch of its size. Then whether memory was the
-    limit, and what was left out.
+    The race has its share of the time even if the others overran theirs. Also whether memory was
+    the limit, and what was left out.
     """
     end, share = perf_counter() + seconds, {name: part * seconds for name, part in SHARES.items()}
     costs, bounded, left_out = trial_costs(task, limit, share["costs"])
-    usual, fitting = usual_row(costs), int(costs["batch_size"].max())
+    usual, fitting = race.usual_row(costs), int(costs["batch_size"].max())
     sizes = min(32, usual.batch_size), usual.images_per_second
     noise, missed = trial_noise(task, *sizes, fitting, limit, share["noise"])
     left_out += missed
-    scale = typical(noise)
-    open_to_choice = candidates(costs, scale[0], not task.batch_norm)
-    first = choose(open_to_choice)
-    sizes = first.batch_size, first.accumulation_steps
+    scale, *scale_range = typical(noise)
+    candidates = race.candidates(costs, scale, not task.batch_norm)
+    first = race.choose(candidates)
     time = min(share["rates"], 0.5 * max(0.0, end - perf_counter()))
+    sizes = first.batch_size, first.accumulation_steps
     rates, missed = trial_rates(task, *sizes, first.images_per_second, time)
     left_out += missed
-    settings = entrants(open_to_choice, usual, rates, task.recipe, bounded)
+    settings = race.entrants(candidates, usual, rates, task.recipe, bounded)
     time = max(share["race"], end - perf_counter())
-    winner, points = run_race(task, settings, time)
-
+    winner, points = race.run_race(task, settings, time)
+    costs["relative_time"] = race.relative_time(costs, scale)
     whole = costs[costs["accumulation_steps"] == 1].set_index("effective_batch_size")
-    costs["relative_time"] = relative_time(costs, scale[0])
     costs["share_of_whole"] = costs["images_per_second"] / costs["effective_batch_size"].map(
         whole["images_per_second"]
     )
-    won = costs["effective_batch_size"] == winner.effective_batch_size
-    cost = costs[won & (costs["batch_size"] == winner.batch_size)].iloc[0]
-    costs["relative_time"] /= cost["relative_time"]
     facts = {
-        "noise_scale": _finite(scale[0]),
-        "noise_scale_range": [_finite(each) for each in scale[1:]],
-        "costs": _rows(costs),
+        **_raced(task, settings, winner, points, costs),
+        "noise_scale": _finite(scale),
+        "noise_scale_range": [_finite(each) for each in scale_range],
         "noise": _rows(noise),
         "rates": _rows(rates),
         "rates_at": first.effective_batch_size,
     }
-    return facts | _raced(task, settings, winner, points, cost), bounded, left_out
+    return facts, bounded, left_out
 
 
 def _raced(
-    task: Task, settings: dict[Setting, float], winner: Setting, points: pd.DataFrame, cost: Any
+    task: Task,
+    settings: dict[Setting, float],
+    winner: Setting,
+    points: pd.DataFrame,
+    costs: pd.DataFrame,
 ) -> dict[str, Any]:
-    """The fields that the race decides; `cost` is the winner's row of the costs."""
+    """The fields that the race decides."""
     names = [str(setting) for setting in settings]
     saved = {name: race.time_saved(points, str(winner), name) for name in names}
     end = points[points["setting"] == str(winner)].iloc[-1]
+    won = costs["effective_batch_size"] == winner.effective_batch_size
+    cost = costs[won & (costs["batch_size"] == winner.batch_size)].iloc[0]
+    costs = costs.assign(relative_time=costs["relative_time"] / cost["relative_time"])
     speed = end["updates"] * winner.effective_batch_size / end["seconds"]
-    speeds = sorted([cost["images_per_second"], cost["slowest"], speed])
+    speeds = speed, max(cost["images_per_second"], speed), min(cost["slowest"], speed)
+    seconds, *seconds_range = (task.data.examples_per_epoch / each for each in speeds)
     rows = [
         setting._asdict()
         | {"setting": name, "images_per_second": settings[setting], "usual": name == names[0]}
@@ -215,19 +212,15 @@ def _raced(
     return {
         **winner._asdict(),
         "effective_batch_size": winner.effective_batch_size,
-        "model": task.model_name,
-        "dataset": task.data.name,
-        "noun": task.noun,
         "usual": names[0],
         "saved": _finite(saved[names[0]][0]),
         "saved_range": [_finite(each) for each in saved[names[0]][1:]],
         "starts": int(end["start"]) + 1,
-        "seconds_per_epoch": task.data.examples_per_epoch / speed,
-        "seconds_per_epoch_range": [
-            task.data.examples_per_epoch / each for each in (speeds[-1], speeds[0])
-        ],
+        "seconds_per_epoch": seconds,
+        "seconds_per_epoch_range": seconds_range,
         "peak_memory": int(cost["peak_memory"]),
         "code": report.loop(task, winner),
+        "costs": _rows(costs),
         "race": _rows(points),
         "settings": rows,
     }

@@ -1,12 +1,12 @@
-"""The noise scale of a task and its learning rates, each within the seconds it is given.
+"""What updates of a task cost, its noise scale, and its learning rates, within given seconds.
 
-Each says what it left out, in plain words. They choose which settings race; see `race`.
+They choose which settings race; see `race`. Each also returns what it left out, in plain words.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from statistics import median
 from time import perf_counter
@@ -18,21 +18,144 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from nbutils.advise.task import Task, seeded, weighted
-from nbutils.advise.trials import Setting, Trial
+from nbutils.advise.trials import Setting, Trial, window_gradient
 from nbutils.analysis.intervals import mean_interval
 from nbutils.errors import InputError
 from nbutils.machine import no_progress
+from nbutils.measure.cost import Cost, Update, measure_updates
+from nbutils.measure.largest_batch import search
 from nbutils.measure.memory import format_memory
 from nbutils.measure.noise_scale import NoiseScale, noise_scale, noise_scale_of_batches
+from nbutils.measure.process import OutOfMemory
+from nbutils.training.setup import generator_for
 
-MICRO_BATCHES, LARGE_BATCHES, PARTS = 24, 8, 4
-"""Micro-batches of a measurement of the noise scale; with batch norm, large batches of 4 each."""
+USUAL = 128  # the batch size that most people take
+SMALLEST, LARGEST = 8, 8192  # batch sizes of the costs, where examples and memory suffice
+FEWEST_UPDATES = 4  # per epoch
+ACCUMULATED = (2, 4, 8)  # steps tried with the largest micro-batch, where memory is the limit
+REPEATS = 3  # measurements of the cost of each setting, where there is time
 
-SHORTEST, EPOCHS = 10, 3
-"""A rate is tried for 10 updates whatever the time, and for 3 epochs at most."""
+MICRO_BATCHES = 24  # of a measurement of the noise scale
+LARGE_BATCHES, PARTS = 8, 4  # instead of these with batch norm, each of so many micro-batches
 
-FEWEST_JUDGED, MOST_JUDGED = 100, 2000
-"""Validation examples that trainings are judged by."""
+SHORTEST, EPOCHS = 10, 3  # a rate is tried for 10 updates whatever the time, and 3 epochs at most
+FEWEST_JUDGED, MOST_JUDGED = 100, 2000  # validation examples that trainings are judged by
+
+
+def update_cost(task: Task, batch_size: int, accumulation_steps: int = 1) -> Cost:
+    """The cost of an update of the task, from `measure_updates`."""
+    make, losses, make_optimizer = task.make, task.losses, task.recipe.optimizer
+    examples = task.data.train.first(batch_size * accumulation_steps)
+
+    def prepare(device: torch.device) -> Callable[[], Update]:
+        def start() -> Update:
+            model = make(device)
+            optimizer = make_optimizer(model.parameters())
+
+            def update(window: Sequence[Tensor]) -> None:
+                optimizer.zero_grad()
+                window_gradient(model, losses, examples, window, device)
+                optimizer.step()
+
+            return update
+
+        return start
+
+    sizes = batch_size, accumulation_steps
+    return measure_updates(prepare, examples.number, *sizes, device=str(task.device))
+
+
+def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame, bool, list[str]]:
+    """Measure what updates cost, over batch sizes that fit `limit` bytes.
+
+    Sizes in steps of 4 are tried, the usual one and its quarter first. If one does not fit, the
+    largest that does is searched, and accumulated too. Then come the sizes in between, an update of
+    four micro-batches that was also made as one batch, and everything again. The first two and the
+    search are made whatever the time.
+
+    Returns one row per setting that fits: `batch_size`, `accumulation_steps`,
+    `effective_batch_size`, the largest `peak_memory`, the highest `images_per_second` (other work
+    on the machine only slows), and the lowest as `slowest`. Then whether memory was the limit, and
+    what was left out. Raises an `InputError` if not even the smallest batch fits.
+    """
+    end = perf_counter() + seconds
+    largest = min(LARGEST, max(2, task.data.train.number // FEWEST_UPDATES))
+    costs: list[Cost] = []
+    walls: dict[int, float] = {}
+    needed: dict[int, int | None] = {}
+    bar = tqdm(desc="cost", unit="measurement", leave=False, disable=no_progress())
+
+    def fits(size: int, steps: int = 1) -> bool:
+        begun = perf_counter()
+        try:
+            cost = update_cost(task, size, steps)
+        except OutOfMemory:
+            needed[size] = None
+            return False
+        walls[size * steps] = perf_counter() - begun
+        needed[size] = cost.peak_memory
+        bar.update()
+        costs.extend([cost] if cost.peak_memory <= limit else [])
+        return cost.peak_memory <= limit
+
+    def peak(size: int) -> int | None:
+        fits(size)
+        return needed[size]
+
+    left_out, unfit = [], largest + 1
+    sizes = [SMALLEST * 4**power for power in range(6) if SMALLEST * 4**power <= largest]
+    for size in sorted(sizes or [largest], key=lambda size: abs(math.log(size / USUAL))):
+        if size > unfit:
+            continue
+        if walls and size not in (USUAL, USUAL // 4) and _late(walls, size, end):
+            left_out.append(f"batch size {size}, for want of time")
+        elif not fits(size):
+            unfit = size
+    bounded = unfit <= largest
+    if bounded and (costs or fits(2 if task.batch_norm else 1)):  # one example has no deviation
+        begin = max(cost.batch_size for cost in costs)
+        search(peak, {begin: needed[begin]}, int(limit), unfit - 1)
+    if not costs:
+        size, needs = min(needed.items())
+        what = f"one {task.noun[:-1]}" if size == 1 else f"{size} {task.noun}"
+        raise InputError(
+            f"memory_budget: {format_memory(limit)} without the margin, too little for {what}, "
+            f"which needs {'more than there is' if needs is None else format_memory(needs)}"
+        )
+    for size, steps in _plan(costs, bounded, largest):
+        if not _late(walls, size * steps, end):
+            fits(size, steps)
+    bar.close()
+    return _table(costs), bounded, left_out
+
+
+def _late(walls: dict[int, float], size: int, end: float) -> bool:
+    """Whether a measurement would end too late, by the time that the next smaller one took."""
+    overhead = min(walls.values())
+    smaller = max((known for known in walls if known <= size), default=min(walls))
+    growing = (walls[smaller] - overhead) * max(1.0, size / smaller)
+    return perf_counter() + overhead + growing > end
+
+
+def _plan(costs: Sequence[Cost], bounded: bool, largest: int) -> list[tuple[int, int]]:
+    """What to measure after the first sizes: batch sizes and accumulation steps."""
+    whole = sorted(cost.batch_size for cost in costs)
+    plan = [(2 * size, 1) for size in whole if 2 * size < whole[-1] and 2 * size not in whole]
+    plan += [(size, 4) for size in whole if 4 * size in whole][-1:]
+    if bounded:
+        top = whole[-1]
+        plan = [(top, steps) for steps in ACCUMULATED if top * steps <= largest] + plan
+    return plan + (REPEATS - 1) * [*((size, 1) for size in whole), *plan]
+
+
+def _table(costs: Sequence[Cost]) -> pd.DataFrame:
+    settings = ["effective_batch_size", "accumulation_steps", "batch_size"]
+    measured = pd.DataFrame([asdict(cost) for cost in costs]).groupby(settings)
+    return measured.agg(
+        peak_memory=("peak_memory", "max"),
+        images_per_second=("images_per_second", "max"),
+        slowest=("images_per_second", "min"),
+    ).reset_index()
 
 
 def trial_noise(
@@ -55,25 +178,24 @@ def trial_noise(
     trial = Trial(task, Setting(batch_size, 1, task.recipe.usual_rate))
     needed = 2 * held * sum(p.nbytes for p in trial.model.parameters() if p.requires_grad)
     if needed > limit:
-        return pd.DataFrame(), [
-            f"the noise scale: its gradients need {format_memory(needed)} of memory"
-        ]
+        left_out = f"the noise scale: its gradients need {format_memory(needed)} of memory"
+        return pd.DataFrame(), [left_out]
     images, number = images_per_second * seconds / 2, task.data.train.number
     updates = int(min(images, EPOCHS * number) / batch_size)
     size = min(32, int(images / 3 / MICRO_BATCHES), number // PARTS)
     size = min(size, fitting // PARTS if task.batch_norm else fitting)
     if updates < 3 or size < (16 if task.batch_norm else 1):
         return pd.DataFrame(), ["the noise scale, for want of time"]
-    generator, end = torch.Generator().manual_seed(1), perf_counter() + 1.5 * seconds
+    generator = generator_for(torch.device("cpu"), 0, "examples of the noise scale")
     rows: list[dict[str, Any]] = []
-    missed = ["the noise scale at all points"]
+    missed, end = "the noise scale at all points", perf_counter() + 1.5 * seconds
     for point in sorted({max(1, updates // 8), max(2, updates // 2), updates}):
         if perf_counter() > end or not trial.train(point - trial.updates):
-            return pd.DataFrame(rows), missed
+            return pd.DataFrame(rows), [missed]
         try:
             found = _noise_now(trial, size, generator)
         except ValueError as error:  # a gradient that is not finite
-            return pd.DataFrame(rows), [f"{missed[0]}: {error}"]
+            return pd.DataFrame(rows), [f"{missed}: {error}"]
         rows.append({"update": point} | asdict(found))
     return pd.DataFrame(rows), []
 
@@ -89,7 +211,7 @@ def _noise_now(trial: Trial, size: int, generator: torch.Generator) -> NoiseScal
     def draw(batches: int, size: int) -> Sequence[Tensor]:
         return torch.randint(examples.number, (batches * size,), generator=generator).split(size)
 
-    with seeded(task.device, trial.updates):
+    with seeded(task.device, "noise scale", trial.updates):
         if task.batch_norm:
             batches = draw(LARGE_BATCHES, PARTS * size)
             return noise_scale_of_batches(trial.model, batches, losses, lambda b: b.split(size))
@@ -145,13 +267,10 @@ def trial_rates(
 
 
 def _with_outcomes(table: pd.DataFrame, at_start: float, task: Task) -> pd.DataFrame:
-    loss, rate = (
-        table["validation_loss"].replace([math.inf, -math.inf], math.nan),
-        table["learning_rate"],
-    )
+    rate, loss = table["learning_rate"], table["validation_loss"]
+    loss = loss.replace([math.inf, -math.inf], math.nan)
     if loss.isna().all():
-        weight = next(task.make(task.device).parameters())
-        half = weight.dtype == torch.float16
+        half = next(task.make(task.device).parameters()).dtype == torch.float16
         raise InputError(
             f"the loss was not finite at any learning rate tried: "
             f"{', '.join(f'{each:g}' for each in rate)}"

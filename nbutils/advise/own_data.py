@@ -1,7 +1,7 @@
 """A reader's own examples: images and classes from tensors, a dataset or a folder, or any others.
 
-Images of uint8 stay as they are; the loss scales them. A third of what follows refuses, with the
-cause, what would otherwise become a training on noise.
+Images of uint8 stay as they are; the loss scales them. What would become a training on noise is
+refused with the cause.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
 from nbutils.machine import no_progress
 from nbutils.measure.process import describe, find_factory
+from nbutils.training.setup import generator_for
 
 HELD_BYTES = 2**29
 """Bytes that are held in memory. Of a larger dataset, evenly spread examples are taken."""
@@ -44,7 +45,7 @@ class Examples(NamedTuple):
     @property
     def number(self) -> int:
         """How many there are."""
-        return len(self.items) if self.collate else len(tensors(self.items)[0])
+        return len(self.items if self.collate else tensors(self.items)[0])
 
     def batch(self, chosen: Tensor, device: torch.device = CPU) -> Any:
         """The batch of the examples with these indices, on `device`."""
@@ -54,7 +55,7 @@ class Examples(NamedTuple):
         return mapped(self.items, lambda part: part[chosen].to(device))
 
     def take(self, chosen: Tensor) -> Examples:
-        """Those with these indices; of tensors a copy, which is pickled without all the others."""
+        """Those with these indices; tensors are copied, so that no others are pickled with them."""
         if self.collate:
             return Examples([self.items[index] for index in chosen.tolist()], self.collate)
         return Examples(self.batch(chosen))
@@ -123,11 +124,11 @@ def read_images(dataset: Any, columns: Sequence[str] | None = None) -> Data:
     """Read the images of a classifier.
 
     Args:
-        dataset: A name that `load_dataset` knows, whose own validation images are used; a folder
-            with one folder of images per class, or with `train/` that has them; a tuple of two
-            tensors or arrays, images (n, ...) and labels (n,); any map-style dataset whose items
-            are pairs, longer tuples, or mappings; or "package.module:name", which returns one
-            of the last two. A tenth of each class, drawn with a fixed seed, is for validation.
+        dataset: A name that `load_dataset` knows, whose own validation images are used. Of others
+            a tenth of each class, drawn with a fixed seed, is for validation: a folder with one
+            folder of images per class, or with `train/` that has them; a tuple of two tensors or
+            arrays, images (n, ...) and labels (n,); a map-style dataset whose items are pairs,
+            longer tuples, or mappings; or "package.module:name", which returns one of the last two.
         columns: The keys of image and label, where the items are mappings with unusual keys.
     """
     name = ""
@@ -168,10 +169,7 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
 
 
 def call(what: str, factory: Any) -> Any:
-    """What a reader's factory returns, found by its name if need be.
-
-    An error is told as an `InputError` with the reader's own line.
-    """
+    """What a reader's factory, or that of a name, returns; errors are told with their own line."""
     made = find_factory(factory)
     try:
         return made()
@@ -187,7 +185,6 @@ def _spread(number: int, item: Any) -> Tensor:
 
 
 def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
-    """Images of a map-style dataset, read item by item."""
     index, read = 0, []
     try:
         keys = _keys(items[0], columns)
@@ -210,7 +207,7 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
         raise InputError(
             f"dataset = {name}: images have the shapes {found}; bring them to one size"
         )
-    names = [str(each) for each in getattr(items, "classes", None) or ()]
+    names = list(map(str, getattr(items, "classes", None) or ()))
     labels = [label for _, label in read]
     text_labels = any(isinstance(label, str) for label in labels)
     if text_labels:
@@ -235,11 +232,9 @@ def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, Any]:
     """Where an item has image and label."""
     if not isinstance(item, Mapping):
         return 0, 1
-    found = list(columns or ())
-    if not columns:
-        usual = [[key for key in keys if key in item] for keys in (IMAGE_KEYS, LABEL_KEYS)]
-        found = [keys[0] for keys in usual if keys]
-    if len(found) != 2 or not all(key in item for key in found):
+    choices = [[column] for column in columns] if columns else [IMAGE_KEYS, LABEL_KEYS]
+    found = [next((key for key in keys if key in item), None) for keys in choices]
+    if len(found) != 2 or None in found:
         raise TypeError(
             f"it has the keys {', '.join(map(str, item))}; give those of image and label as "
             f"columns, such as columns = ('image', 'label')"
@@ -248,7 +243,6 @@ def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, Any]:
 
 
 def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
-    """The label as it is: a text or number; a float is refused later, with the others."""
     if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
         raise TypeError(f"it is {item!r:.80}")
     image, label = item[keys[0]], item[keys[1]]
@@ -269,7 +263,8 @@ def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
 
 def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data:
     """Into training and validation: a tenth of each class, at least one of two examples."""
-    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(0))
+    generator = generator_for(CPU, 0, "validation examples")
+    order = torch.randperm(len(classes), generator=generator)
     held_out = torch.zeros(len(classes), dtype=torch.bool)
     for value in classes.unique():
         of_class = order[classes[order] == value]

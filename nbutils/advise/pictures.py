@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from nbutils.errors import InputError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
-"""Names of folders, in small letters, that are parts of a dataset rather than classes."""
+"""Folders of these names, in any letters, are parts of a dataset rather than classes."""
 
 
 class ImageFolder:
@@ -21,13 +22,10 @@ class ImageFolder:
     Hidden files and folders and `__MACOSX` are left out. Of a root that holds parts of a dataset,
     `train/` is read, and `notes` tells so.
 
-    Raises:
-        InputError: There are no classes, or one without images; later, a file is no picture.
+    No classes, a class without images and, later, a file that is no picture are refused.
     """
 
     def __init__(self, folder: Path) -> None:
-        from PIL import Image
-
         what = f"dataset = {str(folder)!r}"
         self.notes: tuple[str, ...] = ()
         parts = {path.name.lower(): path for path in _folders(folder)}
@@ -59,8 +57,6 @@ class ImageFolder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        from PIL import Image
-
         path, label = self._files[index]
         try:
             with Image.open(path) as picture:
@@ -87,8 +83,6 @@ def read_picture(picture: Any) -> Tensor:
     It is turned as its camera says; what is transparent lies on white. Grey values of 16 bits or
     floats are scaled: from 0 to 1, to 255 or to 65535, whichever holds the largest.
     """
-    from PIL import Image, ImageOps
-
     if not isinstance(picture, Image.Image):
         raise TypeError(f"the image is {type(picture).__name__}")
     picture = ImageOps.exif_transpose(picture)

@@ -25,33 +25,19 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from nbutils.advise.costs import USUAL
-from nbutils.advise.measurements import FEWEST_JUDGED, MOST_JUDGED, SHORTEST
+from nbutils.advise.measurements import FEWEST_JUDGED, MOST_JUDGED, SHORTEST, USUAL
 from nbutils.advise.task import Recipe, Task
 from nbutils.advise.trials import Setting, Trial, smooth
 from nbutils.analysis.intervals import mean_interval
 from nbutils.machine import no_progress
 
-NEAR = 1.1
-"""Times up to this factor of the least count as equal: measured times differ by about as much."""
-
-ASSUMED = 128
-"""The noise scale that is assumed where it was not measured."""
-
-SUPPORTED = 1024
-"""Larger updates race only where the noise scale is at least as large."""
-
-TURNS = 6
-"""Turns of each setting in the first round, each followed by a look at the validation loss."""
-
-JUDGING = 0.25
-"""Share of the time that judging may take."""
-
-EPOCHS = 30
-"""The usual setting races for no longer: what more time tells is left to the reader's training."""
-
-ENOUGH = 10
-"""Epochs of the usual setting. A longer race is worth more than further starts up to there."""
+NEAR = 1.1  # times up to this factor of the least count as equal: they are measured no better
+ASSUMED = 128  # the noise scale where it was not measured
+SUPPORTED = 1024  # larger updates race only where the noise scale is at least as large
+TURNS = 6  # of each setting in the first round, each followed by a look at the validation loss
+JUDGING = 0.25  # the share of the time that judging may take
+EPOCHS = 30  # of the usual setting at most: what more time tells is left to the reader's training
+ENOUGH = 10  # epochs of the usual setting; more of them are worth less than further starts
 
 
 def relative_time(costs: pd.DataFrame, noise_scale: float) -> pd.Series:
@@ -90,12 +76,11 @@ def entrants(
 ) -> dict[Setting, float]:
     """Who races: two to four settings, the usual one first, and their examples per second.
 
-    The size of the least time by the formula races at the best and the next best of the rates
-    tried; and another size, at least four times larger or smaller, at the lower of those rates
-    scaled by the square root of the size: rates that win short trials tend to be too high for
-    longer ones. Where memory is the limit (`bounded`), that other size is an accumulated one, so
-    that the race tells what accumulation is worth. The tables come from `candidates`, `usual_row`,
-    and `trial_rates` at the size that `choose` picks.
+    The size that `choose` picks races at the best and the next best of the `trial_rates`; and
+    another size, at least four times larger or smaller, at the lower of those rates scaled by the
+    square root of the size: rates that win short trials tend to be too high for longer ones. Where
+    memory is the limit (`bounded`), that other size is an accumulated one, so that the race tells
+    what accumulation is worth.
     """
     first, sizes = choose(open_to_choice), open_to_choice["effective_batch_size"]
     learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
@@ -107,8 +92,7 @@ def entrants(
         factor = math.sqrt(row.effective_batch_size / first.effective_batch_size)
         return float(f"{min(best[:2]) * factor:.2g}")
 
-    factors = np.maximum(sizes / first.effective_batch_size, first.effective_batch_size / sizes)
-    others = open_to_choice[factors >= 4]
+    others = open_to_choice[np.log2(sizes / first.effective_batch_size).abs() >= 2]
     accumulated = open_to_choice[open_to_choice["accumulation_steps"] > 1]
     if bounded and len(accumulated) and first.accumulation_steps == 1:
         others = accumulated
@@ -116,8 +100,8 @@ def entrants(
     wanted = [(usual, recipe.usual_rate), (first, best[0]), *other, (first, best[1])]
     settings: dict[Setting, float] = {}
     for row, rate in [*wanted, (usual, scaled(usual))]:
-        sizes_of = int(row.batch_size), int(row.accumulation_steps)
-        settings.setdefault(Setting(*sizes_of, rate), row.images_per_second)
+        setting = Setting(int(row.batch_size), int(row.accumulation_steps), rate)
+        settings.setdefault(setting, row.images_per_second)
     return dict(list(settings.items())[:4])
 
 
@@ -213,10 +197,8 @@ def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, fl
         times = [time_to(each, target) for each in (mine, other)]
         if 0 < min(times) <= max(times) < math.inf:  # else one did not learn, or did not start
             logs.append(math.log(times[0] / times[1]))
-    if not logs:
-        return math.nan, math.nan, math.nan
-    low, high = mean_interval(logs)
-    return 1 - math.exp(sum(logs) / len(logs)), 1 - math.exp(high), 1 - math.exp(low)
+    mean, (low, high) = np.mean(logs) if logs else math.nan, mean_interval(logs)
+    return 1 - math.exp(mean), 1 - math.exp(high), 1 - math.exp(low)
 
 
 def time_to(points: pd.DataFrame, target: float) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +18,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
+from nbutils.data.dataset import mean_and_std
 from nbutils.errors import InputError, suggest
 from nbutils.measure.process import Factory, describe, find_factory
+from nbutils.training.setup import generator_for
 
 Losses = Callable[[nn.Module, Any], Any]
 
@@ -118,15 +119,13 @@ def read_task(
 
     Args:
         model: Makes the model, a new one at each call: a function or class, or
-            "package.module:name".
-        dataset: As `read_images` takes it; with `losses` as `read_examples` does.
+            "package.module:name", as `losses` and `collate` may be given, too.
+        dataset, columns: As `read_images` takes them; with `losses` as `read_examples` does.
         losses: `losses(model, batch)` returns the loss of every example, shape (n,), or a pair:
             these and a weight for each, such as its number of tokens. The batch is on the model's
             device. Without it the model is a classifier, learnt by cross-entropy.
-        collate: Makes a batch of a list of items, as for a `DataLoader`; or where to find it.
-        columns: As for `read_images`.
+        collate: Makes a batch of a list of items, as for a `DataLoader`.
         optimizer: One of `RECIPES`.
-        device: Where to train.
 
     Raises:
         InputError: Something of this cannot be used; the message says what and why.
@@ -160,7 +159,7 @@ def make_model(
     factory: Factory, losses: Losses, few: Examples, device: torch.device, start: int = 0
 ) -> nn.Module:
     """A new model in training mode, its lazy layers filled; the same for the same `start`."""
-    with seeded(device, start):
+    with seeded(device, "model", start):
         model = factory().to(device)
         if any(isinstance(module, LazyModuleMixin) for module in model.modules()):
             with torch.no_grad():
@@ -175,8 +174,13 @@ def weighted(losses: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers of torch, numpy and Python from a seed; afterwards as if none were drawn."""
+def seeded(device: torch.device, purpose: str, number: int = 0) -> Iterator[None]:
+    """Random numbers of torch, numpy and Python for a purpose; afterwards as if none were drawn.
+
+    A plain seed such as 0 could be that of the reader's data, which would share its numbers with
+    the first layer.
+    """
+    seed = generator_for(CPU, number, f"advise {purpose}").initial_seed() % 2**32
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -212,10 +216,7 @@ def _scaling(images: Tensor) -> tuple[float, float] | None:
     """Mean and deviation of the pixels in [0, 1], as the loop rounds them; None of floats."""
     if images.dtype != torch.uint8:
         return None
-    count = torch.bincount(images.flatten(), minlength=256).double()
-    value = torch.arange(256, dtype=torch.float64) / 255
-    mean = (count @ value / count.sum()).item()
-    deviation = math.sqrt((count @ (value - mean) ** 2 / count.sum()).item())
+    mean, deviation = mean_and_std(images)
     return round(mean, 4), round(deviation, 4) or 1.0
 
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from nbutils.accumulation.window import accumulate_gradient, windows
 from nbutils.advise.own_data import Examples
 from nbutils.advise.task import ClassLosses, Losses, Task, seeded, weighted
+from nbutils.training.setup import generator_for
 
 
 class Setting(NamedTuple):
-    """What trains: examples in a micro-batch, micro-batches in an update, the rate."""
+    """What trains, written everywhere as in "8 x 128 at 0.001"."""
 
-    batch_size: int
+    batch_size: int  # examples in a micro-batch
     accumulation_steps: int
     learning_rate: float
 
@@ -30,7 +31,6 @@ class Setting(NamedTuple):
         return self.batch_size * self.accumulation_steps
 
     def __str__(self) -> str:
-        """As it is written everywhere: "8 x 128 at 0.001"."""
         steps = f"{self.accumulation_steps} x " if self.accumulation_steps > 1 else ""
         return f"{steps}{self.batch_size} at {self.learning_rate:g}"
 
@@ -48,7 +48,7 @@ class Trial:
         self._optimizer = task.recipe.optimizer(self.model.parameters(), lr=setting.learning_rate)
 
     def _endless(self) -> Iterator[tuple[Tensor, ...]]:
-        generator = torch.Generator().manual_seed(self.start)
+        generator = generator_for(torch.device("cpu"), self.start, "order of a trial")
         sizes = self.setting.batch_size, self.setting.accumulation_steps
         while True:
             order = torch.randperm(self.task.data.train.number, generator=generator)
@@ -59,13 +59,11 @@ class Trial:
         if updates < 1:
             return self.finite
         task, started = self.task, perf_counter()
-        with seeded(task.device, self.updates):
+        with seeded(task.device, "updates of a trial", self.updates):
             for _ in range(updates):
                 self._optimizer.zero_grad()
-                window = next(self._windows)
-                loss = window_gradient(
-                    self.model, task.losses, task.data.train, window, task.device
-                )
+                given = task.losses, task.data.train, next(self._windows), task.device
+                loss = window_gradient(self.model, *given)
                 self._optimizer.step()
             self.finite &= bool(loss.isfinite())  # waits for a GPU
         self.seconds += perf_counter() - started
@@ -83,7 +81,7 @@ class Trial:
         chosen = torch.arange(number) * examples.number // number
         losses, right = [], 0
         self.model.eval()
-        with torch.no_grad(), seeded(task.device, 0):
+        with torch.no_grad(), seeded(task.device, "judging"):
             for part in chosen.split(min(250, self.setting.batch_size)):
                 batch = examples.batch(part, task.device)
                 if isinstance(task.losses, ClassLosses):
@@ -99,7 +97,7 @@ class Trial:
         return each * weights / weights.mean(), right / number if task.data.classes else math.nan
 
     def look(self, most: int) -> None:
-        """Note the validation loss."""
+        """Note the loss of at most `most` validation examples."""
         losses, accuracy = self.judge(most)
         loss = losses.mean().item()
         self.finite &= math.isfinite(loss)
@@ -118,9 +116,9 @@ class Trial:
 
     @property
     def lowest(self) -> float:
-        """The lowest validation loss so far."""
+        """The lowest validation loss so far, infinite if none is finite."""
         lowest = smooth(pd.DataFrame(self.points))["validation_loss"].min()
-        return lowest if math.isfinite(lowest) else math.inf
+        return math.inf if math.isnan(lowest) else lowest
 
 
 def smooth(points: pd.DataFrame) -> pd.DataFrame:

@@ -55,11 +55,7 @@ class Dataset:
     @cached_property
     def pixel_mean_and_std(self) -> tuple[float, float]:
         """Mean and standard deviation of the training pixels, scaled to [0, 1]."""
-        count = torch.bincount(self.train.images.flatten(), minlength=256).double()
-        value = torch.arange(256, dtype=torch.float64) / 255
-        mean = (count @ value / count.sum()).item()
-        variance = (count @ (value - mean) ** 2 / count.sum()).item()
-        return mean, math.sqrt(variance) or 1.0
+        return mean_and_std(self.train.images)
 
     def subset(self, images: int) -> Dataset:
         """The same with at most this many training images, spread evenly over the file."""
@@ -75,3 +71,12 @@ class Dataset:
         mean, std = self.pixel_mean_and_std
         scaled = images.to(device).to(dtype).div_(255).sub_(mean).div_(std)
         return scaled.contiguous(memory_format=torch.channels_last)
+
+
+def mean_and_std(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation of the pixels of uint8 images, scaled to [0, 1]."""
+    count = torch.bincount(images.flatten(), minlength=256).double()
+    value = torch.arange(256, dtype=torch.float64) / 255
+    mean = (count @ value / count.sum()).item()
+    variance = (count @ (value - mean) ** 2 / count.sum()).item()
+    return mean, math.sqrt(variance) or 1.0

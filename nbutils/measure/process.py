@@ -42,6 +42,14 @@ class OutOfMemory(RuntimeError):
     """The work needed more memory than there is."""
 
 
+def start_server() -> None:
+    """On Linux, begin to load what processes are forked from; it takes seconds, but returns now."""
+    if sys.platform == "linux":  # where it is safe to fork from a server that has imported torch
+        # Every optimizer imports torch._dynamo when it is made, which takes seconds.
+        multiprocessing.forkserver.set_forkserver_preload(["nbutils.measure.cost", "torch._dynamo"])
+        multiprocessing.forkserver.ensure_running()
+
+
 def in_own_process(work: Callable[[], Result]) -> Result:
     """Call `work` in a new process, and return its result.
 
@@ -60,11 +68,8 @@ def in_own_process(work: Callable[[], Result]) -> Result:
             f"the model's factory, its optimizer or its data cannot be sent to the measuring "
             f"process: {error}"
         ) from error
-    context: Any = multiprocessing.get_context("spawn")
-    if sys.platform == "linux":  # where it is safe, forked from a server that has imported torch
-        context = multiprocessing.get_context("forkserver")
-        # Every optimizer imports torch._dynamo when it is made, which takes seconds.
-        multiprocessing.forkserver.set_forkserver_preload(["nbutils.measure.cost", "torch._dynamo"])
+    start_server()
+    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(sender, content.getvalue()), daemon=True)
     process.start()

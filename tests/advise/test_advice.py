@@ -16,10 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from nbutils import InputError
 from nbutils.__main__ import main
 from nbutils.accumulation.window import windows
-from nbutils.advise import costs as costs_module
+from nbutils.advise import measurements
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
-from nbutils.advise.costs import trial_costs
-from nbutils.advise.measurements import trial_noise, trial_rates
+from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
 from nbutils.advise.own_data import Examples
 from nbutils.advise.race import (
     NEAR,
@@ -211,7 +210,7 @@ def imagined(monkeypatch):
         seconds, size = steps * (0.01 + 0.001 * batch_size), batch_size * steps
         return Cost(batch_size, steps, size, 1000 * batch_size, seconds, size / seconds, "cpu")
 
-    monkeypatch.setattr(costs_module, "update_cost", update_cost)
+    monkeypatch.setattr(measurements, "update_cost", update_cost)
 
 
 @pytest.mark.parametrize(

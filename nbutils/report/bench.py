@@ -1,9 +1,8 @@
 """Speed against the usual DataLoader loop and against the machine's arithmetic: `make bench`.
 
 Both loops train `DigitCNN` from the same start on the same images in the same order, with the
-same dropout. First both run in float64 and must end at the same weights. Then they are timed in
-float32, an epoch of one and an epoch of the other in turn, so that a change in the machine's
-speed affects both.
+same dropout. First both must end at the same weights in float64. Then an epoch of one and an epoch
+of the other are timed in turn, so that a change in the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from nbutils.paths import write_atomically
 from nbutils.training.config import RunConfig
 from nbutils.training.cuda_graph import record
 from nbutils.training.model import DigitCNN
-from nbutils.training.setup import deterministic, generator_for, resolve_device
+from nbutils.training.setup import deterministic, make_generators, make_model, resolve_device
 from nbutils.training.train import train
 
 WHOLE = (32, 64, 128, 256, 512, 1024)
@@ -45,8 +44,8 @@ VERIFIED_IMAGES = 2100
 """Images of the epoch in float64 after which the weights must be equal."""
 
 TOLERANCE = 1e-8
-"""Allowed difference of the weights in float64, relative to their size. Adam enlarges rounding
-where gradients are small; a wrong update makes a difference above 1e-4."""
+"""Allowed difference of the weights in float64, relative to their size. A wrong update makes one
+above 1e-4."""
 
 Row = dict[str, Any]
 
@@ -58,18 +57,14 @@ def run_bench(
     device: str = "auto",
     settings: Sequence[tuple[int, int]] = SETTINGS,
 ) -> Iterator[Row]:
-    """Time `repeats` epochs of `images` images with both loops, at every setting.
-
-    Yields:
-        One row per setting, see `_time`, with the `weights_differ` of `verify`.
+    """Time `repeats` epochs of `images` images with both loops; one row of `_time` per setting.
 
     Raises:
         InputError: `images` or `repeats` is too small, or the device is not there.
         RuntimeError: The two loops end at different weights.
     """
-    place = resolve_device(device)
+    place, images = resolve_device(device), min(images, len(data.train.labels))
     largest = max(batch_size * steps for batch_size, steps in settings)
-    images = min(images, len(data.train.labels))
     if images < largest or repeats < 1:
         raise InputError(
             f"images = {images} and repeats = {repeats}, but there must be {largest} images or "
@@ -94,25 +89,22 @@ class UsualLoop:
         digits = datasets.MNIST.__new__(datasets.MNIST)  # with these images, not read from files
         digits.data, digits.targets = data.train.images.squeeze(1), data.train.labels
         self.config, self.device = config, device
-        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         to_tensor = [transforms.ToTensor()]
-        if self.dtype == torch.float64:  # ToTensor rounds to float32
-            to_tensor = [transforms.PILToTensor(), transforms.ConvertImageDtype(self.dtype)]
+        if config.precision == "float64":  # ToTensor rounds to float32
+            to_tensor = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float64)]
         digits.transform = transforms.Compose([*to_tensor, transforms.Normalize((mean,), (std,))])
         digits.target_transform = None
-        order = torch.Generator().manual_seed(config.seed)
+        generators = make_generators(config.seed, device)
         self.loader = DataLoader(
             digits,
             config.batch_size,
-            sampler=RandomSampler(digits, generator=order),
+            sampler=RandomSampler(digits, generator=generators["order"]),
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=device.type == "cuda",
         )
-        torch.manual_seed(config.seed)
-        self.model = DigitCNN(config.norm, config.dropout, len(data.class_names), config.model)
-        self.model = self.model.to(device, self.dtype)
-        self.model.dropout.generator = generator_for(device, config.seed, "dropout")
+        model = make_model(config, data, device, generators["dropout"])
+        self.model = model.to(memory_format=torch.contiguous_format)
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.learning_rate)
 
     def epoch(self) -> None:
@@ -155,11 +147,9 @@ def _time(
 ) -> Row:
     """Time one setting; all seconds are scaled to an epoch of `all_images`.
 
-    Returns:
-        The medians `baseline_seconds` of the usual loop, `seconds` of ours, `ratio` of neighbouring
-        epochs and `floor_ratio`, our seconds over the largest of `floors`; `spread`, the lowest and
-        highest of these four; `images` of a timed epoch; `workers` of the DataLoader, the fastest
-        of 0, 1 and the number of processors.
+    In the row are the medians `baseline_seconds` of the usual loop, `seconds` of ours, `ratio` of
+    neighbouring epochs, and `floor_ratio`, our seconds over the largest of `floors`; `spread` has
+    the lowest and highest of these. `workers` are those of the DataLoader.
     """
     # One epoch each warms up, and finds the DataLoader's best number of processes.
     loops = [UsualLoop(config, data, device, workers) for workers in sorted({0, 1, processors()})]
@@ -239,10 +229,8 @@ def floor_seconds(
 ) -> dict[str, float]:
     """Seconds for this number of images, if one kind of work alone took time.
 
-    Returns:
-        "arithmetic": the operations at the speed of a float32 matrix product. On a GPU also
-        "memory": the bytes that kernels read and write, at the speed of a copy, and "launch": the
-        kernels at the pace of a graph of empty ones.
+    "arithmetic" is at the speed of a float32 matrix product. On a GPU "memory" is what kernels read
+    and write, at the speed of a copy, and "launch" is at the pace of a graph of empty kernels.
     """
 
     def best(work: Callable[[], object]) -> float:

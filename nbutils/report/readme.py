@@ -1,7 +1,6 @@
 """The README and the figures, made from `notebooks/reference/`: `python -m nbutils figures`.
 
-The text of the README is the template `README.md.jinja` beside this file; every number and table in
-it comes from the records, through `_values`.
+The text of the README is `README.md.jinja` beside this file; its numbers come from the records.
 """
 
 from __future__ import annotations
@@ -11,18 +10,12 @@ import re
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import pandas as pd
 
 from nbutils.advise.advice import load_advice
-from nbutils.analysis.claims import (
-    CONFIRMING,
-    fitted_change,
-    load_kaggle_runs,
-    split_seeds,
-)
+from nbutils.analysis.claims import CONFIRMING, fitted_change, load_kaggle_runs, split_seeds
 from nbutils.analysis.effects import lead, load_answers, prediction_differences
 from nbutils.analysis.pick import pick, quiet_seconds
 from nbutils.analysis.summary import describe_study, format_table, markdown_table, summary_table
@@ -50,11 +43,7 @@ QUIET = REFERENCE / "bench" / "cpu-2-cores.json"
 
 
 def make_figures() -> list[Path]:
-    """Execute the notebooks that draw the figures, and write the README.
-
-    Returns:
-        The files written.
-    """
+    """Execute the notebooks that draw the figures, and write the README; the files written."""
     other = {"runs": str(REFERENCE / OTHER_DATASET), "figures": str(FIGURES / OTHER_DATASET)}
     jobs = [(name, {"figures": str(FIGURES)}) for name in FIGURE_NOTEBOOKS]
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,17 +70,7 @@ def measure_run_times(path: Path = REFERENCE / "run-times.csv") -> None:
 
 
 def render() -> str:
-    """The text of the README.
-
-    Raises:
-        jinja2.UndefinedError: The template names a value that `_values` lacks.
-    """
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    environment.filters |= {"markdown": markdown_table, "verdicts": verdict_table}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(_values())
-
-
-def _values() -> dict[str, Any]:
+    """The text of the README."""
     answers, seconds = load_answers(REFERENCE / "batch-size"), quiet_seconds(QUIET)
     other = load_answers(REFERENCE / OTHER_DATASET)
     parts = split_seeds(answers, CONFIRMING)
@@ -100,7 +79,7 @@ def _values() -> dict[str, Any]:
     cost = load_tables(REFERENCE / "cost")["cost"]
     advice = REFERENCE / "advice" / "mnist-5k.json"
     benches = sorted((REFERENCE / "bench").glob("*.json"))
-    return {
+    values = {
         "answers": answers,
         "seeds": list(parts),
         "change": fitted_change(judged),
@@ -119,6 +98,9 @@ def _values() -> dict[str, Any]:
         "benches": [json.loads(path.read_text(encoding="utf-8")) for path in benches],
         "bench_table": bench.table,
     }
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters |= {"markdown": markdown_table, "verdicts": verdict_table}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
 
 
 def notebooks_table() -> pd.DataFrame:

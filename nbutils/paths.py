@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 """The repository. nbutils reads notebooks from it, so it is installed with `pip install -e`."""
@@ -38,3 +40,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values by `write_atomically`."""
+    write_atomically(path, f"{json.dumps(content, indent=1)}\n".encode())

@@ -111,9 +111,15 @@ def _content(path: Path) -> tuple[Path, bytes]:
     """The file that holds the CSV file called `path`, and the CSV's bytes, decompressed."""
     beside = [path.with_name(f"{path.name}.gz"), path.with_name(f"{path.name}.zip")]
     archives = [path.with_name(DOWNLOAD), *([path.parent] if path.parent.suffix == ".zip" else [])]
-    found = next((each for each in (path, *beside, *archives) if each.is_file()), path)
+    found = next((each for each in (path, *beside, *archives) if each.is_file()), None)
+    if found is None:
+        reason = f"no file {path}" if path.parent.is_dir() else f"no folder {path.parent}"
+        raise InputError(
+            f"{reason}; it must hold what Kaggle's competition Digit Recognizer calls {path.name} "
+            f"(or {path.name}.gz, {path.name}.zip or {DOWNLOAD})"
+        )
+    content = found.read_bytes()
     try:
-        content = found.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
         elif content.startswith(b"PK\x03\x04"):
@@ -124,14 +130,6 @@ def _content(path: Path) -> tuple[Path, bytes]:
         raise InputError(f"{found} is damaged ({error}); download it again") from error
     except KeyError:
         raise InputError(f"{found} holds no {path.name}; unpack it by hand") from None
-    except OSError as error:
-        reason = f"{path} cannot be read: {error.strerror}"
-        if isinstance(error, FileNotFoundError | NotADirectoryError):
-            reason = f"no file {path}" if path.parent.is_dir() else f"no folder {path.parent}"
-        raise InputError(
-            f"{reason}; it must hold what Kaggle's competition Digit Recognizer calls {path.name} "
-            f"(or {path.name}.gz, {path.name}.zip or {DOWNLOAD})"
-        ) from error
     if not content:
         raise InputError(f"{found} is empty")
     return found, content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"

@@ -2,10 +2,10 @@
 
 A record is a folder `<out>/<run_id>/`, written aside and renamed when whole:
 
-- `run.json`: a manifest, see `nbutils.studies.files`. `dataset` has `name`, `fingerprint` (SHA-256
-  of pixels and labels) and the number of images in `train`, `validation` and `test`; `final` is
-  the last row of the history; `images_per_second` leaves evaluation out; for `images_per_epoch`,
-  `peak_memory` (bytes) and `micro_batch` see `RunResult`. Older records have no `micro_batch`.
+- `run.json`: a manifest, which has the SHA-256 of other files (`files`) and of what it says itself
+  (`checksum`). `dataset` has the `fingerprint` and the number of images in `train`, `validation`
+  and `test`; `final` is the last row of the history; `images_per_second` leaves evaluation out;
+  for `images_per_epoch`, `peak_memory` and `micro_batch` (newer records only) see `RunResult`.
 - `history.csv`: one row per epoch, columns `nbutils.training.result.HISTORY_COLUMNS`.
 - `predictions.npz`: `predictions`, uint8, shape (k, test images), after each of the last
   k = min(5, epochs) epochs; and `labels`, uint8, shape (test images,), or (0,) where they are
@@ -15,8 +15,12 @@ A record is a folder `<out>/<run_id>/`, written aside and renamed when whole:
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 import uuid
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +29,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.studies import files
+from nbutils.paths import write_json
 from nbutils.training.config import RunConfig
 
 if TYPE_CHECKING:
@@ -58,8 +62,8 @@ def save_run(result: RunResult, out: str | Path) -> Path:
             predictions=result.late_predictions.numpy(),
             labels=result.data.test.labels.numpy().astype(np.uint8),
         )
-        files.write_manifest(partial / "run.json", _content(result), RECORD_FILES)
-        files.replace_folder(partial, folder)
+        write_manifest(partial / "run.json", _content(result), RECORD_FILES)
+        replace_folder(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -86,7 +90,7 @@ def _content(result: RunResult) -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """What `run.json` in `folder` says; InputError names what is damaged."""
     try:
-        content = files.read_manifest(folder / "run.json")
+        content = read_manifest(folder / "run.json")
         version = content.get("schema_version")
         if version not in (1, SCHEMA_VERSION):
             raise InputError(f"its schema version is {version!r}, and only 1 and 2 can be read")
@@ -128,7 +132,7 @@ def read_runs(folder: str | Path) -> Runs:
     """All runs of a study's folder, or of a reference; errors as of `load_runs`."""
     folder = Path(folder)
     if not folder.is_dir():
-        hint = f"; rename {aside} to it" if (aside := files.replaced(folder)).is_dir() else ""
+        hint = f"; rename {aside} to it" if (aside := replaced(folder)).is_dir() else ""
         raise InputError(f"no folder {folder}{hint}")
     runs = _from_reference(folder) if (folder / "runs.csv").exists() else _from_records(folder)
     names = runs.table.groupby("dataset_fingerprint")["run_id"].agg(list)
@@ -148,8 +152,8 @@ def _from_records(folder: Path) -> Runs:
                 damaged.append(str(error))
     if damaged or not records:
         raise InputError("\n".join(damaged) or f"no runs in {folder}")
-    histories = {run_id: files.read_csv(folder / run_id / "history.csv") for run_id in records}
-    arrays = {run_id: files.read_arrays(folder / run_id / "predictions.npz") for run_id in records}
+    histories = {run_id: read_csv(folder / run_id / "history.csv") for run_id in records}
+    arrays = {run_id: read_arrays(folder / run_id / "predictions.npz") for run_id in records}
     return Runs(
         table=pd.DataFrame([_row(record) for record in records.values()]),
         history=pd.concat(histories, names=["run_id"]).reset_index("run_id").reset_index(drop=True),
@@ -176,17 +180,17 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
 
 def _from_reference(folder: Path) -> Runs:
     try:
-        content = files.read_manifest(folder / MANIFEST)
+        content = read_manifest(folder / MANIFEST)
         if {*content["files"]} != {*REFERENCE_FILES}:
             raise InputError(f"{MANIFEST} lists {', '.join(content['files'])}")
     except InputError as error:
         raise InputError(f"the reference {folder} is damaged: {error}") from error
-    history, table = files.read_csv(folder / "history.csv"), files.read_csv(folder / "runs.csv")
+    history, table = read_csv(folder / "history.csv"), read_csv(folder / "runs.csv")
     final = table.columns.intersection(history.columns).drop("run_id")
     settings = RunConfig().to_dict()
     later = {name: value for name, value in settings.items() if name not in table}
     columns = dict.fromkeys(["run_id", *settings, *table.columns.drop(final)])
-    arrays = files.read_arrays(folder / "predictions.npz")
+    arrays = read_arrays(folder / "predictions.npz")
     return Runs(
         table=table.assign(**later)[list(columns)],
         history=history,
@@ -194,3 +198,60 @@ def _from_reference(folder: Path) -> Runs:
         predictions={run_id: np.atleast_2d(late) for run_id, late in arrays.items()},
         environments=content["environments"],
     )
+
+
+def write_manifest(path: Path, content: Mapping[str, Any], files: Iterable[str]) -> None:
+    """Write a manifest of `files`, which lie beside it."""
+    signed = {**content, "files": {name: _sha256(path.with_name(name)) for name in files}}
+    write_json(path, signed | {"checksum": _checksum(signed)})
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a manifest says, its checksums verified; InputError says what is wrong."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        older = content.keys() == {"environments", "files"}  # a reference, before checksums
+        if content.pop("checksum", None) != _checksum(content) and not older:
+            raise InputError(f"{path.name} was changed")
+        for name, expected in content["files"].items():
+            if _sha256(path.with_name(name)) != expected:
+                raise InputError(f"{name} was changed")
+    except FileNotFoundError as error:
+        raise InputError(f"{Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(str(error)) from error
+    return content
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; killed between two renames, it leaves the earlier as `replaced`."""
+    aside = replaced(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    os.rename(new, folder)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def replaced(folder: Path) -> Path:
+    """Where `replace_folder` puts the earlier folder until the new one has its name."""
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table. Only an empty field is missing: "none" is a kind of normalisation."""
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file, by name; ValueError for objects, which could run code."""
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)

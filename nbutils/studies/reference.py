@@ -21,8 +21,16 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import environment
-from nbutils.studies import files
-from nbutils.studies.record import MANIFEST, REFERENCE_FILES, read_runs
+from nbutils.studies.record import (
+    MANIFEST,
+    REFERENCE_FILES,
+    read_csv,
+    read_manifest,
+    read_runs,
+    replace_folder,
+    replaced,
+    write_manifest,
+)
 
 
 def export(folder: str | Path, reference: str | Path) -> None:
@@ -45,8 +53,8 @@ def export(folder: str | Path, reference: str | Path) -> None:
 
 def _export_runs(folder: Path, reference: Path) -> None:
     runs = read_runs(folder)
-    if files.replaced(reference).exists() and not reference.exists():
-        os.rename(files.replaced(reference), reference)  # an export was killed between two renames
+    if replaced(reference).exists() and not reference.exists():
+        os.rename(replaced(reference), reference)  # an export was killed between two renames
     parts = [runs]
     if (reference / "runs.csv").exists():
         held = read_runs(reference)
@@ -73,8 +81,8 @@ def _export_runs(folder: Path, reference: Path) -> None:
         history.to_csv(partial / "history.csv", index=False)
         np.savez_compressed(partial / "predictions.npz", **arrays)
         content = {"environments": list(distinct.values())}
-        files.write_manifest(partial / MANIFEST, content, REFERENCE_FILES)
-        files.replace_folder(partial, reference)
+        write_manifest(partial / MANIFEST, content, REFERENCE_FILES)
+        replace_folder(partial, reference)
 
 
 def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
@@ -84,13 +92,13 @@ def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: 
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     content = {"environments": [environment(device)]}
-    files.write_manifest(folder / MANIFEST, content, [f"{name}.csv" for name in tables])
+    write_manifest(folder / MANIFEST, content, [f"{name}.csv" for name in tables])
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """The tables that `save_tables` wrote, by name; InputError if they are not there or changed."""
     try:
-        names = files.read_manifest(Path(folder, MANIFEST))["files"]
+        names = read_manifest(Path(folder, MANIFEST))["files"]
     except InputError as error:
         raise InputError(f"{folder} holds no whole tables: {error}") from error
-    return {name.removesuffix(".csv"): files.read_csv(Path(folder, name)) for name in names}
+    return {name.removesuffix(".csv"): read_csv(Path(folder, name)) for name in names}

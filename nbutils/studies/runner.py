@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from nbutils.errors import InputError
 from nbutils.machine import processors
-from nbutils.paths import CHECKPOINT, PROGRESS
+from nbutils.paths import CHECKPOINT, PROGRESS, write_json
 from nbutils.studies import notebook, status
-from nbutils.studies.files import locked, write_json
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
 
 SIGHT = 90
@@ -70,7 +70,7 @@ def run_study(
             raise InputError(f"{name} = {value}, but it must be a number > 0")
     merge_with_folder(study, out)
     fingerprints = _check_runnable(study, status.missing(study, out), on_oom, executor is None)
-    with locked(out):
+    with _locked(out):
         plan = merge_with_folder(study, out)  # now that no other command changes it
         _prepare(plan, out, fingerprints)
         failures = {}
@@ -90,6 +90,20 @@ def run_study(
         if not failures and not status.missing(plan, out):
             shutil.rmtree(out / ".work", ignore_errors=True)
     return failures
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep `folder`, made where there is none, for this process; InputError if another has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another command is at work in {folder}; wait for it to end, or choose another --out"
+        ) from error
+    with lock:
+        yield
 
 
 def _check_runnable(

@@ -17,8 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nbutils.errors import InputError
-from nbutils.paths import PROGRESS
-from nbutils.studies.files import write_json
+from nbutils.paths import PROGRESS, write_json
 from nbutils.studies.record import read_record
 from nbutils.studies.study import PlannedRun, Study, read_plan
 

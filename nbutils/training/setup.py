@@ -30,12 +30,11 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    cuda_devices = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= cuda_devices:
-        found = f"{cuda_devices} CUDA devices" if cuda_devices else "no CUDA device"
-        raise InputError(f"device = {name!r}, but this machine has {found}; use 'auto' or 'cpu'")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"device = {name!r}, but this machine has none; use 'auto' or 'cpu'")
+    mps_devices = int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "mps": mps_devices, "cuda": torch.cuda.device_count()}[device.type]
+    if (device.index or 0) >= found:
+        what = f"{found or 'no'} {device.type.upper()} device{'s' if found else ''}"
+        raise InputError(f"device = {name!r}, but this machine has {what}; use 'auto' or 'cpu'")
     return device
 
 
@@ -103,11 +102,8 @@ def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Genera
 
 def make_generators(seed: int, device: torch.device) -> dict[str, torch.Generator]:
     """The generators of a run: for the order of the images (on the CPU), augmentation, dropout."""
-    return {
-        "order": torch.Generator().manual_seed(seed),
-        "augment": generator_for(device, seed, "augment"),
-        "dropout": generator_for(device, seed, "dropout"),
-    }
+    drawn = {name: generator_for(device, seed, name) for name in ("augment", "dropout")}
+    return {"order": torch.Generator().manual_seed(seed), **drawn}
 
 
 def make_model(
@@ -135,24 +131,10 @@ def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch
         # A graph reads the rate from the device, in float32. The plain loop does the same on
         # CUDA, so that both make the same updates.
         rate = torch.tensor(rate, dtype=torch.float32, device=device)
+    common: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, rate, weight_decay=config.weight_decay, fused=True, capturable=in_graph
-        )
-    return torch.optim.SGD(
-        parameters, rate, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def make_scheduler(
-    config: RunConfig, optimizer: torch.optim.Optimizer, total_updates: int
-) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The schedule of `config` over all updates of the run; None where the rate is constant."""
-    if config.schedule == "constant":
-        return None
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.learning_rate, total_updates, cycle_momentum=False
-    )
+        return torch.optim.Adam(parameters, capturable=in_graph, **common)
+    return torch.optim.SGD(parameters, momentum=config.momentum, **common)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
 from nbutils.accumulation.window import accumulate_gradient, updates_per_epoch, windows
@@ -45,12 +46,10 @@ def train(
     the images depend on the seed alone, not on batch size or accumulation steps.
 
     Args:
-        config: The settings.
-        data: The images, from `load_dataset(config.dataset)`.
+        data: From `load_dataset(config.dataset)`.
         log_folder: A folder for this run alone. After every epoch it gets `progress.csv`, the
             history so far, and `checkpoint.pt`. A later call resumes from there, bitwise as if
             never interrupted; if settings, images or machine differ it starts again, and warns.
-        progress: Whether to show a progress bar.
         on_oom: When a batch does not fit the memory, "stop" with advice, or "split" it.
         cuda_graph: Whether to replay updates as CUDA graphs on a GPU, which is faster.
         after_update: Called after each update with the number of updates and the model, which it
@@ -71,7 +70,7 @@ def script(
     folder: Path | None,
     bar: tqdm,
     cuda_graph: bool,
-    after_update: AfterUpdate | None,
+    after_update: AfterUpdate,
 ) -> Script:
     """The training script. It yields after every update, so that runs can take turns on a GPU."""
     images = len(data.train.labels)
@@ -79,21 +78,21 @@ def script(
     images_per_epoch = min(images, updates * config.effective_batch_size)
     in_graph = setup.uses_cuda_graph(device, cuda_graph)
 
-    generators = setup.make_generators(config.seed, device)
-    model = setup.make_model(config, data, device, generators["dropout"])
-    optimizer = setup.make_optimizer(config, model, in_graph)
-    scheduler = setup.make_scheduler(config, optimizer, updates * config.epochs)
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=exact, device=device)  # of the epoch: losses, right answers
-    update = make_update(config, data, model, optimizer, generators["augment"], sums)
-
     def cut(order: Tensor) -> Iterator[Window]:
         steps = config.effective_batch_size // micro_batch_size
         return windows(order, micro_batch_size, steps, config.last_window)
 
-    # The same updates, as replays of CUDA graphs.
+    generators = setup.make_generators(config.seed, device)
+    model = setup.make_model(config, data, device, generators["dropout"])
+    optimizer = setup.make_optimizer(config, model, in_graph)
+    scheduler = None
+    if config.schedule == "one-cycle":
+        peak, all_updates = config.learning_rate, updates * config.epochs
+        scheduler = OneCycleLR(optimizer, peak, all_updates, cycle_momentum=False)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=exact, device=device)  # of the epoch: losses, right answers
+    update = make_update(config, data, model, optimizer, generators["augment"], sums)
     replayed = in_graph and graphed_updates(update, cut, images, model, optimizer, generators)
-
     parts = checkpoint.Parts(model, optimizer, scheduler, generators)
     conditions = setup.conditions(config, data, device, micro_batch_size, in_graph)
     done = checkpoint.resume(folder, parts, conditions) if folder else checkpoint.Progress()
@@ -109,8 +108,7 @@ def script(
             if scheduler:
                 scheduler.step()
             done.updates += 1
-            if after_update:
-                after_update(done.updates, model)
+            after_update(done.updates, model)
             bar.update()
             yield
         loss, accuracy = (total / images_per_epoch for total in sums.tolist())
@@ -186,8 +184,10 @@ def train_many(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
 
+    look = after_update or (lambda *_: None)
+
     def start(config: RunConfig, size: int, bar: tqdm) -> Script:
-        return script(config, data, device, size, folder, bar, cuda_graph, after_update)
+        return script(config, data, device, size, folder, bar, cuda_graph, look)
 
     groups = [configs] if device.type == "cuda" else [[config] for config in configs]
     hidden = not progress or no_progress()

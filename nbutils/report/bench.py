@@ -48,6 +48,8 @@ TOLERANCE = 1e-8
 above 1e-4."""
 
 Row = dict[str, Any]
+FIGURES = ["baseline_seconds", "seconds", "ratio", "floor_ratio"]
+"""What is measured in each row: their medians, see `_time`."""
 
 
 def run_bench(
@@ -162,15 +164,14 @@ def _time(
         ours = second_epoch(config, data) * all_images / images
         theirs = seconds_of(usual.epoch, device) * all_images / images
         rows.append((theirs, ours, theirs / ours, ours / max(floors.values())))
-    figures = ["baseline_seconds", "seconds", "ratio", "floor_ratio"]
-    timed = pd.DataFrame(rows, columns=figures)
+    timed = pd.DataFrame(rows, columns=FIGURES)
     cpu = f"cpu ({processor_name()}, {torch.get_num_threads()} threads)"
     return {
         "setting": setting_name(config.batch_size, config.accumulation_steps),
         "device": cpu if device.type == "cpu" else device_name(device),
-        **{name: timed[name].median() for name in figures},
+        **{name: timed[name].median() for name in FIGURES},
         "floors": floors,
-        "spread": {name: [timed[name].min(), timed[name].max()] for name in figures},
+        "spread": {name: [timed[name].min(), timed[name].max()] for name in FIGURES},
         "repeats": repeats,
         "images": images,
         "workers": usual.loader.num_workers,

@@ -23,7 +23,7 @@ from nbutils.report.libraries import hugging_face, others
 from nbutils.report.libraries.hugging_face import accelerate, transformers
 from nbutils.report.libraries.task import Task, this_project
 
-BATCH_SIZE, STEPS, EPOCHS, WINDOW = Task.batch_size, Task.steps, Task.epochs, Task.window
+BATCH_SIZE, STEPS, WINDOW = Task.batch_size, Task.steps, Task.window
 TOLERANCE, CLIP = 1e-4, 1.0
 Runs = Mapping[str, Run]
 """The runs of one library, by what was trained."""
@@ -173,7 +173,7 @@ def _schedule(runs: Runs) -> tuple[float, str]:
 
 def _updates(runs: Runs) -> tuple[float, str]:
     """Updates per epoch of five micro-batches; 2 is right."""
-    updates = len(runs["short"].updates) / EPOCHS
+    updates = len(runs["short"].updates) / Task.epochs
     return updates, "right" if updates == 2 else "too few"
 
 

@@ -14,12 +14,8 @@ import yaml
 
 from nbutils.errors import InputError
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C: 128 and the number of the signal."""
-
-Arguments = list[tuple[str, str, dict[str, Any]]]
-"""Of a command: the flag or name of each, its meaning, and other arguments of argparse."""
-
+INTERRUPTED = 130  # exit status after Ctrl-C: 128 and the number of the signal
+Arguments = list[tuple[str, str, dict[str, Any]]]  # flag, meaning, other arguments of argparse
 SEVERAL = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"}
 
 

@@ -47,17 +47,14 @@ def peak_resident_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
-"""Packages whose versions a record keeps."""
-
-
 def environment(device: str) -> dict[str, Any]:
     """Versions and hardware, for a record; `device` is the name of what computed."""
     import torch
 
+    packages = ("torch", "torchvision", "numpy", "pandas", "papermill", "jupyterlab")
     return {
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in packages},
         "system": f"{platform.system()} {platform.machine()}",
         "processor": processor_name(),
         "device": device,

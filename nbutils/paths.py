@@ -16,8 +16,7 @@ STUDIES = NOTEBOOKS / "studies"
 REFERENCE = NOTEBOOKS / "reference"
 FIGURES = ROOT / "figures"
 
-PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"
-"""Files in the folder of an unfinished run: its history so far, and its state."""
+PROGRESS, CHECKPOINT = "progress.csv", "checkpoint.pt"  # in the folder of an unfinished run
 
 
 def data_folder() -> Path:

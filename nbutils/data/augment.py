@@ -12,14 +12,9 @@ from torch import Tensor
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate each image by up to 10 degrees, and zoom and shift it by up to 10 %, at random.
 
-    Args:
-        images: float, shape (n, channels, height, width).
-        generator: The source of the random numbers, on the device of `images`. Each image takes
-            four: rotation, zoom, shift to the right, shift down.
-
-    Returns:
-        New images of the same shape and type, channels-last in memory. Where an image has moved
-        away from the border, the border's pixels are repeated.
+    Images are float, shape (n, channels, height, width), on the device of `generator`. Each takes
+    four random numbers: rotation, zoom, shift to the right, shift down. The new images are
+    channels-last in memory. Where one moves away from the border, the border's pixels are repeated.
     """
     moves = torch.rand(len(images), 4, generator=generator, device=generator.device) * 2 - 1
     angle, zoom, right, down = moves.to(images.dtype).unbind(1)

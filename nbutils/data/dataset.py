@@ -11,17 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-VALIDATION_EVERY = 10
-"""Every tenth image of the training data, in file order, goes to validation."""
+VALIDATION_EVERY = 10  # of the images to train on, in file order, one goes to validation
 
 
 class Split(NamedTuple):
-    """Images and their classes.
+    """Images, uint8, shape (n, 1, height, width), 0 is black; and their classes, int64, from 0.
 
-    Attributes:
-        images: uint8, shape (n, 1, height, width); 0 is black.
-        labels: int64, shape (n,): the class of each image, from 0. Where the classes are unknown,
-            as for Kaggle's test images, the shape is (0,).
+    Labels have shape (n,), or (0,) where they are unknown, as for Kaggle's test images.
     """
 
     images: Tensor

@@ -1,11 +1,7 @@
 """Kaggle's Digit Recognizer: reading its files, writing a submission.
 
-Kaggle gives two files. Their first line names the columns; every further line is an image.
-
-- `train.csv`: `label` (0 to 9), then `pixel0` to `pixel783` (0 to 255, row by row; 0 is black).
-- `test.csv`: the same without `label`.
-
-A submission has one line for each image of `test.csv`: `ImageId`, counted from 1, and `Label`.
+A row of `train.csv` is a `label` (0 to 9), then `pixel0` to `pixel783` (0 to 255, row by row; 0 is
+black); `test.csv` has no labels. A submission gives its images, counted from 1, a `Label`.
 """
 
 from __future__ import annotations
@@ -30,9 +26,8 @@ from nbutils.paths import write_atomically
 
 SIDE, CLASSES = 28, 10
 
+# The columns of the files in order, with the largest value of each; the smallest is 0.
 TEST_COLUMNS = {f"pixel{pixel}": 255 for pixel in range(SIDE * SIDE)}
-"""The columns of `test.csv` in order, with the largest value of each. The smallest is 0."""
-
 TRAIN_COLUMNS = {"label": CLASSES - 1} | TEST_COLUMNS
 DOWNLOAD = "digit-recognizer.zip"
 

@@ -17,9 +17,7 @@ from nbutils.data.kaggle import read_test, read_train
 from nbutils.errors import InputError, suggest
 from nbutils.paths import data_folder
 
-KAGGLE = "kaggle:"
-"""The name of a dataset from Kaggle's files is this and their folder."""
-
+KAGGLE = "kaggle:"  # followed by the folder of Kaggle's files
 DIGITS = tuple("0123456789")
 CLOTHES = (
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),

@@ -1,7 +1,6 @@
 """Make the runs of a study, each a notebook that papermill executes, then sum them up.
 
-The runs go through any `concurrent.futures.Executor`. On this machine that is a pool of threads:
-the kernel of each notebook is a process of its own, so that a fault stays with its run. One
+The kernel of each notebook is a process of its own, so that a fault stays with its run. One
 command at a time works in the folder of a study, and it alone puts records there.
 """
 
@@ -32,8 +31,7 @@ from nbutils.paths import CHECKPOINT, PROGRESS, write_json
 from nbutils.studies import notebook, status
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
 
-SIGHT = 90
-"""Seconds after which a network disk surely shows what another machine wrote."""
+SIGHT = 90  # seconds after which a network disk surely shows what another machine wrote
 
 
 def run_study(
@@ -52,7 +50,7 @@ def run_study(
 
     Args:
         study: From `load_study`.
-        out: Folder of the study's runs; made where there is none.
+        out: Folder of the study's runs.
         jobs: Runs side by side; by default one per processor, or one where there is a GPU.
         executor: What makes the runs, instead of threads here. It must see the folder.
         time_limit: Seconds that a cell of a run's notebook may take.
@@ -62,7 +60,7 @@ def run_study(
         The cause of each failure, by run id, or by the name of the summary notebook.
 
     Raises:
-        InputError: The study cannot run here as it is; nothing was run or changed.
+        InputError: The study cannot run; nothing was run or changed.
     """
     out = Path(out).absolute()
     for name, value in {"jobs": jobs, "time_limit": time_limit}.items():
@@ -242,11 +240,9 @@ def _stopping(futures: Mapping[Future[Any], PlannedRun | None], out: Path) -> It
 def _is_summed_up(study: Study, out: Path) -> bool:
     """Whether `summary.ipynb` is there and newer than all that it sums up."""
     summary = out / "summary.ipynb"
-    if not study.runs or not summary.exists():
-        return False
     sources = [notebook.notebook_path(study.summary), *out.glob("*/run.json")]
     newest = max(path.stat().st_mtime_ns for path in sources)
-    return newest <= summary.stat().st_mtime_ns
+    return bool(study.runs) and summary.exists() and newest <= summary.stat().st_mtime_ns
 
 
 def _sum_up(study: Study, out: Path) -> dict[str, str]:

@@ -21,8 +21,7 @@ from nbutils.paths import PROGRESS, write_json
 from nbutils.studies.record import read_record
 from nbutils.studies.study import PlannedRun, Study, read_plan
 
-SPARE = "spare"
-"""A file in `.work/` that is given up to note a failure when the disk is full."""
+SPARE = "spare"  # a file in `.work/`, given up to note a failure when the disk is full
 
 
 def run_status(out: str | Path) -> dict[str, str]:
@@ -73,8 +72,7 @@ def attempts(out: Path, run: PlannedRun) -> list[Path]:
 def take_over(out: Path, run: PlannedRun) -> Path:
     """A folder for a new attempt: empty, or that of the attempt before under the next number.
 
-    A kernel that outlives its attempt knows only the old name. What it still writes cannot reach
-    the work that goes on.
+    So what a kernel that outlives its attempt still writes cannot reach the work that goes on.
     """
     *stale, last = attempts(out, run) or [Path(out, ".work", run.run_id, "0")]
     for folder in stale:  # made anew by such a kernel

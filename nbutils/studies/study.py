@@ -36,7 +36,6 @@ MEASURING_KEYS = ("title", "parameters", "summary")
 BLOCK_KEYS = ("notebook", "grid", "fixed")
 
 Overrides = Mapping[str, list[Any]]
-"""Values in place of a study file's, by setting; several make a grid."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,10 @@ class Study:
 
 
 def load_study(name: str, overrides: Overrides | None = None) -> Study:
-    """Read and check a study in `notebooks/studies/`, or a YAML file by its path."""
+    """Read and check a study in `notebooks/studies/`, or a YAML file by its path.
+
+    `overrides` are values in place of the file's, by setting; several make a grid.
+    """
     known = {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}
     path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
     if path is None:
@@ -184,34 +186,28 @@ def merge_with_folder(study: Study, out: Path) -> Study:
     Raises:
         InputError: `out` holds something else, or runs that no summary could compare.
     """
-    plan = replace(study, runs=tuple(dict.fromkeys([*_held_runs(study, out), *study.runs])))
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is not a folder; choose another --out")
+    held = replace(study, runs=())
+    if (out / "study.json").exists():
+        held = read_plan(out)
+    elif out.exists() and any(path.name[0] != "." for path in out.iterdir()):
+        raise InputError(f"{out} is not empty and holds no study; choose another --out")
+    if held.name != study.name:
+        raise InputError(
+            f"{out} holds the study {held.name!r}, not {study.name!r}; choose another --out"
+        )
+    for name in RunConfig.field_names():
+        before, now = ({getattr(run.config, name) for run in s.runs} for s in (held, study))
+        if name != "seed" and len(before) == len(now) == 1 and before != now:
+            raise InputError(
+                f"{out} holds the study {study.name!r} with {name} = {before.pop()!r}, "
+                f"not {now.pop()!r}; choose another --out"
+            )
+    plan = replace(study, runs=tuple(dict.fromkeys([*held.runs, *study.runs])))
     if len({run.config.dataset for run in plan.runs}) > 1:
         raise InputError(
             f"the runs in {out} must share a dataset, and not have {', '.join(plan.datasets)}; "
             f"choose another --out for each"
         )
     return plan
-
-
-def _held_runs(study: Study, out: Path) -> tuple[PlannedRun, ...]:
-    """The runs of the study in `out`, which must be `study` as well."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is not a folder; choose another --out")
-    if not (out / "study.json").exists():
-        if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
-            raise InputError(f"{out} is not empty and holds no study; choose another --out")
-        return ()
-    held = read_plan(out)
-    if held.name != study.name:
-        raise InputError(
-            f"{out} holds the study {held.name!r}, not {study.name!r}; choose another --out"
-        )
-    for name in RunConfig.field_names():
-        before = {getattr(run.config, name) for run in held.runs}
-        now = {getattr(run.config, name) for run in study.runs}
-        if name != "seed" and len(before) == len(now) == 1 and before != now:
-            raise InputError(
-                f"{out} holds the study {study.name!r} with {name} = {before.pop()!r}, "
-                f"not {now.pop()!r}; choose another --out"
-            )
-    return held.runs

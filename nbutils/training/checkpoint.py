@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from nbutils.paths import CHECKPOINT, PROGRESS, write_atomically
 from nbutils.training.result import KEPT_EPOCHS, history_of
 
-UNREADABLE = (OSError, ValueError, pickle.UnpicklingError)
-"""What reading a checkpoint raises when it is damaged."""
+UNREADABLE = (OSError, ValueError, pickle.UnpicklingError)  # of a damaged checkpoint
 
 
 @dataclass

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 Window = tuple[Tensor, ...]
 
-WARM_UPS = 3
-"""Updates made before recording, in which libraries choose kernels and allocate what they keep."""
+WARM_UPS = 3  # updates in which libraries choose kernels and allocate what they keep
 
 
 def graphed_updates(

@@ -10,23 +10,18 @@ from torch import Tensor, nn
 
 from nbutils.errors import InputError
 
-GHOST_SIZE = 128
-"""Images over which ghost batch norm takes its statistics, however large the batch."""
-
-GROUPS = 8
-"""Groups into which group norm divides the channels."""
-
-EVALUATION_BATCH = 500
-"""Images in one pass of an evaluation. It affects memory and speed only."""
+GHOST_SIZE = 128  # images over which ghost batch norm takes its statistics
+GROUPS = 8  # into which group norm divides the channels
+EVALUATION_BATCH = 500  # images in one pass; it affects memory and speed only
 
 Norm = Literal["batch", "ghost", "group", "none"]
 ModelName = Literal["small", "deep"]
 
+# Output channels of the convolutions of each model, block by block.
 CHANNELS: dict[ModelName, tuple[tuple[int, ...], ...]] = {
     "small": ((16,), (32,), (64,)),
     "deep": ((16,), (32, 32), (64, 64)),
 }
-"""Output channels of the convolutions of each model, block by block."""
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -83,7 +78,7 @@ class DigitCNN(nn.Module):
     def __init__(
         self,
         norm: Norm = "group",
-        dropout: float = 0.0,
+        dropout: float = 0,
         classes: int = 10,
         model: ModelName = "small",
     ) -> None:

@@ -49,41 +49,31 @@ def run_within_memory(
             # Frames of the failed attempt hold its tensors, and IPython keeps the last error.
             traceback.clear_frames(error.__traceback__)
             largest = max(sizes)
+            problem = f"a batch of {largest} images does not fit the memory of {device}"
+            if len(configs) > 1:
+                problem += f", which {len(configs)} runs share"
             for run, config in enumerate(configs):
                 if sizes[run] == largest:
-                    sizes[run] = _half(config, largest, device, len(configs), on_oom, error)
+                    sizes[run] = _half(config, largest, problem, on_oom)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _half(
-    config: RunConfig,
-    size: int,
-    device: torch.device,
-    together: int,
-    on_oom: setup.OnOom,
-    error: Exception,
-) -> int:
+def _half(config: RunConfig, size: int, problem: str, on_oom: setup.OnOom) -> int:
     """Half of the micro-batch that did not fit, and a warning; InputError where that may not be."""
-    half = size // 2
-    problem = f"a batch of {size} images does not fit the memory of {device}"
-    if together > 1:
-        problem += f", which {together} runs share"
+    half, asked = size // 2, f"batch_size = {config.batch_size}: {problem}"
     if size % 2:
-        raise InputError(
-            f"batch_size = {config.batch_size}: {problem}, and {size} cannot be halved evenly; "
-            f"choose a smaller batch_size with more accumulation_steps"
-        ) from error
-    steps = config.effective_batch_size // half
-    smaller = f"batches of {half} and {steps} accumulation steps"
+        advice = "choose a smaller batch_size with more accumulation_steps"
+        raise InputError(f"{asked}, and {size} cannot be halved evenly; {advice}")
+    smaller = f"batches of {half} and {config.effective_batch_size // half} accumulation steps"
     if on_oom == "stop":
         advice = f"take {smaller}, the same {config.effective_batch_size} images per update"
         if config.norm in setup.SPLITTABLE:
             advice += ", or let on_oom = 'split' do so"
         else:
             advice += f", which with norm = {config.norm!r} trains differently"
-        raise InputError(f"batch_size = {config.batch_size}: {problem}; {advice}") from error
+        raise InputError(f"{asked}; {advice}")
     warnings.warn(f"{problem}: the run starts again, with {smaller}", stacklevel=3)
     return half
 

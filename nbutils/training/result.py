@@ -15,8 +15,7 @@ from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN, logits_of
 from nbutils.training.setup import autocast
 
-KEPT_EPOCHS = 5
-"""The predictions of this many last epochs are kept: single late epochs jitter."""
+KEPT_EPOCHS = 5  # whose predictions are kept, the last ones: single late epochs jitter
 
 HISTORY_COLUMNS = {
     "epoch": "int64",

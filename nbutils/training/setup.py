@@ -21,8 +21,7 @@ OnOom = Literal["stop", "split"]
 """When a batch does not fit the memory, stop with advice, or start again with half the batch and
 twice the accumulation steps, which makes the same update, until it fits."""
 
-SPLITTABLE = ("group", "none")
-"""Norms with which a smaller batch trains alike: images do not influence each other."""
+SPLITTABLE = ("group", "none")  # norms with which images do not influence each other
 
 
 def resolve_device(name: str) -> torch.device:
@@ -63,15 +62,16 @@ def check(config: RunConfig, data: Dataset, on_oom: str) -> None:
             f"of its batch, so a smaller batch trains differently; use norm = 'group' or 'none', "
             f"or on_oom = 'stop'"
         )
-    images = len(data.train.labels)
-    for name, wanted in (
-        ("batch_size", config.batch_size),
-        ("effective_batch_size (batch_size * accumulation_steps)", config.effective_batch_size),
-    ):
-        if wanted > images:
-            raise InputError(
-                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
-            )
+    images, name, wanted = len(data.train.labels), "batch_size", config.batch_size
+    if wanted <= images:
+        name, wanted = (
+            f"effective_{name} ({name} * accumulation_steps)",
+            config.effective_batch_size,
+        )
+    if wanted > images:
+        raise InputError(
+            f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
+        )
 
 
 def uses_cuda_graph(device: torch.device, wanted: bool) -> bool:

@@ -23,9 +23,7 @@ from nbutils.training.model import DigitCNN
 from nbutils.training.out_of_memory import Script, run_within_memory
 from nbutils.training.result import RunResult, evaluate, history_of
 
-Window = tuple[Tensor, ...]
-"""The micro-batches of one update: indices of training images."""
-
+Window = tuple[Tensor, ...]  # the micro-batches of one update: indices of training images
 AfterUpdate = Callable[[int, DigitCNN], None]
 
 

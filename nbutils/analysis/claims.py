@@ -38,21 +38,14 @@ def can_be_judged(runs: pd.DataFrame) -> bool:
 
 
 def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
-    """The seeds before `confirming` (if any has all settings) and those from it on, by their names.
-
-    All in one part where fewer than two of the latter have all settings. The last part judges.
-    """
-    complete = answers.by_setting("run_id").dropna().index
-    parts = [answers]
-    if confirming is not None and (complete >= confirming).sum() >= 2:
-        later = answers.runs["seed"] >= confirming
-        parts = [answers.only(~later)] if (complete < confirming).any() else []
-        parts.append(answers.only(later))
-    names = {}
-    for part in parts:
-        first, last = part.runs["seed"].min(), part.runs["seed"].max()
-        names[f"seeds {first} to {last}" if first < last else f"seed {first}"] = part
-    return names
+    """The seeds before `confirming` and those from it on, by their names; the last part judges."""
+    later = answers.runs["seed"] >= (confirming or 0)
+    parts = {}
+    for part in (answers.only(~later), answers.only(later)):
+        if len(part.runs):
+            first, last = part.runs["seed"].min(), part.runs["seed"].max()
+            parts[f"seeds {first} to {last}" if first < last else f"seed {first}"] = part
+    return parts
 
 
 def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.DataFrame:

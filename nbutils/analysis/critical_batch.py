@@ -50,10 +50,9 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `updates_to_target` of the fastest rate of each optimizer and size.
+    """The rows of `updates_to_target` of each optimizer's and size's fastest rate, if any.
 
-    That is the one of the smallest mean of `updates` among those at which all seeds arrived. A
-    size without such a rate has no rows.
+    That is the one of the smallest mean of `updates` among those at which all seeds arrived.
     """
     rate = [*SIZE, "learning_rate"]
     arrived = table.groupby(rate).filter(lambda runs: runs["updates"].notna().all())
@@ -76,9 +75,8 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     """Fit `E = E_min (1 + B / B_crit)` to the rows of `fastest_rates` of one optimizer.
 
     Runs that reached the target in their first epoch are left out, since how soon is unknown.
-    Least squares on log E, as runs differ by factors; Student's interval on log B_crit, from the
-    scatter of the runs. It covers neither the choice of the rates nor errors that all sizes share.
-    InputError where there are fewer than the three sizes that a curve of two parameters needs.
+    Least squares on log E, as runs differ by factors; Student's interval on log B_crit. It covers
+    neither the choice of the rates nor errors that all sizes share. InputError below three sizes.
     """
     from scipy import optimize
 
@@ -111,10 +109,9 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
 
 
 def regime_borders(critical: float) -> tuple[float, float]:
-    """The two batch sizes between the three `REGIMES`.
+    """The two batch sizes between the three `REGIMES`, where p is one of `SAVED`.
 
-    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`. Twice the batch size
-    ideally halves the updates, p = 1. At the borders p is one of `SAVED`.
+    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`; ideal is p = 1.
     """
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
 

@@ -24,12 +24,10 @@ MARGIN = 0.001
 
 @dataclass(frozen=True)
 class Answers:
-    """The runs of a study, and what their networks answered to the test images.
+    """The runs of a study, from `load_runs`, and what their networks answered to the test images.
 
-    Attributes:
-        runs: From `load_runs`.
-        labels: Of the test images, uint8, shape (n,); (0,) where they are unknown.
-        late: The predictions of each run after its last epochs, uint8, shape (k, n), by its id.
+    `labels` are uint8, shape (n,), or (0,) where they are unknown; `late` the predictions of each
+    run after its last epochs, uint8, shape (k, n), by its id.
     """
 
     runs: pd.DataFrame

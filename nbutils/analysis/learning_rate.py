@@ -26,9 +26,9 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
     One row per `optimizer`, `effective_batch_size` and `learning_rate`: `seeds`, `train_loss`,
     `validation_accuracy` with `low` and `high` (Wilson's interval), `best` of its size,
-    `within_noise` (no lower than `low` of that best one), and `outcome`: "learnt", or, where the
-    accuracy is below `NOTHING_LEARNT`, "too slow" at rates below the best one, else "diverged", as
-    wherever the loss is not finite.
+    `within_noise` (no lower than `low` of that best one), and `outcome`: "learnt"; or, below
+    `NOTHING_LEARNT`, "too slow" at rates below the best one, else, or if the loss is not finite,
+    "diverged".
     """
     ends = outcomes(runs)
     ends["finite"] = np.isfinite(ends["train_loss"])
@@ -51,9 +51,8 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
     """The best rate of each size of a `rate_map`, and the range of rates within noise of it.
 
     One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy` there;
-    `low` and `high`, half-way (on a log scale) from the outermost rates within noise to the next
-    that were tried, missing where none was; and `loss_rate`, the rate of lowest training loss,
-    which is far less noisy than the accuracy on some hundred images.
+    `low` and `high`, half-way from the outermost rates within noise to the next that were tried,
+    missing where none was; and `loss_rate`, of the lowest training loss, which is less noisy.
     """
     rows = {}
     for key, group in table.groupby(KEYS):

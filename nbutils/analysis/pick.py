@@ -89,11 +89,10 @@ class Pick:
 def pick(runs: pd.DataFrame, seconds: Mapping[str, float] | None = None) -> Pick:
     """The settings that reach a good validation accuracy in the least training time.
 
-    A setting qualifies unless its seeds show that it ends more than `MARGIN` below the best: the
-    upper end of the 95 % interval of the paired difference of outcomes is below `-MARGIN`. Of
-    those that qualify, the ones within `TIE` of the least time to the threshold are the cheapest.
-    This is repeated for resamples of the seeds; a setting that is among the cheapest in `STABLE`
-    of them is named. Test accuracy plays no part. The rule was chosen on the first five seeds of
+    A setting qualifies unless its seeds show that it ends more than `MARGIN` below the best, by the
+    95 % interval of the paired difference. Of these, the ones within `TIE` of the least time are
+    the cheapest. This is repeated for resamples of the seeds, which name what is among the cheapest
+    in `STABLE` of them. Test accuracy plays no part. The rule was chosen on the first five seeds of
     `batch-size`, and is not confirmed on fresh ones alone.
 
     `seconds` per epoch are as in `summary_table`; InputError where they have no setting of `runs`.

@@ -114,14 +114,14 @@ def _best(answers: Answers) -> Verdict:
         _word(holds=near.negligible, fails=near.low >= MARGIN or near.high <= -MARGIN),
         _word(
             "best open",
-            others_as_good=len(as_good) > 1,
-            another_as_good=len(as_good) == 1,
+            as_good=len(as_good) > 0,
             best=all(gap.high < 0 for gap in others.values()),
             one_seed=near.seeds < 2,
         ),
     ]
     most = points(max(gap.high for gap in others.values()))
-    values = {"as_good": ", ".join(as_good), "most": most, "others": _listed(others)}
+    listed = f"{'are' if len(as_good) > 1 else 'is'} {', '.join(as_good)}"
+    values = {"as_good": listed, "most": most, "others": _listed(others)}
     return _verdict("2", *words, near=near, margin=100 * MARGIN, **values)
 
 

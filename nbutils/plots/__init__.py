@@ -1,7 +1,4 @@
-"""Figures from tidy tables: each function draws on the axes (`ax`) that it is given.
-
-`from nbutils import plots; plots.use_style(); plots.plot_history(ax, result.history)`.
-"""
+"""Figures from tidy tables: each function draws on the axes (`ax`) that it is given."""
 
 from nbutils.plots.accumulation import (
     plot_damage,
@@ -13,7 +10,6 @@ from nbutils.plots.accumulation import (
 from nbutils.plots.advice import plot_noise, plot_race, plot_rates, plot_sizes
 from nbutils.plots.cost import COSTS, plot_cost, plot_cost_map, plot_search
 from nbutils.plots.curves import (
-    METRIC_NAMES,
     plot_accuracy,
     plot_final,
     plot_history,
@@ -28,4 +24,4 @@ from nbutils.plots.rates import (
     plot_scaling_rules,
     plot_updates_to_target,
 )
-from nbutils.plots.style import batch_size_colours, save_figure, use_style
+from nbutils.plots.style import save_figure, use_style

@@ -21,14 +21,13 @@ def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
     Blocks are as wide as their images are many. What differs from the first block, or is less than
     the first window, is red and hatched. The axes should be about 0.5 inches high for each row.
     """
-    rows = {f"update {update:,}": window for update, window in enumerate(sizes, start=1)}
+    rows = [(f"update {update:,}", window) for update, window in enumerate(sizes, start=1)]
     usual, whole = sizes[0][0], sum(sizes[0])
     if len(sizes) > FIRST + LAST:
-        shown = list(rows.items())
-        rows = dict([*shown[:FIRST], ("...", ()), *shown[-LAST:]])
+        rows[FIRST:-LAST] = [("...", ())]
         text = f"{len(sizes) - FIRST - LAST:,} more updates of {whole:,} images"
         ax.text(whole / 2, FIRST, text, ha="center", va="center", color="0.4")
-    for place, window in enumerate(rows.values()):
+    for place, (_, window) in enumerate(rows):
         left, note = 0, ""
         for images in window:
             odd = images != usual
@@ -45,7 +44,7 @@ def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
             colour = style.RED if short else "0.15"
             ax.text(left, place, f" {left:,} images{note}", va="center", color=colour)
     ax.set(xlim=(0, 1.2 * whole), ylim=(len(rows) - 0.5, -0.5), xlabel="images of one update")
-    ax.set_yticks(range(len(rows)), list(rows))
+    ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.set_xticks([0, whole])
     ax.grid(False)
     ax.spines[["left", "bottom"]].set_visible(False)

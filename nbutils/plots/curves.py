@@ -59,9 +59,16 @@ def plot_accuracy(
             look |= {"yerr": spread, "errorevery": turn, "elinewidth": 1.2}
         ax.errorbar(epochs[against].min(), mean, **look)
     # The limits come from all metrics, so that panels side by side have one scale.
-    _accuracy_axis(ax, runs[list(METRIC_NAMES)].to_numpy(), scale)
+    accuracies = runs[list(METRIC_NAMES)].to_numpy()
+    if scale == "accuracy":
+        style.stretch_towards_one(ax, accuracies)
+    else:
+        errors = 100 * (1 - accuracies)
+        lowest = errors.min(initial=100, where=errors > 0)
+        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
+        style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
     _progress_axis(ax, against, runs[against])
-    ax.set_title(METRIC_NAMES[metric].replace("accuracy", scale))
+    ax.set(ylabel=scale, title=METRIC_NAMES[metric].replace("accuracy", scale))
     if against == "epoch" and len(settings) <= len(style.MARKERS):
         style.label_ends(ax)
     else:
@@ -83,10 +90,7 @@ def plot_overlay(
             look = {"linewidth": 1.8, "linestyle": style.ACCUMULATED, "mfc": "white", "zorder": 3}
         look |= {"color": colours[number], "marker": style.MARKERS[number], "label": name}
         ax.plot(history[against], history[metric], **look)
-    together = pd.concat(list(histories.values()))
-    _accuracy_axis(ax, together[metric].to_numpy())
-    _show_lowest(ax, together[metric])
-    _progress_axis(ax, against, together[against])
+    _few_curves(ax, pd.concat(list(histories.values())), [metric], against)
     ax.set_title(METRIC_NAMES[metric])
     if against == "epoch":
         style.label_ends(ax)
@@ -100,27 +104,16 @@ def plot_history(ax: Axes, history: pd.DataFrame) -> None:
         if history[metric].notna().all():
             look = {"color": style.shades(3, 1, 0.25)[number], "marker": style.MARKERS[number]}
             ax.plot(history["epoch"], history[metric], label=title.partition(" ")[0], **look)
-    accuracies = history[list(METRIC_NAMES)]
-    _accuracy_axis(ax, accuracies.to_numpy())
-    _show_lowest(ax, accuracies)
-    _progress_axis(ax, "epoch", history["epoch"])
+    _few_curves(ax, history, list(METRIC_NAMES), "epoch")
     style.label_ends(ax)
 
 
-def _accuracy_axis(ax: Axes, accuracies: np.ndarray, scale: Scale = "accuracy") -> None:
-    if scale == "accuracy":
-        style.stretch_towards_one(ax, accuracies)
-    else:
-        errors = 100 * (1 - accuracies)
-        lowest = errors.min(initial=100, where=errors > 0)
-        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
-        style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
-    ax.set_ylabel(scale)
-
-
-def _show_lowest(ax: Axes, accuracies: pd.DataFrame | pd.Series) -> None:
-    """Let the axis begin below the lowest point, for curves that are few and short."""
-    ax.set_ylim(bottom=max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))))
+def _few_curves(ax: Axes, history: pd.DataFrame, metrics: list[str], against: Progress) -> None:
+    """The axes of curves so few and short that they can show the lowest point."""
+    accuracies = history[metrics].to_numpy()
+    style.stretch_towards_one(ax, accuracies)
+    ax.set(ylim=(max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))), None), ylabel="accuracy")
+    _progress_axis(ax, against, history[against])
 
 
 def _progress_axis(ax: Axes, against: Progress, values: pd.Series) -> None:

@@ -20,20 +20,16 @@ from nbutils.analysis.critical_batch import (
 SIZES = np.array([16.0, 64, 256, 1024])
 
 
-def curves(*curves_of_runs):
-    return runs_of(*[(config, accuracies, 1) for config, accuracies in curves_of_runs])
-
-
 def reached(sizes, images, epochs=2.0):
     columns = {"effective_batch_size": sizes, "images": images, "updates": images / sizes}
     return pd.DataFrame(columns | {"epochs": epochs, "learning_rate": 0.1})
 
 
 def test_updates_and_images_to_a_target_follow_from_the_epochs():
-    runs = curves(
-        (RunConfig(batch_size=32), [0.6, 0.84, 0.96]),  # errors 0.4, 0.16, 0.04
-        (RunConfig(batch_size=64), [0.93, 0.95, 0.99]),
-        (RunConfig(batch_size=128), [0.5, 0.8, 0.91]),
+    runs = runs_of(
+        (RunConfig(batch_size=32), [0.6, 0.84, 0.96], 1),  # errors 0.4, 0.16, 0.04
+        (RunConfig(batch_size=64), [0.93, 0.95, 0.99], 1),
+        (RunConfig(batch_size=128), [0.5, 0.8, 0.91], 1),
     )
     table = updates_to_target(runs, 0.92).set_index("effective_batch_size")
     assert table.loc[32, ["epochs", "updates", "images"]].tolist() == pytest.approx(
@@ -46,19 +42,13 @@ def test_updates_and_images_to_a_target_follow_from_the_epochs():
 
 
 def test_the_fastest_rate_is_one_at_which_every_seed_arrives():
-    ends = {1e-2: (0.99, 0.5), 1e-3: (0.99, 0.99), 1e-4: (0.95, 0.95)}
-    runs = curves(
-        *[
-            (RunConfig(learning_rate=rate, seed=seed), [0.5, 0.5 + (end - 0.5) / 2, end])
-            for rate, of_seeds in ends.items()
-            for seed, end in enumerate(of_seeds)
-        ]
-    )
-    fastest = fastest_rates(updates_to_target(runs, 0.9))
-    assert fastest[["learning_rate", "seed"]].to_numpy().tolist() == [[1e-3, 0], [1e-3, 1]]
+    table = pd.DataFrame({"optimizer": "adam", "effective_batch_size": 32, "seed": [0, 1] * 3})
+    table["learning_rate"] = np.repeat([1e-2, 1e-3, 1e-4], 2)
+    table["updates"] = [10, np.nan, 30, 40, 50, 60]
+    assert fastest_rates(table)["updates"].tolist() == [30, 40]
 
 
-@pytest.mark.parametrize(("critical", "fewest"), [(20, 1e3), (200, 1e6), (2000, 5e3)])
+@pytest.mark.parametrize(("critical", "fewest"), [(20, 1e6), (2000, 5e3)])
 def test_the_fit_finds_the_curve_that_made_the_numbers(critical, fewest):
     fit = fit_critical_batch(reached(SIZES, fewest * (1 + SIZES / critical)))
     assert fit.value == pytest.approx(critical, rel=1e-3)
@@ -70,7 +60,7 @@ def test_the_fits_interval_holds_the_truth_about_as_often_as_it_says():
     random = np.random.default_rng(0)
     sizes = np.repeat([32, 64, 128, 256, 512, 1024], 2)
     inside = []
-    for _ in range(150):
+    for _ in range(100):
         noise = random.lognormal(0, 0.1, len(sizes))
         fit = fit_critical_batch(reached(sizes, 5000 * (1 + sizes / 200) * noise))
         inside.append(fit.low < 200 < fit.high)

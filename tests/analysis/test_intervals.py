@@ -4,8 +4,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
 from nbutils.analysis.intervals import (
@@ -36,14 +34,14 @@ def crossed_draws(seeds, of_seeds, of_images, of_both, times, images=60, truth=0
 def test_the_interval_over_seeds_and_images_covers_as_often_as_it_says(
     seeds, of_seeds, of_images, of_both
 ):
-    draws = crossed_draws(seeds, of_seeds, of_images, of_both, times=2500)
+    draws = crossed_draws(seeds, of_seeds, of_images, of_both, times=1200)
     ends = np.array([crossed_interval(values) for values in draws])
     assert 0.93 <= np.mean((ends[:, 0] < 0.3) & (ends[:, 1] > 0.3)) <= 0.98
 
 
-@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.02, 1.0), (0.1, 1.0)])
+@pytest.mark.parametrize(("of_seeds", "of_images"), [(0.1, 0.0), (0.1, 1.0)])
 def test_the_minimum_detectable_effect_is_found_in_four_of_five_samples(of_seeds, of_images):
-    draws = crossed_draws(5, of_seeds, of_images, 0.5, times=2500, truth=0.0)
+    draws = crossed_draws(5, of_seeds, of_images, 0.5, times=1200, truth=0.0)
     low, _, detectable = np.transpose([crossed_interval(values) for values in draws])
     # The spread of one sample is itself uncertain: take what samples say on average.
     truth = math.sqrt(np.mean(detectable**2))
@@ -81,17 +79,12 @@ def test_wilsons_interval_is_scipys(correct, n):
     assert proportion_interval(correct / n, n) == pytest.approx((expected.low, expected.high))
 
 
-@given(st.integers(0, 40), st.integers(0, 40), st.integers(-20, 20))
-def test_a_lead_on_all_images_is_certain(won, lost, lead):
-    assert probability_of_lead(won, lost, 100, 100, lead) == pytest.approx(
-        float(won - lost >= lead)
-    )
-
-
-def test_the_probability_of_a_lead_against_drawing():
+def test_the_probability_of_a_lead_is_that_of_drawing_images():
     won, lost, images, part, lead = 60, 50, 1000, 250, 4
-    drawn = np.random.default_rng(0).multivariate_hypergeometric(
-        [won, lost, images - won - lost], part, size=200_000
-    )
+    urn = [won, lost, images - won - lost]
+    drawn = np.random.default_rng(0).multivariate_hypergeometric(urn, part, size=100_000)
     share = np.mean(drawn[:, 0] - drawn[:, 1] >= lead)
     assert probability_of_lead(won, lost, images, part, lead) == pytest.approx(share, abs=0.005)
+    assert probability_of_lead(won, lost, images, images, 10) == pytest.approx(1)
+    assert probability_of_lead(won, lost, images, images, 11) == pytest.approx(0)
+    assert probability_of_lead(0, 0, images, part, 1) == 0

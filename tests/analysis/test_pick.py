@@ -1,6 +1,7 @@
 """The pick on made-up runs in which the cheapest settings are known."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -14,12 +15,7 @@ SECONDS = {"32": 10.0, "64": 6.0, "128": 5.0, "1024": 4.0}
 
 
 def study(seeds, late=None):
-    """Errors of 32, 64 and 128 halve each epoch; 1024 ends 0.5 points below them.
-
-    Args:
-        seeds: How many.
-        late: By seed, how many epochs 128 is late.
-    """
+    """Errors of 32, 64 and 128 (`late` by seed) halve each epoch; 1024 ends 0.5 points below."""
     rows = []
     for seed in range(seeds):
         for size in (32, 64, 128, 1024):
@@ -68,9 +64,7 @@ def test_no_setting_is_named_where_none_is_stable():
 def test_few_seeds_are_called_a_guess(seeds):
     choice = pick(study(seeds), SECONDS)
     assert choice.settings == ["64", "128"]
-    assert choice.answer.startswith(
-        f"A guess from {'one seed' if seeds == 1 else '2 seeds'}: 64 or"
-    )
+    assert re.match("A guess from (one seed|2 seeds): 64 or 128", choice.answer)
     assert "among the cheapest" not in format_pick(choice)
 
 

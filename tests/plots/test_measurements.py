@@ -12,20 +12,12 @@ from nbutils.analysis.learning_rate import rate_map, ridge, scaling_rules
 
 def costs():
     """Memory of the micro-batch, measured twice; one setting ran out of memory."""
-    rows = [
-        {
-            "batch_size": batch_size,
-            "accumulation_steps": steps,
-            "effective_batch_size": batch_size * steps,
-            "peak_memory": np.nan if batch_size == 8 else batch_size * 1e6 + repeat,
-            "seconds_per_update": batch_size * steps * (1.0 + repeat),
-            "images_per_second": 1 / (1.0 + repeat),
-            "repeat": repeat,
-        }
-        for batch_size, steps in [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)]
-        for repeat in range(2)
-    ]
-    return pd.DataFrame(rows)
+    settings = [(2, 1), (2, 2), (2, 4), (4, 1), (4, 2), (8, 1)] * 2
+    table = pd.DataFrame(settings, columns=["batch_size", "accumulation_steps"])
+    images = table["batch_size"] * table["accumulation_steps"]
+    table["effective_batch_size"], table["repeat"] = images, np.repeat([0, 1], 6)
+    table["peak_memory"] = (1e6 * table["batch_size"]).where(table["batch_size"] < 8)
+    return table.assign(seconds_per_update=images * (1.0 + table["repeat"]))
 
 
 def test_cost_has_a_line_for_the_whole_batch_and_one_per_micro_batch(ax):
@@ -52,13 +44,12 @@ def test_a_search_shows_what_fits_and_what_does_not(ax):
 @pytest.fixture
 def rates():
     """A map of two sizes and three rates, with one that diverged."""
-    sizes, tried = (32, 128), (1e-3, 1e-2, 1e-1)
     accuracies = {32: (0.97, 0.98, 0.1), 128: (0.6, 0.9, 0.98)}
     runs = runs_of(
         *[
             (RunConfig(batch_size=size, learning_rate=rate), [accuracy], 1)
-            for size in sizes
-            for rate, accuracy in zip(tried, accuracies[size], strict=True)
+            for size, row in accuracies.items()
+            for rate, accuracy in zip((1e-3, 1e-2, 1e-1), row, strict=True)
         ]
     )
     return rate_map(runs.assign(train_loss=1 / runs["validation_accuracy"]))
@@ -117,16 +108,9 @@ def test_an_interval_without_an_end_reaches_the_top(ax):
 
 
 def test_updates_to_a_target_show_bounds_misses_and_regimes(ax):
-    sizes = np.array([16, 64, 256, 1024])
-    images = 5000 * (1 + sizes / 100)
-    runs = pd.DataFrame(
-        {
-            "effective_batch_size": sizes,
-            "images": images,
-            "updates": images / sizes,
-            "epochs": [1.0, 2, 2, 2],
-        }
-    )
+    runs = pd.DataFrame({"effective_batch_size": [16, 64, 256, 1024], "epochs": [1.0, 2, 2, 2]})
+    runs["images"] = 5000 * (1 + runs["effective_batch_size"] / 100)
+    runs["updates"] = runs["images"] / runs["effective_batch_size"]
     plots.plot_updates_to_target(ax, runs, fit_critical_batch(runs), [2048])
     lines = {line.get_label(): line for line in ax.lines}
     assert lines["run"].get_xdata().tolist() == [64, 256, 1024]
@@ -142,18 +126,12 @@ def test_updates_to_a_target_show_bounds_misses_and_regimes(ax):
     ("same", "where"), [(True, "advised"), (False, "advised, at another size")]
 )
 def test_the_advised_rate_is_marked_beside_the_best_one(ax, same, where):
-    tried = {
-        "learning_rate": [0.001, 0.003, 0.01, 0.03],
-        "validation_loss": [0.9, 0.5, 0.4, np.nan],
-    }
-    rates = pd.DataFrame(tried).assign(best=[False, False, True, False], outcome="learnt")
-    rates["low"], rates["high"] = rates["validation_loss"] - 0.05, rates["validation_loss"] + 0.05
-    rates.loc[3, "outcome"] = "diverged"
+    loss = pd.Series([0.9, 0.5, 0.4, np.nan])
+    rates = pd.DataFrame({"validation_loss": loss, "low": loss - 0.05, "high": loss + 0.05})
+    rates["learning_rate"], rates["best"] = [0.001, 0.003, 0.01, 0.03], loss == 0.4
+    rates["outcome"] = ["learnt"] * 3 + ["diverged"]
     plots.plot_rates(ax, rates, advised=0.003, rates_at=128, same=same)
-    lines = {line.get_label(): line.get_xdata() for line in ax.lines}
-    assert list(lines[where]) == [0.003, 0.003]
-    assert list(lines["lowest here"]) == [0.01]
-    assert list(lines["diverged"]) == [0.03]
-    legend = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert {where, "lowest here", "diverged"} <= set(legend)
+    lines = {line.get_label(): list(line.get_xdata()) for line in ax.lines[-3:]}
+    assert lines == {where: [0.003, 0.003], "lowest here": [0.01], "diverged": [0.03]}
+    assert {text.get_text() for text in ax.get_legend().get_texts()} >= set(lines)
     assert ax.get_title("left") == "Learning rates at 128 per update"

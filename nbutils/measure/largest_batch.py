@@ -53,7 +53,7 @@ def largest_batch_size(
         InputError: As `measure`; or the smallest batch does not fit: it says what that needs.
     """
     largest = len(images) if largest is None else largest
-    check_counts(largest=largest)
+    check_counts(images=len(images), largest=largest)
     budget = free_memory(device) if memory_budget is None else memory_budget
     limit = int(budget * (1 - margin))
 

@@ -191,7 +191,6 @@ STAGES: dict[str, tuple[Stage, int]] = {
 }
 """The most valuable first, and the seconds that each may take: 8 minutes in all."""
 
-
 PROCESSES: Any = multiprocessing.get_context("spawn")  # CUDA starts anew in each
 
 
@@ -244,18 +243,22 @@ def run_stage(work: Stage, device: str, quick: bool, limit: float) -> dict[str, 
         process.start()
         sender.close()
         try:
-            while receiver.poll(max(0.0, start + limit - time.perf_counter())):
+            while not _has_ended(sent) and receiver.poll(start + limit - time.perf_counter()):
                 sent.append(receiver.recv())
-        except EOFError:  # it has ended
+        except EOFError:  # it died
             process.join()
             end = {"state": "failed", "reason": f"exit status {process.exitcode}"}
         process.kill()
         process.join()
-    if sent and "state" in sent[-1]:
+    if _has_ended(sent):
         end = sent.pop()
     if end["state"] == "passed" and any(row["ok"] is False for row in sent):
         end["state"] = "failed"
     return {**end, "seconds": round(time.perf_counter() - start, 1), "rows": sent}
+
+
+def _has_ended(sent: list[dict[str, Any]]) -> bool:
+    return bool(sent) and "state" in sent[-1]
 
 
 def _send_rows(work: Stage, device: str, quick: bool, send: Callable[[Any], object]) -> None:

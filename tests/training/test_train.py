@@ -1,6 +1,4 @@
-import gc
 import math
-import weakref
 from dataclasses import replace
 
 import pandas as pd
@@ -33,12 +31,11 @@ def test_the_same_config_gives_bitwise_the_same_history(few_digits, settings):
     first = history(config, few_digits)
     torch.rand(3)  # what others draw in between must not matter
     pd.testing.assert_frame_equal(first, history(config, few_digits), check_exact=True)
-    assert not first.equals(history(replace(config, seed=1), few_digits))
 
 
-def test_training_leaves_torch_as_it_was(few_digits):
+def test_another_seed_trains_otherwise_and_leaves_torch_as_it_was(few_digits):
     state = torch.get_rng_state()
-    history(TINY, few_digits)
+    assert not history(TINY, few_digits).equals(history(replace(TINY, seed=1), few_digits))
     assert torch.equal(torch.get_rng_state(), state)
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -71,8 +68,9 @@ def test_accumulation_trains_as_the_textbook_loop_with_the_large_batch(
 ):
     sizes = {"batch_size": batch_size, "accumulation_steps": steps}
     config = replace(TINY, **sizes, dropout=0.0, precision="float64")
-    result = train(config, few_digits, progress=False)
-    model, losses = textbook_loop(config, few_digits)
+    data = few_digits.subset(101)  # windows of 96 and 5
+    result = train(config, data, progress=False)
+    model, losses = textbook_loop(config, data)
     for ours, theirs in zip(result.model.parameters(), model.parameters(), strict=True):
         # Adam divides by the root of squared gradients, which enlarges rounding of tiny ones.
         assert (ours - theirs).norm() <= 1e-9 * theirs.norm()
@@ -83,7 +81,7 @@ def test_the_start_and_the_order_do_not_depend_on_the_batch_size(few_digits):
     still = replace(TINY, epochs=1, learning_rate=1e-30, dropout=0.0, precision="float64")
     one, *others = (
         history(replace(still, batch_size=size, accumulation_steps=steps), few_digits)
-        for size, steps in ((300, 1), (32, 1), (7, 5))
+        for size, steps in ((300, 1), (60, 1), (17, 5))
     )
     for other in others:
         assert other["train_loss"].item() == pytest.approx(one["train_loss"].item(), rel=1e-12)
@@ -115,8 +113,8 @@ def test_drop_uses_full_windows_only(few_digits):
 
 
 def test_it_learns(digits):
-    result = train(RunConfig(epochs=3, device="cpu"), digits, progress=False)
-    assert result.history["test_accuracy"].iloc[-1] > 0.93
+    result = train(RunConfig(batch_size=64, epochs=1, device="cpu"), digits, progress=False)
+    assert result.history["test_accuracy"].iloc[-1] > 0.85
 
 
 def test_a_diverged_run_says_so_in_its_history(few_digits):
@@ -155,20 +153,6 @@ def test_train_many_gives_each_its_solo_result(few_digits):
     for config, result in zip(configs, together, strict=True):
         assert history(config, few_digits).equals(result.history.drop(columns="seconds"))
     assert train_many([], few_digits) == []
-
-
-def test_a_result_that_is_dropped_frees_all_memory_at_once(few_digits):
-    gc.collect()
-    gc.disable()
-    try:
-        result = train(replace(TINY, schedule="one-cycle"), few_digits, progress=False)
-        model = weakref.ref(result.model)
-        storage = weakref.ref(result.late_predictions)
-        del result
-        assert model() is None
-        assert storage() is None
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize(

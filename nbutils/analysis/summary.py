@@ -74,17 +74,13 @@ def describe_study(runs: pd.DataFrame) -> str:
     """One Markdown paragraph: how many runs, on which images, with which common settings."""
     first, counted = runs.iloc[0], name_settings(runs)[["run_id", "setting", "seed"]].nunique()
     made, settings, seeds = (
-        f"{number} {thing}{'s' if number > 1 else ''}"
-        for thing, number in zip(("run", "setting", "seed"), counted, strict=True)
+        f"{number} {str(name).removesuffix('_id')}{'s' if number > 1 else ''}"
+        for name, number in counted.items()
     )
     epochs = " or ".join(map(str, sorted(runs["epochs"].unique())))
-    common = {
-        "optimizer": "optimizer {}",
-        "learning_rate": "learning rate {:g}",
-        "norm": "norm {}",
-        "dropout": "dropout {:g}",
-    }
-    same = [t.format(first[name]) for name, t in common.items() if len(runs[name].unique()) == 1]
+    shown = ("optimizer", "learning_rate", "norm", "dropout")
+    common = [name for name in shown if len(runs[name].unique()) == 1]
+    same = [f"{name.replace('_', ' ')} {first[name]}".removesuffix(".0") for name in common]
     return (
         f"**{made}** on `{first['dataset']}`: {settings}, {seeds}, {epochs} epochs; "
         f"{first['images_per_epoch']:,} images to train on, {first['validation_images']:,} to "

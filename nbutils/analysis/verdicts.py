@@ -204,17 +204,13 @@ def norm_verdict(answers: Answers) -> Verdict:
 
 def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
     """The three answers to the claim: is there such a gain, how large is it, is it luck?"""
-    gains = claims.kaggle_gains(kaggle)
-    by_rate = [
-        f"{_gained(gain)} at equal epochs: {gain.bound}; "
-        f"{_gained(later)} at equal updates: {later.bound} ({name})"
-        for name, (gain, later) in gains.items()
-        if name != "tuned rates"
-    ]
-    evidence = [
-        f"{name}: {gain} at equal epochs, {later} at equal updates"
-        for name, (gain, later) in gains.items()
-    ]
+    gains, by_rate, evidence = claims.kaggle_gains(kaggle), [], []
+    for name, (gain, later) in gains.items():
+        words = [_word(holds=each.low > 0, fails=each.high < 0) for each in (gain, later)]
+        evidence.append(f"{name}: {gain} at equal epochs, {later} at equal updates")
+        if name != "tuned rates":
+            by_rate.append(f"{words[0]} at equal epochs: {gain.bound}")
+            by_rate.append(f"{words[1]} at equal updates: {later.bound} ({name})")
     gain, later = gains["same rate"]
     images, posted = len(kaggle.labels), claims.POSTED_GAIN
     values: dict[str, Any] = {"kaggle": kaggle, "claims": claims, "gain": gain, "later": later}
@@ -226,12 +222,8 @@ def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
         shown = f"{luck:.0%}" if luck >= 0.005 else "below 0.5%"
         values[f"luck{name}"] = "unknown" if math.isnan(luck) else shown
     word = _word(fails=gain.high < posted, holds=gain.low > 0)
-    words = {"7a": word, "7b": "by rate", "7c": "open"}
-    return [_verdict(number, word, **values) for number, word in words.items()]
-
-
-def _gained(gap: Effect) -> str:
-    return _word(holds=gap.low > 0, fails=gap.high < 0)
+    parts = (("7a", word), ("7b", "by rate"), ("7c", "open"))
+    return [_verdict(number, word, **values) for number, word in parts]
 
 
 def memory_verdict(cost: pd.DataFrame) -> Verdict:

@@ -165,8 +165,7 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     final = outcomes(runs).sort_values("batch_size", ascending=False)
     is_accuracy = metric.endswith("accuracy")
     final["value"] = 100 * (1 - final[metric]) if is_accuracy else final[metric]
-    sizes = zip(final["batch_size"], final["accumulation_steps"], strict=True)
-    final["setting"] = [setting_name(*size) for size in sizes]
+    final["setting"] = final["batch_size"].combine(final["accumulation_steps"], setting_name)
     norms, places = final.groupby("norm"), pd.Index(final["setting"].unique())
     colours = style.shades(len(norms))
     for number, (norm, rows) in enumerate(norms):

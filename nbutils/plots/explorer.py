@@ -23,6 +23,8 @@ WIDE = {"width": "210px"}
 class Playground(widgets.HBox):
     """Controls, by the text above each, beside the `figure` that the subclass's `plot` draws."""
 
+    plot: Callable[[Axes], None]
+
     def __init__(self, controls: dict[str, Any]) -> None:
         fits = {"width": "calc(100% - 240px)", "max_width": "760px", "height": "auto"}
         self.picture = widgets.Image(format="png", layout={**fits, "object_fit": "contain"})
@@ -44,10 +46,6 @@ class Playground(widgets.HBox):
             # The output is stored: JupyterLab would look for the controls of a kernel that is gone.
             del data["application/vnd.jupyter.widget-view+json"]
         return data
-
-    def plot(self, ax: Axes) -> None:
-        """Draw what the controls say."""
-        raise NotImplementedError
 
     def draw(self, *_: Any) -> None:
         """Show what `plot` draws now, in place of what was shown before."""

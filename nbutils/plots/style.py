@@ -72,18 +72,16 @@ def label_ends(ax: Axes, *only: str) -> None:
     The limits and scales of the axes must not change any more.
     """
     ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
-    ends = []
+    ends, places = [], []
     for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
-        if not only or name in only:
-            line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle
-            points = line.get_xydata()
-            known = points[np.isfinite(points).all(axis=1)]
-            ends += [(name, line, point) for point in known[-1:]]
-    to_axes = ax.transAxes.inverted()
-    places = [
-        float(np.clip((line.get_transform() + to_axes).transform(point)[1], 0, 1))
-        for _, line, point in ends
-    ]
+        if only and name not in only:
+            continue
+        line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle
+        points = line.get_xydata()
+        for point in points[np.isfinite(points).all(axis=1)][-1:]:
+            to_axes = line.get_transform() + ax.transAxes.inverted()
+            ends.append((name, line, point))
+            places.append(float(np.clip(to_axes.transform(point)[1], 0, 1)))
     gap = 14 / 72 / (ax.bbox.height / ax.figure.dpi)  # a line of text, as a share of the axes
     order = sorted(range(len(places)), key=lambda n: places[n])
     for _ in range(300):

@@ -51,9 +51,8 @@ def test_the_fastest_rate_is_one_at_which_every_seed_arrives():
 @pytest.mark.parametrize(("critical", "fewest"), [(20, 1e6), (2000, 5e3)])
 def test_the_fit_finds_the_curve_that_made_the_numbers(critical, fewest):
     fit = fit_critical_batch(reached(SIZES, fewest * (1 + SIZES / critical)))
-    assert fit.value == pytest.approx(critical, rel=1e-3)
-    assert fit.fewest_images == pytest.approx(fewest, rel=1e-3)
-    assert fit.fewest_updates == pytest.approx(fewest / critical, rel=1e-3)
+    found = fit.value, fit.fewest_images, fit.fewest_updates
+    assert found == pytest.approx((critical, fewest, fewest / critical), rel=1e-3)
 
 
 def test_the_fits_interval_holds_the_truth_about_as_often_as_it_says():

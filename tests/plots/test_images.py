@@ -51,10 +51,7 @@ def test_windows_of_a_long_epoch_show_its_ends_and_what_is_odd(ax):
     texts = [text.get_text().strip() for text in ax.texts]
     assert "54 more updates of 1,024 images" in texts
     assert texts[-1] == "608 images"
-
-
-def test_a_block_too_small_for_its_number_is_told_beside_it(ax):
-    plots.plot_windows(ax, [[128] * 8, [128, 16]])
+    plots.plot_windows(ax, [[128] * 8, [128, 16]])  # a block too small for its number
     assert ax.texts[-1].get_text().strip() == "144 images, the last block has 16"
 
 

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from nbutils.advise import race, report
-from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates, typical
+from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
 from nbutils.advise.task import Losses, Task, read_task
 from nbutils.advise.trials import Setting
 from nbutils.errors import InputError
@@ -157,82 +157,70 @@ def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any],
     end, share = perf_counter() + seconds, {name: part * seconds for name, part in SHARES.items()}
     costs, bounded, left_out = trial_costs(task, limit, share["costs"])
     usual, fitting = race.usual_row(costs), int(costs["batch_size"].max())
-    sizes = min(32, usual.batch_size), usual.images_per_second
-    noise, missed = trial_noise(task, *sizes, fitting, limit, share["noise"])
-    left_out += missed
-    scale, *scale_range = typical(noise)
+    noise, no_noise = trial_noise(task, usual, fitting, limit, share["noise"])
+    scale = noise["value"].median()
     candidates = race.candidates(costs, scale, not task.batch_norm)
     first = race.choose(candidates)
     time = min(share["rates"], 0.5 * max(0.0, end - perf_counter()))
-    sizes = first.batch_size, first.accumulation_steps
-    rates, missed = trial_rates(task, *sizes, first.images_per_second, time)
-    left_out += missed
+    rates, no_rates = trial_rates(task, first, time)
     settings = race.entrants(candidates, usual, rates, task.recipe, bounded)
     time = max(share["race"], end - perf_counter())
     winner, points = race.run_race(task, settings, time)
-    costs["relative_time"] = race.relative_time(costs, scale)
     whole = costs[costs["accumulation_steps"] == 1].set_index("effective_batch_size")
-    costs["share_of_whole"] = costs["images_per_second"] / costs["effective_batch_size"].map(
-        whole["images_per_second"]
+    costs = costs.assign(
+        relative_time=race.relative_time(costs, scale),
+        share_of_whole=costs["images_per_second"]
+        / costs["effective_batch_size"].map(whole["images_per_second"]),
     )
     facts = {
-        **_raced(task, settings, winner, points, costs),
-        "noise_scale": _finite(scale),
-        "noise_scale_range": [_finite(each) for each in scale_range],
-        "noise": _rows(noise),
-        "rates": _rows(rates),
+        **_raced(task, list(settings), winner, points, costs),
+        "noise_scale": scale,
+        "noise_scale_range": [noise["low"].min(), noise["high"].max()],
+        "noise": noise,
+        "rates": rates,
         "rates_at": first.effective_batch_size,
     }
-    return facts, bounded, left_out
+    plain = {name: _plain(value) for name, value in facts.items()}
+    return plain, bounded, left_out + no_noise + no_rates
 
 
 def _raced(
-    task: Task,
-    settings: dict[Setting, float],
-    winner: Setting,
-    points: pd.DataFrame,
-    costs: pd.DataFrame,
+    task: Task, settings: list[Setting], winner: Setting, points: pd.DataFrame, costs: pd.DataFrame
 ) -> dict[str, Any]:
     """The fields that the race decides."""
-    names = [str(setting) for setting in settings]
+    names = list(map(str, settings))
     saved = {name: race.time_saved(points, str(winner), name) for name in names}
+    times = [1 / (1 - saved[name][0]) for name in names]
     end = points[points["setting"] == str(winner)].iloc[-1]
     won = costs["effective_batch_size"] == winner.effective_batch_size
     cost = costs[won & (costs["batch_size"] == winner.batch_size)].iloc[0]
-    costs = costs.assign(relative_time=costs["relative_time"] / cost["relative_time"])
     speed = end["updates"] * winner.effective_batch_size / end["seconds"]
     speeds = speed, max(cost["images_per_second"], speed), min(cost["slowest"], speed)
     seconds, *seconds_range = (task.data.examples_per_epoch / each for each in speeds)
-    rows = [
-        setting._asdict()
-        | {"setting": name, "images_per_second": settings[setting], "usual": name == names[0]}
-        | {"times": _finite(1 / (1 - saved[name][0]))}
-        for setting, name in zip(settings, names, strict=True)
-    ]
     return {
         **winner._asdict(),
         "effective_batch_size": winner.effective_batch_size,
         "usual": names[0],
-        "saved": _finite(saved[names[0]][0]),
-        "saved_range": [_finite(each) for each in saved[names[0]][1:]],
+        "saved": saved[names[0]][0],
+        "saved_range": list(saved[names[0]][1:]),
         "starts": int(end["start"]) + 1,
         "seconds_per_epoch": seconds,
         "seconds_per_epoch_range": seconds_range,
         "peak_memory": int(cost["peak_memory"]),
         "code": report.loop(task, winner),
-        "costs": _rows(costs),
-        "race": _rows(points),
-        "settings": rows,
+        "costs": costs.assign(relative_time=costs["relative_time"] / cost["relative_time"]),
+        "race": points,
+        "settings": pd.DataFrame(settings).assign(setting=names, times=times),
     }
 
 
-def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Plain values; those that are not finite become None."""
-    return json.loads(table.to_json(orient="records", double_precision=15))
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def _plain(value: Any) -> Any:
+    """For JSON: the rows of a table, and None for what is not finite."""
+    if isinstance(value, pd.DataFrame):
+        return json.loads(value.to_json(orient="records", double_precision=15))
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_advice(path: str | Path) -> Advice:

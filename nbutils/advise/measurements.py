@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -159,45 +158,42 @@ def _table(costs: Sequence[Cost]) -> pd.DataFrame:
 
 
 def trial_noise(
-    task: Task,
-    batch_size: int,
-    images_per_second: float,
-    fitting: int,
-    limit: float,
-    seconds: float,
+    task: Task, usual: Any, fitting: int, limit: float, seconds: float
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measure the noise scale at three points of a short training at the usual rate.
 
-    Half of the time goes into the training, in updates of `batch_size`, half into the measurements,
-    whose batches are no larger than `fitting` and whose gradients take `limit` bytes at most. With
-    batch norm whole batches of up to 128 are compared with their quarters.
+    Half of the time goes into the training, in updates of at most 32 examples at the speed of the
+    row `usual` of the costs, half into the measurements, whose batches are no larger than `fitting`
+    and whose gradients take `limit` bytes at most. With batch norm whole batches of up to 128 are
+    compared with their quarters.
 
     Returns one row per measurement: `update` and the fields of `NoiseScale`; and what was left out.
     """
     held = LARGE_BATCHES + 2 if task.batch_norm else MICRO_BATCHES
-    trial = Trial(task, Setting(batch_size, 1, task.recipe.usual_rate))
+    trial = Trial(task, Setting(min(32, usual.batch_size), 1, task.recipe.usual_rate))
     needed = 2 * held * sum(p.nbytes for p in trial.model.parameters() if p.requires_grad)
-    if needed > limit:
-        left_out = f"the noise scale: its gradients need {format_memory(needed)} of memory"
-        return pd.DataFrame(), [left_out]
-    images, number = images_per_second * seconds / 2, task.data.train.number
-    updates = int(min(images, EPOCHS * number) / batch_size)
+    images, number = usual.images_per_second * seconds / 2, task.data.train.number
+    updates = int(min(images, EPOCHS * number) / trial.setting.batch_size)
     size = min(32, int(images / 3 / MICRO_BATCHES), number // PARTS)
     size = min(size, fitting // PARTS if task.batch_norm else fitting)
-    if updates < 3 or size < (16 if task.batch_norm else 1):
-        return pd.DataFrame(), ["the noise scale, for want of time"]
-    generator = generator_for(torch.device("cpu"), 0, "examples of the noise scale")
+    points, missed = sorted({max(1, updates // 8), max(2, updates // 2), updates}), []
+    if needed > limit:
+        missed = [f"the noise scale: its gradients need {format_memory(needed)} of memory"]
+    elif updates < 3 or size < (16 if task.batch_norm else 1):
+        missed = ["the noise scale, for want of time"]
     rows: list[dict[str, Any]] = []
-    missed, end = "the noise scale at all points", perf_counter() + 1.5 * seconds
-    for point in sorted({max(1, updates // 8), max(2, updates // 2), updates}):
+    generator = generator_for(torch.device("cpu"), 0, "examples of the noise scale")
+    end = perf_counter() + 1.5 * seconds
+    for point in [] if missed else points:
         if perf_counter() > end or not trial.train(point - trial.updates):
-            return pd.DataFrame(rows), [missed]
+            missed = ["the noise scale at all points"]
+            break
         try:
-            found = _noise_now(trial, size, generator)
-        except ValueError as error:  # a gradient that is not finite
-            return pd.DataFrame(rows), [f"{missed}: {error}"]
-        rows.append({"update": point} | asdict(found))
-    return pd.DataFrame(rows), []
+            rows.append({"update": point} | asdict(_noise_now(trial, size, generator)))
+        except InputError as error:  # a gradient that is not finite
+            missed = [f"the noise scale at all points: {error}"]
+            break
+    return pd.DataFrame(rows, columns=["update", *NoiseScale.__annotations__]), missed
 
 
 def _noise_now(trial: Trial, size: int, generator: torch.Generator) -> NoiseScale:
@@ -218,20 +214,12 @@ def _noise_now(trial: Trial, size: int, generator: torch.Generator) -> NoiseScal
         return noise_scale(trial.model, draw(MICRO_BATCHES, size), losses)
 
 
-def typical(noise: pd.DataFrame) -> tuple[float, float, float]:
-    """The median of the noise scales measured, the lowest lower end and the highest upper end."""
-    if noise.empty:
-        return math.nan, math.nan, math.nan
-    return median(noise["value"]), noise["low"].min(), noise["high"].max()
-
-
-def trial_rates(
-    task: Task, batch_size: int, accumulation_steps: int, images_per_second: float, seconds: float
-) -> tuple[pd.DataFrame, list[str]]:
+def trial_rates(task: Task, cost: Any, seconds: float) -> tuple[pd.DataFrame, list[str]]:
     """Train with each rate for equally many updates from one start, and judge on validation.
 
-    The usual rate comes first and takes its share of the time, which gives the number of updates.
-    Then come those next to it, so that the outermost are left out if time runs short.
+    `cost` is the row of the costs of the setting to train with. The usual rate comes first and
+    takes its share of the time, which gives the number of updates. Then come those next to it, so
+    that the outermost are left out if time runs short.
 
     Returns one row per rate, ascending: `learning_rate`, `updates`, `validation_loss`, its 95 %
     interval `low` and `high`, `validation_accuracy`, `outcome` and `best`; and what was left out.
@@ -239,13 +227,13 @@ def trial_rates(
     rate above the best; "too slow" where it is not below it at another; else "learnt". Raises an
     `InputError` if the loss was not finite at any rate.
     """
-    recipe, sizes = task.recipe, (batch_size, accumulation_steps)
+    recipe, sizes = task.recipe, (cost.batch_size, cost.accumulation_steps)
     share, end, took = seconds / len(recipe.rates), perf_counter() + seconds, 0.0
-    judged = int(min(max(share * images_per_second / 2, FEWEST_JUDGED), MOST_JUDGED))
+    judged = int(min(max(share * cost.images_per_second / 2, FEWEST_JUDGED), MOST_JUDGED))
     at_start = Trial(task, Setting(*sizes, 0.0)).judge(judged)[0].mean().item()
     updates = max(SHORTEST, EPOCHS * task.data.train.number // math.prod(sizes))
     order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
-    rows: list[dict[str, float]] = []
+    rows: list[tuple[float, ...]] = []
     for rate in tqdm(order, "rates", unit="rate", leave=False, disable=no_progress()):
         begun = perf_counter()
         if rows and begun + took > end:
@@ -256,19 +244,16 @@ def trial_rates(
         updates = updates if rows else max(SHORTEST, trial.updates)
         finite = trial.train(updates - trial.updates)
         losses, accuracy = trial.judge(judged)
-        low, high = mean_interval(losses.tolist())
         loss = losses.mean().item() if finite else math.nan
-        row = {"learning_rate": rate, "updates": updates, "validation_loss": loss, "low": low}
-        rows.append(row | {"high": high, "validation_accuracy": accuracy})
+        rows.append((rate, updates, loss, *mean_interval(losses.tolist()), accuracy))
         took = max(took, perf_counter() - begun)
     missing = [f"the rate {rate:g}, for want of time" for rate in sorted(order[len(rows) :])]
-    table = pd.DataFrame(rows).sort_values("learning_rate", ignore_index=True)
-    return _with_outcomes(table, at_start, task), missing
+    columns = "learning_rate", "updates", "validation_loss", "low", "high", "validation_accuracy"
+    return _with_outcomes(pd.DataFrame(sorted(rows), columns=columns), at_start, task), missing
 
 
 def _with_outcomes(table: pd.DataFrame, at_start: float, task: Task) -> pd.DataFrame:
-    rate, loss = table["learning_rate"], table["validation_loss"]
-    loss = loss.replace([math.inf, -math.inf], math.nan)
+    rate, loss = table["learning_rate"], table["validation_loss"].replace(math.inf, math.nan)
     if loss.isna().all():
         half = next(task.make(task.device).parameters()).dtype == torch.float16
         raise InputError(
@@ -276,7 +261,7 @@ def _with_outcomes(table: pd.DataFrame, at_start: float, task: Task) -> pd.DataF
             f"{', '.join(f'{each:g}' for each in rate)}"
             + ("; the weights are float16: train float32 weights under autocast" if half else "")
         )
-    best = loss == loss.min()
-    outcome = pd.Series("learnt", table.index).mask(loss >= at_start, "too slow")
-    too_high = (loss >= at_start) & (rate > rate[best].max())
-    return table.assign(outcome=outcome.mask(loss.isna() | too_high, "diverged"), best=best)
+    best, worse = loss == loss.min(), loss >= at_start
+    diverged = loss.isna() | (worse & (rate > rate[best].max()))
+    outcome = pd.Series("learnt", table.index).mask(worse, "too slow").mask(diverged, "diverged")
+    return table.assign(outcome=outcome, best=best)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import TensorDataset, default_collate
 from tqdm.auto import tqdm
 
@@ -23,11 +24,8 @@ from nbutils.machine import no_progress
 from nbutils.measure.process import describe, find_factory
 from nbutils.training.setup import generator_for
 
-HELD_BYTES = 2**29
-"""Bytes that are held in memory. Of a larger dataset, evenly spread examples are taken."""
-
-FEWEST = 10
-"""Examples of a dataset: a tenth is for validation."""
+HELD_BYTES = 2**29  # in memory; of a larger dataset, evenly spread examples are taken
+FEWEST = 10  # examples of a dataset, as a tenth is for validation
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label", "targets", "y")
@@ -67,15 +65,8 @@ class Examples(NamedTuple):
 
 def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
     """A batch, any nesting of tuples, lists and mappings, with each of its tensors changed."""
-    if isinstance(batch, Tensor):
-        return change(batch)
-    if isinstance(batch, Mapping):
-        return {key: mapped(part, change) for key, part in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(mapped(part, change) for part in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(mapped(part, change) for part in batch)
-    return batch
+    batch = dict(batch) if isinstance(batch, Mapping) else batch  # also what is like a mapping
+    return tree_map_only(Tensor, change, batch)
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -93,23 +84,19 @@ class Data(NamedTuple):
     validation: Examples
     examples_per_epoch: int  # of the whole dataset, of which `train` may be a part
     classes: Sequence[str] = ()  # the names of a classifier's
-    keys: tuple[Any, Any] = (0, 1)  # of image and label in an item or batch
+    keys: tuple[Any, ...] = (0, 1)  # of image and label in an item or batch
     text_labels: bool = False  # whether the labels of the items are names of classes
     notes: tuple[str, ...] = ()  # what the reader should know about the reading
 
 
 def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> Data:
-    """Read examples of any kind; a tenth, drawn with a fixed seed, is for validation.
+    """Read a map-style dataset of any kind; a tenth, drawn with a fixed seed, is for validation.
 
-    The dataset is map-style, a tuple of tensors, or "package.module:name" of what returns one.
-
-    Raises:
-        InputError: It is none of these, is too small, or its items make no batch.
+    It may also be a tuple of tensors, or "package.module:name" of what returns one.
     """
     name, items = _opened(dataset)
     try:
-        indices = _spread(len(items), items[0])
-        held = [items[index] for index in indices.tolist()]
+        held = [items[index] for index in _spread(len(items), items[0])]
         together = None if collate else default_collate(held)
         as_one = {len(part) for part in tensors(together)} == {len(held)}
     except Exception as error:  # whatever the reader's dataset raises
@@ -177,11 +164,11 @@ def call(what: str, factory: Any) -> Any:
         raise InputError(f"{what} raised {describe(error)}") from error
 
 
-def _spread(number: int, item: Any) -> Tensor:
+def _spread(number: int, item: Any) -> list[int]:
     """Indices of as many of the items, evenly spread, as may be held in memory."""
     size = sum(part.nbytes for part in tensors(item))
     held = min(number, max(1, HELD_BYTES // max(1, size)))
-    return torch.arange(held) * number // held
+    return (torch.arange(held) * number // held).tolist()
 
 
 def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
@@ -189,7 +176,7 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
     try:
         keys = _keys(items[0], columns)
         indices = _spread(len(items), _image_and_label(items[0], keys)[0])
-        for index in tqdm(indices.tolist(), "images", leave=False, disable=no_progress()):
+        for index in tqdm(indices, "images", leave=False, disable=no_progress()):
             read.append(_image_and_label(items[index], keys))
     except InputError:
         raise
@@ -198,17 +185,14 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
             f"dataset = {name}, item {index}: {describe(error)}; it must be an image (a "
             f"tensor, array or PIL image) and its class, as a pair or mapping"
         ) from error
-    images = [image for image, _ in read]
+    images, labels = (list(part) for part in zip(*read, strict=True))
     if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:
         images = [image.expand(3, -1, -1) for image in images]
-    shapes = {tuple(image.shape) for image in images}
+    shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
-        found = ", ".join(map(str, sorted(shapes)[:3]))
-        raise InputError(
-            f"dataset = {name}: images have the shapes {found}; bring them to one size"
-        )
+        found = ", ".join(map(str, shapes[:3]))
+        raise InputError(f"dataset = {name}: images have the shapes {found}; make them of one size")
     names = list(map(str, getattr(items, "classes", None) or ()))
-    labels = [label for _, label in read]
     text_labels = any(isinstance(label, str) for label in labels)
     if text_labels:
         names = sorted(set(map(str, labels)))
@@ -228,7 +212,7 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
     return data._replace(classes=names, keys=keys, text_labels=text_labels, notes=notes)
 
 
-def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, Any]:
+def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, ...]:
     """Where an item has image and label."""
     if not isinstance(item, Mapping):
         return 0, 1
@@ -239,13 +223,13 @@ def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, Any]:
             f"it has the keys {', '.join(map(str, item))}; give those of image and label as "
             f"columns, such as columns = ('image', 'label')"
         )
-    return found[0], found[1]
+    return tuple(found)
 
 
-def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
+def _image_and_label(item: Any, keys: tuple[Any, ...]) -> tuple[Tensor, Any]:
     if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
         raise TypeError(f"it is {item!r:.80}")
-    image, label = item[keys[0]], item[keys[1]]
+    image, label = (item[key] for key in keys)
     if not isinstance(image, (Tensor, np.ndarray)):
         image = read_picture(image)
     image = torch.as_tensor(image).detach().cpu()
@@ -253,7 +237,7 @@ def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
         raise TypeError("the image is a single number")
     if isinstance(label, str):
         return image, label
-    value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+    value = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
     if value.size != 1:
         raise TypeError(f"the label has shape {value.shape}; one-hot: take labels.argmax(1)")
     if value.item() is None:
@@ -262,9 +246,8 @@ def _image_and_label(item: Any, keys: tuple[Any, Any]) -> tuple[Tensor, Any]:
 
 
 def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data:
-    """Into training and validation: a tenth of each class, at least one of two examples."""
-    generator = generator_for(CPU, 0, "validation examples")
-    order = torch.randperm(len(classes), generator=generator)
+    """Into training and validation, shuffled: a tenth of each class, at least one of two."""
+    order = torch.randperm(len(classes), generator=generator_for(CPU, 0, "validation examples"))
     held_out = torch.zeros(len(classes), dtype=torch.bool)
     for value in classes.unique():
         of_class = order[classes[order] == value]

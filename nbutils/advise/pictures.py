@@ -21,8 +21,6 @@ class ImageFolder:
 
     Hidden files and folders and `__MACOSX` are left out. Of a root that holds parts of a dataset,
     `train/` is read, and `notes` tells so.
-
-    No classes, a class without images and, later, a file that is no picture are refused.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -40,18 +38,16 @@ class ImageFolder:
             self.notes = (f"only {train.name}/ was read, not {others or 'anything beside it'}",)
             folder = train
         self.classes = [path.name for path in _folders(folder)]
+        self._files: list[tuple[Path, int]] = []
         endings = Image.registered_extensions()
-        self._files = [
-            (path, number)
-            for number, name in enumerate(self.classes)
-            for path in _visible(folder / name, "**/*")
-            if path.suffix.lower() in endings and path.is_file()
-        ]
-        filled = {number for _, number in self._files}
-        empty = [name for number, name in enumerate(self.classes) if number not in filled]
-        if empty or not self.classes:
-            found = f"no image in {', '.join(empty[:3])}" if empty else "no folder in it"
-            raise InputError(f"{what}: {found}; it must hold a folder of images for each class")
+        for number, name in enumerate(self.classes):
+            paths = [path for path in _visible(folder / name, "**/*") if path.is_file()]
+            of_class = [(path, number) for path in paths if path.suffix.lower() in endings]
+            if not of_class:
+                raise InputError(f"{what}: no image in {name}; each folder in it is a class")
+            self._files += of_class
+        if not self.classes:
+            raise InputError(f"{what}: it must hold a folder of images for each class")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -92,10 +88,10 @@ def read_picture(picture: Any) -> Tensor:
             raise ValueError("it holds values that are not finite")
         top = next((top for top in (1.0, 255.0, 65535.0) if values.max() <= top), values.max())
         return torch.from_numpy((values.clip(0) / top * 255).round().astype(np.uint8))[None]
-    if picture.mode in ("RGBA", "LA", "La", "RGBa", "PA") or "transparency" in picture.info:
-        grey = picture.mode in ("L", "LA", "La")
+    grey = picture.mode in ("1", "L", "LA", "La")
+    if picture.has_transparency_data:
         over = Image.new("RGBA", picture.size, "white")
         over.alpha_composite(picture.convert("RGBA"))
-        picture = over.convert("L" if grey else "RGB")
-    picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        picture = over
+    picture = picture.convert("L" if grey else "RGB")
     return torch.from_numpy(np.atleast_3d(np.array(picture))).permute(2, 0, 1).contiguous()

@@ -22,14 +22,13 @@ from nbutils.plots.style import use_style
 if TYPE_CHECKING:
     from nbutils.advise.advice import Advice
 
-UNITS = {"h": 3600, "min": 60, "s": 1}
-"""Seconds in each unit that times are read and written in."""
-
 
 def format_seconds(seconds: float) -> str:
     """Seconds as people read them, to three digits: "1.25 min"."""
-    unit = next((unit for unit, size in UNITS.items() if seconds >= size), "s")
-    return f"{seconds / UNITS[unit]:.3g} {unit}"
+    for unit, size in {"h": 3600, "min": 60}.items():
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def template(name: str) -> jinja2.Template:
@@ -79,24 +78,24 @@ def loop(task: Task, setting: Setting) -> str:
         own=own if isinstance(own, ClassLosses) else None,
         device=task.device,
         setting=setting,
-        optimizer=task.recipe.call.format(rate=setting.learning_rate),
         cast=cast,
         output=output,
         half=HALF,
-        losses=task.losses_name.partition(":"),
+        module=task.losses_name.partition(":")[0],
+        name=task.losses_name.partition(":")[2],
     )
 
 
 def pictures(advice: Advice) -> dict[str, bytes]:
     """The figures as PNG: "race", "sizes", "rates", and "noise" where it was measured."""
+    made: dict[str, Figure] = {}
+
+    def axes(name: str, columns: int = 1, width: float = 8.0) -> Any:
+        made[name] = Figure(figsize=(width, 4.0), layout="constrained")
+        return made[name].subplots(1, columns)
+
     with mpl.rc_context():
         use_style()
-        made: dict[str, Figure] = {}
-
-        def axes(name: str, columns: int = 1, width: float = 8.0) -> Any:
-            made[name] = Figure(figsize=(width, 4.0), layout="constrained")
-            return made[name].subplots(1, columns)
-
         plot_race(axes("race", width=10), pd.DataFrame(advice.race), advice.setting, advice.usual)
         costs, size = pd.DataFrame(advice.costs), advice.effective_batch_size
         plot_sizes(axes("sizes", 3, 14), costs, size, advice.noun)
@@ -104,13 +103,10 @@ def pictures(advice: Advice) -> dict[str, bytes]:
         plot_rates(axes("rates"), rates, advice.learning_rate, advice.rates_at, same)
         if advice.noise:
             plot_noise(axes("noise"), pd.DataFrame(advice.noise), advice.noun)
-        return {name: _png(figure) for name, figure in made.items()}
-
-
-def _png(figure: Figure) -> bytes:
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    return content.getvalue()
+        files = {name: io.BytesIO() for name in made}
+        for name, figure in made.items():
+            FigureCanvasAgg(figure).print_png(files[name])
+        return {name: file.getvalue() for name, file in files.items()}
 
 
 def html(advice: Advice) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -25,34 +25,28 @@ from nbutils.training.setup import generator_for
 
 Losses = Callable[[nn.Module, Any], Any]
 
-CHECKED = 64
-"""Training examples whose loss must be finite before anything is measured."""
-
+CHECKED = 64  # training examples whose loss must be finite before anything is measured
 HALF = (torch.float16, torch.bfloat16)
 
 
 class Recipe(NamedTuple):
     """An optimizer and the rates to try with it, ascending."""
 
-    optimizer: Callable[..., torch.optim.Optimizer]  # takes the parameters and `lr`
-    call: str  # that makes it, as source, with the rate as `{rate}`
+    kind: type[torch.optim.Optimizer]
+    options: dict[str, Any]
     usual_rate: float
     rates: tuple[float, ...]
 
+    @property
+    def optimizer(self) -> Callable[..., torch.optim.Optimizer]:
+        """Makes it from parameters and, where it is to learn, `lr`."""
+        return partial(self.kind, **self.options)
 
+
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 RECIPES = {
-    "adam": Recipe(
-        torch.optim.Adam,
-        "torch.optim.Adam(model.parameters(), lr={rate:g})",
-        1e-3,
-        (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
-    ),
-    "sgd": Recipe(
-        partial(torch.optim.SGD, momentum=0.9),
-        "torch.optim.SGD(model.parameters(), lr={rate:g}, momentum=0.9)",
-        1e-2,
-        (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-    ),
+    "adam": Recipe(torch.optim.Adam, {}, 1e-3, RATES[:-2]),
+    "sgd": Recipe(torch.optim.SGD, {"momentum": 0.9}, 1e-2, RATES[2:]),
 }
 
 
@@ -86,13 +80,13 @@ class ClassLosses(NamedTuple):
         return "", output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Task:
     """A training, all checked."""
 
-    make: Callable[..., nn.Module] = field(repr=False)  # `make_model` but for device and start
-    losses: Losses = field(repr=False)  # of each example of a batch, or these and their weights
-    data: Data = field(repr=False)
+    make: Callable[..., nn.Module]  # `make_model` but for device and start
+    losses: Losses  # of each example of a batch, or these and their weights
+    data: Data
     recipe: Recipe
     device: torch.device
     batch_norm: bool  # whether layers normalise by the statistics of a batch
@@ -224,19 +218,19 @@ def _check_losses(
     what: str, make: Callable[..., nn.Module], losses: Losses, data: Data, number: int
 ) -> bool:
     """Show a new model the first examples; whether their losses have weights."""
+    shown = "its first examples"
+    if data.classes:
+        shown = f"images of shape {(number, *data.train.items[0].shape[1:])}"
     try:
         model, batch = make(CPU), data.train.batch(torch.arange(number))
         if isinstance(losses, ClassLosses):
-            _check_logits(what, losses.logits(model, batch[0]), len(data.classes), batch[0])
+            _check_logits(what, losses.logits(model, batch[0]), number, len(data.classes), shown)
         each, weights = weighted(losses(model, batch))
     except InputError:
         raise
     except Exception as error:  # whatever the reader's model raises
         if is_out_of_memory(error) and number > 2:
             return _check_losses(what, make, losses, data, number // 2)
-        shown = "its first examples"
-        if data.classes:
-            shown = f"images of shape {(number, *data.train.items[0].shape[1:])}"
         raise InputError(f"{what} refuses {shown}: {describe(error)}") from error
     if each.shape != (number,) or (weights is not None and weights.shape != (number,)):
         raise InputError(
@@ -248,11 +242,10 @@ def _check_losses(
     return weights is not None
 
 
-def _check_logits(what: str, logits: Any, classes: int, images: Tensor) -> None:
-    is_tensor = isinstance(logits, Tensor)
-    if not is_tensor or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < classes:
-        found = f"the shape {tuple(logits.shape)}" if is_tensor else type(logits).__name__
+def _check_logits(what: str, logits: Any, number: int, classes: int, shown: str) -> None:
+    shape = tuple(getattr(logits, "shape", ()))
+    if len(shape) != 2 or shape[0] != number or shape[1] < classes:
         raise InputError(
-            f"{what} makes {found} of images of shape {tuple(images.shape)}, but it must make "
-            f"logits of shape ({len(images)}, {classes}), one for each of the {classes} classes"
+            f"{what} makes {type(logits).__name__} of shape {shape} of {shown}, but it must make "
+            f"logits of shape ({number}, {classes}), one for each of the {classes} classes"
         )

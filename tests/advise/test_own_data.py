@@ -72,10 +72,25 @@ def test_the_same_images_in_every_usual_form(dataset, options):
     assert deviation == pytest.approx((images / 255).std().item(), abs=1e-4)
 
 
-def test_a_tenth_of_each_class_is_for_validation_and_a_lone_image_is_told():
-    found = read_images((torch.rand(101, 4), torch.tensor([0] * 80 + [1] * 20 + [2])))
+def test_the_same_tenth_of_each_class_is_for_validation_and_a_lone_image_is_told():
+    dataset = torch.rand(101, 4), torch.tensor([0] * 80 + [1] * 20 + [2])
+    found, again = read_images(dataset), read_images(dataset)
     assert found.validation.items[1].bincount(minlength=3).tolist() == [8, 2, 0]
+    assert found.validation.items[0].equal(again.validation.items[0])
+    assert found.train.first(20).items[1].unique().tolist()[:2] == [0, 1]  # shuffled
     assert found.notes == ("class 2: validation has none of it, as there is one image",)
+
+
+def test_a_reference_dataset_keeps_its_own_validation_images(digits):
+    found = read_images("mnist-5k")
+    assert found.validation.items[0].equal(digits.validation.images)
+    assert found.train.items[0].equal(digits.train.images)
+
+
+def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
+    torch.manual_seed(0)
+    drawn = linear()[1].weight
+    assert not read_task(linear, (IMAGES, LABELS)).make(CPU, 0)[1].weight.equal(drawn)
 
 
 @pytest.mark.parametrize(
@@ -236,7 +251,7 @@ def raising():
         (lambda: "a model", "returned str, not a torch.nn.Module"),
         (lambda: linear().requires_grad_(False), "no parameters to train"),
         (lambda: SHARED, "must make a new model each time"),
-        (narrow, r"makes the shape \(54, 2\) .* one for each of the 3 classes"),
+        (narrow, r"makes Tensor of shape \(54, 2\) .* one for each of the 3 classes"),
         (lambda: nn.Conv2d(1, 3, 1), r"must make logits of shape \(\d+, 3\)"),
         (lambda: nn.Linear(9, 3), r"refuses images of shape \(\d+, 1, 8, 8\)"),
         ("nowhere:model", "No module named 'nowhere'"),

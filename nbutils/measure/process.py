@@ -5,18 +5,17 @@ The memory of the process is free again when it ends, also after an error.
 
 from __future__ import annotations
 
-import importlib
 import io
 import linecache
 import multiprocessing
 import multiprocessing.forkserver
+import pkgutil
 import signal
 import sys
 import sysconfig
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from operator import attrgetter
 from pathlib import Path
 from types import CodeType
 from typing import Any, TypeVar
@@ -126,11 +125,10 @@ def find_factory(factory: Factory | str) -> Factory:
     """Return the factory; one given as text, "package.module:name", is imported."""
     found: Any = factory
     if isinstance(factory, str):
-        module, _, name = factory.partition(":")
-        if not (module and name):
+        if not all(factory.partition(":")):
             raise InputError(f"factory = {factory!r}, but it must read package.module:name")
         try:
-            found = attrgetter(name)(importlib.import_module(module))
+            found = pkgutil.resolve_name(factory)
         except Exception as error:  # whatever a reader's module raises
             raise InputError(f"factory = {factory!r}: {describe(error)}") from error
     if not callable(found):

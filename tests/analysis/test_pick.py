@@ -1,6 +1,5 @@
 """The pick on made-up runs in which the cheapest settings are known."""
 
-import json
 import re
 
 import numpy as np
@@ -9,7 +8,7 @@ from made_up_runs import runs_of
 
 from nbutils import InputError, RunConfig
 from nbutils.analysis.intervals import proportion_interval
-from nbutils.analysis.pick import format_pick, pick, quiet_seconds
+from nbutils.analysis.pick import format_pick, pick
 
 SECONDS = {"32": 10.0, "64": 6.0, "128": 5.0, "1024": 4.0}
 
@@ -81,10 +80,3 @@ def test_settings_without_a_time_are_left_out_by_name_and_so_need_no_seeds():
     assert str(choice).endswith("Not timed: 128, 1024.")
     with pytest.raises(InputError, match="seconds has 16, but no setting of the runs"):
         pick(study(3), {"16": 1.0})
-
-
-def test_times_are_read_from_the_rows_of_a_benchmark(tmp_path):
-    path = tmp_path / "bench.json"
-    rows = [{"setting": name, "seconds": 7} for name in ("32", "8 x 128")]
-    path.write_text(json.dumps(rows))
-    assert quiet_seconds(path) == {"32": 7.0, "8 x 128": 7.0}

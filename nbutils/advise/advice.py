@@ -149,10 +149,9 @@ def parse_time(text: str | float) -> float:
 
 
 def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any], bool, list[str]]:
-    """Costs, noise scale, rates and race: fields of `Advice`.
+    """Fields of `Advice`, whether memory was the limit, and what was left out.
 
-    The race has its share of the time even if the others overran theirs. Also whether memory was
-    the limit, and what was left out.
+    The race has its share of the time even if the other measurements overran theirs.
     """
     end, share = perf_counter() + seconds, {name: part * seconds for name, part in SHARES.items()}
     costs, bounded, left_out = trial_costs(task, limit, share["costs"])
@@ -173,7 +172,7 @@ def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any],
         / costs["effective_batch_size"].map(whole["images_per_second"]),
     )
     facts = {
-        **_raced(task, list(settings), winner, points, costs),
+        **_raced(task, settings, winner, points, costs),
         "noise_scale": scale,
         "noise_scale_range": [noise["low"].min(), noise["high"].max()],
         "noise": noise,

@@ -60,22 +60,21 @@ def update_cost(task: Task, batch_size: int, accumulation_steps: int = 1) -> Cos
 
         return start
 
-    sizes = batch_size, accumulation_steps
-    return measure_updates(prepare, examples.number, *sizes, device=str(task.device))
+    sizes = examples.number, batch_size, accumulation_steps
+    return measure_updates(prepare, *sizes, device=str(task.device))
 
 
 def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame, bool, list[str]]:
     """Measure what updates cost, over batch sizes that fit `limit` bytes.
 
-    Sizes in steps of 4 are tried, the usual one and its quarter first. If one does not fit, the
-    largest that does is searched, and accumulated too. Then come the sizes in between, an update of
-    four micro-batches that was also made as one batch, and everything again. The first two and the
-    search are made whatever the time.
+    Sizes in steps of 4 are tried, the usual one and its quarter first, whatever the time. If one
+    does not fit, the largest that does is searched, and accumulated too. Then come the sizes in
+    between, an update of four micro-batches that was also made as one batch, and everything again.
 
     Returns one row per setting that fits: `batch_size`, `accumulation_steps`,
     `effective_batch_size`, the largest `peak_memory`, the highest `images_per_second` (other work
     on the machine only slows), and the lowest as `slowest`. Then whether memory was the limit, and
-    what was left out. Raises an `InputError` if not even the smallest batch fits.
+    what was left out.
     """
     end = perf_counter() + seconds
     largest = min(LARGEST, max(2, task.data.train.number // FEWEST_UPDATES))

@@ -73,8 +73,8 @@ def usual_row(costs: pd.DataFrame) -> Any:
 
 def entrants(
     open_to_choice: pd.DataFrame, usual: Any, rates: pd.DataFrame, recipe: Recipe, bounded: bool
-) -> dict[Setting, float]:
-    """Who races: two to four settings, the usual one first, and their examples per second.
+) -> list[Setting]:
+    """Who races: two to four settings, the usual one first.
 
     The size that `choose` picks races at the best and the next best of the `trial_rates`; and
     another size, at least four times larger or smaller, at the lower of those rates scaled by the
@@ -98,16 +98,14 @@ def entrants(
         others = accumulated
     other = [(row, scaled(row)) for row in others.sort_values("time").head(1).itertuples()]
     wanted = [(usual, recipe.usual_rate), (first, best[0]), *other, (first, best[1])]
-    settings: dict[Setting, float] = {}
-    for row, rate in [*wanted, (usual, scaled(usual))]:
-        setting = Setting(int(row.batch_size), int(row.accumulation_steps), rate)
-        settings.setdefault(setting, row.images_per_second)
-    return dict(list(settings.items())[:4])
+    settings = [
+        Setting(int(row.batch_size), int(row.accumulation_steps), rate)
+        for row, rate in [*wanted, (usual, scaled(usual))]
+    ]
+    return list(dict.fromkeys(settings))[:4]
 
 
-def run_race(
-    task: Task, settings: dict[Setting, float], seconds: float
-) -> tuple[Setting, pd.DataFrame]:
+def run_race(task: Task, settings: list[Setting], seconds: float) -> tuple[Setting, pd.DataFrame]:
     """Let the settings of `entrants` race, for `SHORTEST` updates each whatever the time.
 
     Returns the winner, and one row per look at a validation loss: `setting`, `start`, `seconds` of
@@ -118,8 +116,10 @@ def run_race(
     for racer in racers:
         racer.look(MOST_JUDGED)
     look = (perf_counter() - begun) / len(racers)
+    for racer in racers:
+        racer.train(SHORTEST // 2)
     rounds = math.ceil(math.log2(len(racers)))
-    first, starts = _plan(task.data.train.number, settings, seconds, rounds)
+    first, starts = _plan(racers, seconds, rounds)
     judged = int(MOST_JUDGED * JUDGING * first / (TURNS * look))
     most = min(max(judged, FEWEST_JUDGED), MOST_JUDGED)
     bar = tqdm(desc="race", unit="turn", leave=False, disable=no_progress())
@@ -150,18 +150,18 @@ def run_race(
     return _better(task.data.train.number, lowest, best.setting, rival.setting), points
 
 
-def _plan(
-    number: int, settings: dict[Setting, float], seconds: float, rounds: int
-) -> tuple[float, int]:
+def _plan(racers: list[Trial], seconds: float, rounds: int) -> tuple[float, int]:
     """Seconds of the first round for each setting, and the number of starts."""
-    slowest = max(each.effective_batch_size / speed for each, speed in settings.items())
-    end, epoch = 2 ** (rounds - 1), number / next(iter(settings.values()))
+    per_update = [racer.seconds / racer.updates for racer in racers]
+    number = racers[0].task.data.train.number
+    epoch = per_update[0] * number / racers[0].setting.effective_batch_size
+    end = 2 ** (rounds - 1)
     for starts in (3, 2, 1):
-        turns = len(settings) + rounds + end / 2 + 2 * end * (starts - 1)
+        turns = len(racers) + rounds + end / 2 + 2 * end * (starts - 1)
         first = min(seconds * (1 - JUDGING) / turns, EPOCHS * epoch / end)
         if first * end >= ENOUGH * epoch:
             break
-    return max(first, SHORTEST * slowest), starts
+    return max(first, SHORTEST * max(per_update)), starts
 
 
 def _better(

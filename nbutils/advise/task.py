@@ -120,9 +120,6 @@ def read_task(
             device. Without it the model is a classifier, learnt by cross-entropy.
         collate: Makes a batch of a list of items, as for a `DataLoader`.
         optimizer: One of `RECIPES`.
-
-    Raises:
-        InputError: Something of this cannot be used; the message says what and why.
     """
     if optimizer not in RECIPES:
         raise InputError(f"optimizer = {optimizer!r}; {suggest(optimizer, RECIPES)}")

@@ -71,10 +71,9 @@ class Trial:
         return self.finite
 
     def judge(self, most: int) -> tuple[Tensor, float]:
-        """Losses of at most `most` validation examples, and the share of right answers.
+        """Losses of at most `most` validation examples, and the share of right answers or NaN.
 
-        The losses are float64, shape (n,), each times its weight over the mean weight, so that
-        their mean is the validation loss. The share is NaN where there are no classes.
+        The losses are float64, shape (n,), each times its weight over the mean weight.
         """
         task, examples = self.task, self.task.data.validation
         number = min(most, examples.number)
@@ -107,12 +106,11 @@ class Trial:
 
     def go(self, until: float, most: int) -> None:
         """Train until so many seconds of training in all, at least one update, and look."""
-        if not self.finite or self.seconds >= until:
-            return
-        while self.finite and self.seconds < until:
-            speed = self.updates / self.seconds if self.updates else 0.0
-            self.train(max(1, round((until - self.seconds) * speed * 0.9)))
-        self.look(most)
+        if self.finite and self.seconds < until:
+            while self.finite and self.seconds < until:
+                speed = self.updates / self.seconds if self.updates else 0.0
+                self.train(max(1, round((until - self.seconds) * speed * 0.9)))
+            self.look(most)
 
     @property
     def lowest(self) -> float:
@@ -128,11 +126,7 @@ def smooth(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def window_gradient(
-    model: nn.Module,
-    losses: Losses,
-    examples: Examples,
-    window: Sequence[Tensor],
-    device: torch.device,
+    model: nn.Module, losses: Losses, data: Examples, window: Sequence[Tensor], device: torch.device
 ) -> Tensor:
     """Set the gradient of the window's mean loss, each example by its weight; the mean loss.
 
@@ -141,7 +135,7 @@ def window_gradient(
     totals: list[Tensor] = []
 
     def weighed(chosen: Tensor) -> Tensor:
-        each, weights = weighted(losses(model, examples.batch(chosen, device)))
+        each, weights = weighted(losses(model, data.batch(chosen, device)))
         if weights is None:
             return each
         totals.append(weights.detach().sum())

@@ -20,7 +20,7 @@ from nbutils.advise import measurements, race
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
 from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
 from nbutils.advise.own_data import Examples
-from nbutils.advise.report import format_seconds, loop, words
+from nbutils.advise.report import format_seconds, html, loop, words
 from nbutils.advise.task import RECIPES, read_task
 from nbutils.advise.trials import Setting, Trial, window_gradient
 from nbutils.measure.cost import Cost
@@ -127,7 +127,7 @@ def test_time_saved_is_measured_where_both_reach_a_loss():
 
 def test_the_race_is_won_by_the_setting_that_learns(task):
     rates = {(64, 1): 1e-6, (32, 1): 3e-3, (16, 2): 1e-7, (65, 1): 1e30}
-    settings = {Setting(*sizes, rate): 40_000.0 for sizes, rate in rates.items()}
+    settings = [Setting(*sizes, rate) for sizes, rate in rates.items()]
     Trial(task, Setting(32, 1, 0.0))  # the first optimizer loads torch's compiler
     winner, points = race.run_race(task, settings, 1.0)
     assert str(winner) == "32 at 0.003"
@@ -240,8 +240,9 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
         load_advice(path)
 
     task = read_task(mlp, tuple(few_digits.train))
-    one_rate = replace(advice, rates=[{**advice.rates[0], "best": True}])
-    assert "learning rates" not in words("reasons", one_rate, task=task)
+    hasty = replace(advice, rates=[{**advice.rates[0], "best": True}], noise=[])
+    assert "learning rates" not in words("reasons", hasty, task=task)
+    assert html(hasty).count("data:image/png") == 3
     trial = Trial(task, Setting(32, 1, 0.0))
     before = trial.judge(100)[0].mean()
     run_loop(advice.code, trial.model, TensorDataset(*few_digits.train))

@@ -104,9 +104,8 @@ def _read(path: Path, columns: Mapping[str, int]) -> Tensor:
 
 def _content(path: Path) -> tuple[Path, bytes]:
     """The file that holds the CSV file called `path`, and the CSV's bytes, decompressed."""
-    beside = [path.with_name(f"{path.name}.gz"), path.with_name(f"{path.name}.zip")]
-    archives = [path.with_name(DOWNLOAD), *([path.parent] if path.parent.suffix == ".zip" else [])]
-    found = next((each for each in (path, *beside, *archives) if each.is_file()), None)
+    names = (path.name, f"{path.name}.gz", f"{path.name}.zip", DOWNLOAD)
+    found = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
     if found is None:
         reason = f"no file {path}" if path.parent.is_dir() else f"no folder {path.parent}"
         raise InputError(
@@ -119,8 +118,8 @@ def _content(path: Path) -> tuple[Path, bytes]:
             content = gzip.decompress(content)
         elif content.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
-                names = [n for n in archive.namelist() if Path(n).name == path.name]
-                content = archive.read(names[0] if names else path.name)
+                members = [n for n in archive.namelist() if Path(n).name == path.name]
+                content = archive.read(members[0] if members else path.name)
     except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
         raise InputError(f"{found} is damaged ({error}); download it again") from error
     except KeyError:

@@ -21,16 +21,7 @@ import pandas as pd
 
 from nbutils.errors import InputError
 from nbutils.machine import environment
-from nbutils.studies.record import (
-    MANIFEST,
-    REFERENCE_FILES,
-    read_csv,
-    read_manifest,
-    read_runs,
-    replace_folder,
-    replaced,
-    write_manifest,
-)
+from nbutils.studies import record
 
 
 def export(folder: str | Path, reference: str | Path) -> None:
@@ -40,24 +31,24 @@ def export(folder: str | Path, reference: str | Path) -> None:
     new one; see `replace_folder`. Errors as of `load_runs` or `load_tables`.
     """
     folder, reference = Path(folder), Path(reference).absolute()
-    if not (folder / MANIFEST).exists() or (folder / "runs.csv").exists():
+    if not (folder / record.MANIFEST).exists() or (folder / "runs.csv").exists():
         _export_runs(folder, reference)
         return
     names = [f"{name}.csv" for name in load_tables(folder)]
     if (reference / "runs.csv").exists():
         raise InputError(f"{reference} holds runs, and {folder} tables")
     reference.mkdir(parents=True, exist_ok=True)
-    for name in (*names, MANIFEST):
+    for name in (*names, record.MANIFEST):
         shutil.copyfile(folder / name, reference / name)
 
 
 def _export_runs(folder: Path, reference: Path) -> None:
-    runs = read_runs(folder)
-    if replaced(reference).exists() and not reference.exists():
-        os.rename(replaced(reference), reference)  # an export was killed between two renames
+    runs = record.read_runs(folder)
+    if record.replaced(reference).exists() and not reference.exists():
+        os.rename(record.replaced(reference), reference)  # an export was killed between two renames
     parts = [runs]
     if (reference / "runs.csv").exists():
-        held = read_runs(reference)
+        held = record.read_runs(reference)
         if set(held.table["dataset_fingerprint"]) != set(runs.table["dataset_fingerprint"]):
             raise InputError(f"{folder} and {reference} hold runs on different images")
         if held.predictions.keys() - runs.predictions.keys():
@@ -81,8 +72,8 @@ def _export_runs(folder: Path, reference: Path) -> None:
         history.to_csv(partial / "history.csv", index=False)
         np.savez_compressed(partial / "predictions.npz", **arrays)
         content = {"environments": list(distinct.values())}
-        write_manifest(partial / MANIFEST, content, REFERENCE_FILES)
-        replace_folder(partial, reference)
+        record.write_manifest(partial / record.MANIFEST, content, record.REFERENCE_FILES)
+        record.replace_folder(partial, reference)
 
 
 def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: str) -> None:
@@ -92,13 +83,13 @@ def save_tables(tables: Mapping[str, pd.DataFrame], folder: str | Path, device: 
     for name, table in tables.items():
         table.to_csv(folder / f"{name}.csv", index=False)
     content = {"environments": [environment(device)]}
-    write_manifest(folder / MANIFEST, content, [f"{name}.csv" for name in tables])
+    record.write_manifest(folder / record.MANIFEST, content, [f"{name}.csv" for name in tables])
 
 
 def load_tables(folder: str | Path) -> dict[str, pd.DataFrame]:
     """The tables that `save_tables` wrote, by name; InputError if they are not there or changed."""
     try:
-        names = read_manifest(Path(folder, MANIFEST))["files"]
+        names = record.read_manifest(Path(folder, record.MANIFEST))["files"]
     except InputError as error:
         raise InputError(f"{folder} holds no whole tables: {error}") from error
-    return {name.removesuffix(".csv"): read_csv(Path(folder, name)) for name in names}
+    return {name.removesuffix(".csv"): record.read_csv(Path(folder, name)) for name in names}

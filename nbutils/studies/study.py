@@ -145,12 +145,10 @@ def _like(name: str, values: list[Any], before: Any) -> Any:
 
 def _check_notebooks(study: Study) -> None:
     """Refuse notebooks that lack a parameter for what they get."""
-    defaults, names = RunConfig().to_dict(), {run.notebook: set[str]() for run in study.runs}
+    defaults = RunConfig().to_dict().items()
     for run in study.runs:
-        settings = run.config.to_dict().items()
-        names[run.notebook] |= {name for name, value in settings if value != defaults[name]}
-    for notebook, needed in names.items():
-        check_parameters(notebook, ["out", *sorted(needed)])
+        changed = dict(run.config.to_dict().items() - defaults)
+        check_parameters(run.notebook, ["out", *sorted(changed)])
     folder = "runs" if study.runs else "out"
     check_parameters(study.summary, [folder, "figures", *study.parameters])
 

@@ -105,7 +105,7 @@ def micro_batch(folder: Path) -> int | None:
 
 
 def _load_in_place(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a `state_dict` into the tensors that the optimizer holds: graphs use their addresses."""
+    """Load a state into the tensors that the optimizer holds: graphs use their addresses."""
     held = {parameter: dict(values) for parameter, values in optimizer.state.items()}
     groups = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(state)

@@ -17,7 +17,7 @@ from nbutils.errors import InputError, suggest
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one training run.
+    """The settings of one training run; InputError for a wrong type or value.
 
     Attributes:
         dataset: A name that `load_dataset` knows.
@@ -41,9 +41,6 @@ class RunConfig:
         device: "auto" (CUDA where there is one, else the CPU), "cpu", "cuda", "cuda:1", "mps".
         precision: "float32", "float64", or "bfloat16" (autocast; the weights stay float32).
         model: "small" (three convolutions) or "deep" (five), see `DigitCNN`.
-
-    Raises:
-        InputError: A field has the wrong type or a value that is not allowed.
     """
 
     dataset: str = "mnist-5k"
@@ -126,11 +123,9 @@ def _as_kind(name: str, value: Any, kind: Any) -> Any:
         if isinstance(value, str) and value in choices:
             return value
         raise InputError(f"{name} = {value!r}, but it must be one of: {', '.join(choices)}")
-    number = not isinstance(value, bool)
-    if kind is int and number and isinstance(value, Integral):
-        value = int(value)
-    if kind is float and number and isinstance(value, Real):
-        value = float(value)
+    general = {int: Integral, float: Real}.get(kind)
+    if general and isinstance(value, general) and not isinstance(value, bool):
+        value = kind(value)
     if type(value) is not kind:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         hint = ""

@@ -96,14 +96,12 @@ def _restored(
     model: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
 ) -> Iterator[None]:
     """Undo in place, at the end, what updates change: graphs must find the same addresses."""
-    tensors = list(model.state_dict().values())
-    before = [tensor.clone() for tensor in tensors]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = [generator.get_state() for generator in generators]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*capturable=True.*")
         yield
-    for tensor, value in zip(tensors, before, strict=True):
-        tensor.copy_(value)
+    model.load_state_dict(before)
     for state in optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):

@@ -21,6 +21,7 @@ OnOom = Literal["stop", "split"]
 """When a batch does not fit the memory, stop with advice, or start again with half the batch and
 twice the accumulation steps, which makes the same update, until it fits."""
 
+GRAPH_DEVICES = ("cuda",)  # where updates may be replays of CUDA graphs
 SPLITTABLE = ("group", "none")  # norms with which images do not influence each other
 
 
@@ -72,11 +73,6 @@ def check(config: RunConfig, data: Dataset, on_oom: str) -> None:
         raise InputError(
             f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
         )
-
-
-def uses_cuda_graph(device: torch.device, wanted: bool) -> bool:
-    """Whether updates on `device` are to be replays of CUDA graphs."""
-    return wanted and device.type == "cuda"
 
 
 def conditions(
@@ -139,16 +135,16 @@ def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Use deterministic kernels, and float32 in full; afterwards restore torch's settings.
+    """Use deterministic kernels; afterwards restore torch's settings and its own generators.
 
-    Inside, torch's own generators may be seeded: their states are restored too. On CUDA the
-    count of peak memory begins here, and convolutions do not round float32 to TF32.
+    On CUDA the count of peak memory begins here, and convolutions do not round float32 to TF32.
     """
-    before = torch.are_deterministic_algorithms_enabled()
     settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
+    before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     devices = []
     with ExitStack() as stack:
+        stack.callback(torch.use_deterministic_algorithms, before)
+        stack.callback(setattr, settings, "fill_uninitialized_memory", fill)
         if device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.cuda.init()  # the next line fails where CUDA has not been used yet
@@ -158,11 +154,7 @@ def deterministic(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices))
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # else every torch.empty is filled
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before)
-            settings.fill_uninitialized_memory = fill
+        yield
 
 
 def peak_memory(device: torch.device) -> int:

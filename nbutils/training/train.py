@@ -74,7 +74,7 @@ def script(
     images = len(data.train.labels)
     updates = updates_per_epoch(images, config.effective_batch_size, config.last_window)
     images_per_epoch = min(images, updates * config.effective_batch_size)
-    in_graph = setup.uses_cuda_graph(device, cuda_graph)
+    in_graph = cuda_graph and device.type in setup.GRAPH_DEVICES
 
     def cut(order: Tensor) -> Iterator[Window]:
         steps = config.effective_batch_size // micro_batch_size
@@ -168,10 +168,9 @@ def train_many(
 ) -> list[RunResult]:
     """Train several networks, such as several seeds, each as `train` would.
 
-    On a GPU the runs share it, each on its own stream, since one small network leaves most of it
-    idle; `seconds` and `peak_memory` are then those of the group. Elsewhere they run in turn.
-    Arguments and errors as in `train`; the configs must name one device, and `log_folder` and
-    `after_update` are for a single run.
+    On a GPU the runs share it, each on its own stream; `seconds` and `peak_memory` are then those
+    of the group. Elsewhere they run in turn. Arguments and errors as in `train`; the configs must
+    name one device, and `log_folder` and `after_update` are for a single run.
     """
     if not configs:
         return []

@@ -39,7 +39,7 @@ def graphs_on_the_cpu(monkeypatch):
         return replay
 
     monkeypatch.setattr(cuda_graph, "record", record)
-    monkeypatch.setattr(setup, "uses_cuda_graph", lambda device, wanted: wanted)
+    monkeypatch.setattr(setup, "GRAPH_DEVICES", ("cpu",))
     return replays
 
 
@@ -95,7 +95,7 @@ def test_graphs_are_freed_when_training_ends_and_the_rest_with_the_result(few_di
             self.body()
 
     monkeypatch.setattr(cuda_graph, "record", lambda body, generators: Graph(body))
-    monkeypatch.setattr(setup, "uses_cuda_graph", lambda device, wanted: wanted)
+    monkeypatch.setattr(setup, "GRAPH_DEVICES", ("cpu",))
     gc.collect()
     gc.disable()
     try:

@@ -17,6 +17,8 @@ from nbutils.errors import InputError
 INTERRUPTED = 130  # exit status after Ctrl-C: 128 and the number of the signal
 Arguments = list[tuple[str, str, dict[str, Any]]]  # flag, meaning, other arguments of argparse
 SEVERAL = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"}
+COLUMNS = {"type": lambda text: text.split(","), "metavar": "IMAGE,LABEL"}
+REQUIRED = {"required": True}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,24 +166,16 @@ RUN: Arguments = [
     ("--time-limit", "of a run's training", {"type": float, "metavar": "SECONDS"}),
     (
         "--on-oom",
-        "when a batch does not fit the memory: stop the run (default), or split the batch",
-        {"default": "stop", "metavar": "stop|split"},
+        "a batch that exceeds the memory: stop (default) or split it",
+        {"default": "stop"},
     ),
 ]
 ADVISE: Arguments = [
-    ("--model", "what makes it, as package.module:factory", {"required": True}),
-    (
-        "--dataset",
-        "a name, a folder with a folder of images a class, or a dataset's package.module:factory",
-        {"required": True},
-    ),
+    ("--model", "what makes it, as package.module:factory", REQUIRED),
+    ("--dataset", "a name, a folder of images by class, or package.module:factory", REQUIRED),
     ("--losses", "the loss of every example, where it is no classifier: package.module:losses", {}),
     ("--collate", "what makes a batch of items, as package.module:collate", {}),
-    (
-        "--columns",
-        "the keys of image and label, where items are mappings with unusual keys",
-        {"type": lambda text: text.split(","), "metavar": "IMAGE,LABEL"},
-    ),
+    ("--columns", "the keys of image and label, where items are mappings", COLUMNS),
     ("--memory-budget", "such as 2GB (default: what is free)", {}),
     ("--time-budget", "such as 90s (default: 10min)", {"default": "10min"}),
     ("--optimizer", "adam (default) or sgd", {"default": "adam"}),

@@ -92,7 +92,7 @@ def run_study(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep `folder`, made where there is none, for this process; InputError if another has it."""
+    """Keep `folder` for this process; InputError if another has it."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / ".lock", timeout=0).acquire()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
 
@@ -36,16 +36,6 @@ def resolve_device(name: str) -> torch.device:
         what = f"{found or 'no'} {device.type.upper()} device{'s' if found else ''}"
         raise InputError(f"device = {name!r}, but this machine has {what}; use 'auto' or 'cpu'")
     return device
-
-
-def shared_device(configs: Sequence[RunConfig]) -> torch.device:
-    """The device that all `configs` name; InputError if they name several."""
-    devices = {resolve_device(config.device) for config in configs}
-    if len(devices) != 1:
-        raise InputError(
-            f"device = {sorted(map(str, devices))}, but runs that train together must share one"
-        )
-    return devices.pop()
 
 
 def check(config: RunConfig, data: Dataset, on_oom: str) -> None:

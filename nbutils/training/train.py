@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from nbutils.accumulation.window import accumulate_gradient, updates_per_epoch, windows
 from nbutils.data.augment import augment
 from nbutils.data.dataset import Dataset
+from nbutils.errors import InputError
 from nbutils.machine import no_progress
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
@@ -176,7 +177,10 @@ def train_many(
         return []
     for config in configs:
         setup.check(config, data, on_oom)
-    device = setup.shared_device(configs)
+    device, *others = {setup.resolve_device(config.device) for config in configs}
+    if others:
+        named = ", ".join(sorted(map(str, (device, *others))))
+        raise InputError(f"device = {named}, but runs that train together must share one")
     folder = Path(log_folder) if log_folder else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch

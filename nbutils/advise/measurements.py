@@ -71,10 +71,9 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
     does not fit, the largest that does is searched, and accumulated too. Then come the sizes in
     between, an update of four micro-batches that was also made as one batch, and everything again.
 
-    Returns one row per setting that fits: `batch_size`, `accumulation_steps`,
-    `effective_batch_size`, the largest `peak_memory`, the highest `images_per_second` (other work
-    on the machine only slows), and the lowest as `slowest`. Then whether memory was the limit, and
-    what was left out.
+    Returns one row per setting that fits, with its three sizes, the largest `peak_memory`, the
+    highest `images_per_second` (other work on the machine only slows) and the lowest, `slowest`;
+    whether memory was the limit; and what was left out.
     """
     end = perf_counter() + seconds
     largest = min(LARGEST, max(2, task.data.train.number // FEWEST_UPDATES))

@@ -76,8 +76,8 @@ notebooks: install  ## run the notebooks and store their outputs, after a change
 figures: install  ## make figures/ and the README's numbers from notebooks/reference/
 	$(BIN)/python -m nbutils figures
 
-run-times: install  ## time Run All of each notebook, on a quiet machine, for the overview's table
-	$(BIN)/python -c "from nbutils.report.readme import measure_run_times as run; run()"
+run-times: install  ## time Run All of each notebook, on a quiet machine, and write it at their tops
+	$(BIN)/python -m nbutils.report.notebooks
 
 bench: install  ## time the training against the usual DataLoader loop (DATASET=mnist for all digits)
 	$(BIN)/python -m nbutils bench --dataset $(DATASET) --out build/bench.json

@@ -9,6 +9,7 @@ import pytest
 
 from nbutils import RunConfig
 from nbutils.paths import NOTEBOOKS, ROOT
+from nbutils.report.notebooks import navigation
 
 README = ROOT / "README.md"
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
@@ -50,6 +51,12 @@ def test_it_begins_with_its_question_and_ends_with_a_link_onward(path):
     assert cells[0].source.startswith("# ")
     assert "**Question.**" in cells[0].source
     assert "Next: " in cells[-1].source
+
+
+@every_notebook
+def test_it_links_to_its_neighbours_and_says_how_long_it_takes(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].source.split("\n")[2] == navigation(path)
 
 
 @every_notebook

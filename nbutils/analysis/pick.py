@@ -68,8 +68,9 @@ class Pick:
                 f"No setting is reliably among the cheapest. In resamples of the {self.seeds} "
                 f"seeds the most frequent are {shares}."
             )
+        each = "It" if len(self.settings) == 1 else "Each"
         return (
-            f"Take {named}. Each is among the cheapest in at least {STABLE:.0%} of "
+            f"Take {named}. {each} is among the cheapest in at least {STABLE:.0%} of "
             f"{RESAMPLES:,} resamples of the {self.seeds} seeds ({shares}); no other setting is."
         )
 

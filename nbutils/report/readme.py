@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import time
 from pathlib import Path
 
 import jinja2
@@ -52,21 +51,6 @@ def make_figures() -> list[Path]:
             execute_notebook(notebook, Path(scratch) / "out.ipynb", parameters)
     write_atomically(ROOT / "README.md", render().encode())
     return [*sorted(path for path in FIGURES.rglob("*") if path.is_file()), ROOT / "README.md"]
-
-
-def measure_run_times(path: Path = REFERENCE / "run-times.csv") -> None:
-    """Time *Run All* of each notebook but the overview, which shows the seconds: `make run-times`.
-
-    Parameters keep their defaults, and a kernel has one thread. The machine should be quiet.
-    """
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in sorted(notebook.stem for notebook in NOTEBOOKS.glob("*.ipynb"))[1:]:
-            start = time.perf_counter()
-            execute_notebook(name, Path(scratch, "out.ipynb"), {}, threads=1)
-            rows.append((name, round(time.perf_counter() - start)))
-            print(*rows[-1], flush=True)
-    pd.DataFrame(rows, columns=["notebook", "seconds"]).to_csv(path, index=False)
 
 
 def render() -> str:

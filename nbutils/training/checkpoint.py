@@ -82,7 +82,7 @@ def resume(folder: Path, parts: Parts, conditions: Mapping[str, Any]) -> Progres
         ]
         reason = "; ".join(differences)
     except UNREADABLE as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or "it cannot be read"
     if reason:
         warnings.warn(f"{path} is not used, the run starts again: {reason}", stacklevel=2)
         return Progress()

@@ -40,9 +40,8 @@ def train(
 ) -> RunResult:
     """Train `DigitCNN` as `config` says.
 
-    The seed decides everything random: on one machine, with one number of CPU threads, the same
-    config gives bitwise the same history (all but `seconds`). Initial weights and the order of
-    the images depend on the seed alone, not on batch size or accumulation steps.
+    On one machine, with one number of CPU threads, the same config gives bitwise the same history
+    (all but `seconds`). Initial weights and the order of the images depend on the seed alone.
 
     Args:
         data: From `load_dataset(config.dataset)`.
@@ -55,8 +54,8 @@ def train(
             must leave as it was. It is for the plain loop: use `cuda_graph=False` with it.
 
     Raises:
-        InputError: The device does not exist, an update needs more images than there are or than
-            fit the memory, or `on_oom="split"` would change what the run computes.
+        InputError: The device does not exist, an update needs too many images, or to split a batch
+            would change what the run computes.
     """
     return train_many([config], data, progress, on_oom, cuda_graph, log_folder, after_update)[0]
 
@@ -131,7 +130,7 @@ def make_update(
     generator: torch.Generator,
     sums: Tensor,
 ) -> Callable[[Window], None]:
-    """What makes an update from a window; it adds the losses and right answers to `sums`."""
+    """What makes an update from a window, adding to `sums`: nothing waits for the device."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     images = data.normalised(data.train.images, device, dtype)
@@ -144,7 +143,6 @@ def make_update(
         with setup.autocast(config, device):
             logits = model(inputs)
         image_losses = F.cross_entropy(logits.to(dtype), targets, reduction="none")
-        # They stay on the device, so that nothing waits for it before the epoch's end.
         sums[0].add_(image_losses.detach().sum())
         sums[1].add_((logits.detach().argmax(1) == targets).sum())
         return image_losses
@@ -169,9 +167,8 @@ def train_many(
 ) -> list[RunResult]:
     """Train several networks, such as several seeds, each as `train` would.
 
-    On a GPU the runs share it, each on its own stream; `seconds` and `peak_memory` are then those
-    of the group. Elsewhere they run in turn. Arguments and errors as in `train`; the configs must
-    name one device, and `log_folder` and `after_update` are for a single run.
+    On a GPU the runs share it; `seconds` and `peak_memory` are then those of the group. All must
+    name one device; `log_folder` and `after_update` are for a single run. Errors as in `train`.
     """
     if not configs:
         return []
@@ -185,9 +182,8 @@ def train_many(
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
 
-    look = after_update or (lambda *_: None)
-
     def start(config: RunConfig, size: int, bar: tqdm) -> Script:
+        look = after_update or (lambda *_: None)
         return script(config, data, device, size, folder, bar, cuda_graph, look)
 
     groups = [configs] if device.type == "cuda" else [[config] for config in configs]

@@ -169,13 +169,13 @@ def _better(
 ) -> Setting:
     """The one of lower mean loss over the starts that both trained from.
 
-    One that makes fewer than 50 updates per epoch and a fifth of the other's wins only by every
-    start of two or more.
+    One that makes fewer updates than the other, and fewer than 50 per epoch or than a fifth of the
+    other's, wins only by every start of two or more.
     """
     starts = [start for setting, start in lowest if setting == rival and (winner, start) in lowest]
     ahead = [lowest[rival, start] - lowest[winner, start] for start in starts]
-    few = number / winner.effective_batch_size < 50
-    few &= winner.effective_batch_size > 5 * rival.effective_batch_size
+    times = winner.effective_batch_size / rival.effective_batch_size
+    few = times > 1 and (number / winner.effective_batch_size < 50 or times > 5)
     if few and (len(ahead) < 2 or min(ahead) <= 0):
         return rival
     return winner if sum(ahead) >= 0 else rival

@@ -32,7 +32,7 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
                 look |= {"linewidth": 1.2, "alpha": 0.5, "label": None}
             ax.plot(points["seconds"], points["validation_loss"], **look)
     ax.set(yscale="log", xlabel="seconds of training", ylabel="validation loss")
-    ax.set_title("The race: lowest at the end wins")
+    ax.set_title("The race: the lowest smoothed loss wins")
     low = trained["validation_loss"].min()
     first = trained.groupby(["setting", "start"])["validation_loss"].first().max()
     if 0 < low < first:

@@ -20,7 +20,6 @@ from nbutils.analysis.pick import pick, quiet_seconds
 from nbutils.analysis.summary import describe_study, format_table, markdown_table, summary_table
 from nbutils.analysis.verdicts import all_verdicts, size_verdicts, verdict_table
 from nbutils.paths import FIGURES, NOTEBOOKS, REFERENCE, ROOT, write_atomically
-from nbutils.report import bench
 from nbutils.report.libraries import libraries_table
 from nbutils.studies.notebook import execute_notebook
 from nbutils.studies.reference import load_tables
@@ -80,7 +79,6 @@ def render() -> str:
         "advice": load_advice(advice).answer if advice.exists() else "",
         "notebooks": notebooks_table(),
         "benches": [json.loads(path.read_text(encoding="utf-8")) for path in benches],
-        "bench_table": bench.table,
     }
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"markdown": markdown_table, "verdicts": verdict_table}

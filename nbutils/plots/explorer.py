@@ -69,7 +69,7 @@ class Explorer(Playground):
 
         metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
         self.settings = several(self.runs["setting"].unique(), most=9)
-        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), most=5)
+        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), most=10)
         self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE)
         self.against = widgets.Dropdown(options=get_args(Progress), layout=WIDE)
         self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})

@@ -171,9 +171,13 @@ def take_screenshot(page, name):
 
 
 def figures(path):
-    """How many figures each stored cell shows, but for those with controls."""
+    """How many figures each stored cell shows, but for those with controls or other images."""
     cells = nbformat.read(path, as_version=4).cells
-    plain = ["interactive" not in cell.metadata.get("tags", []) for cell in cells]
+    plain = [
+        "interactive" not in cell.metadata.get("tags", [])
+        and "plots.plot_misread" not in cell.source  # drawn only where the images are
+        for cell in cells
+    ]
     outputs = [
         cell.get("outputs", []) if shown else [] for cell, shown in zip(cells, plain, strict=True)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nbutils.accumulation.distributed import Ranks
 
@@ -61,12 +62,10 @@ class TotalWeight:
         counts = self._ranks.gather([self.of_this_rank])
         self._total = self._not_zero(sum(count for (count,) in counts))
         with torch.no_grad():
-            for parameter, earlier in zip(self._parameters, self._earlier, strict=True):
+            for parameter in self._parameters:
                 if parameter.grad is not None and estimate != self._total:
                     parameter.grad.mul_(estimate / self._total)
-                if earlier is not None:
-                    added = parameter.grad
-                    parameter.grad = earlier if added is None else earlier.add_(added)
+        add_gradients(self._parameters, self._earlier)
         return self._total
 
     def _compare_ranks(self) -> float:
@@ -98,6 +97,20 @@ def clear(parameters: Iterable[Tensor]) -> None:
     """Take the gradients away."""
     for parameter in parameters:
         parameter.grad = None
+
+
+@torch.no_grad()
+def add_gradients(parameters: Iterable[Tensor], earlier: Iterable[Tensor | None]) -> None:
+    """Add the gradients that were set aside before a window to what it brought."""
+    for parameter, gradient in zip(parameters, earlier, strict=True):
+        if gradient is not None:
+            brought = parameter.grad
+            parameter.grad = gradient if brought is None else gradient.add_(brought)
+
+
+def couples_images(layer: nn.Module) -> bool:
+    """Whether a layer is BatchNorm that normalises by the statistics of its micro-batch."""
+    return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def _known_weight(

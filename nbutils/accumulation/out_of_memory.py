@@ -7,13 +7,16 @@ import gc
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from nbutils.accumulation import batch
 from nbutils.accumulation.distributed import Ranks
+
+Result = TypeVar("Result")
 
 NAMES = (
     "out of memory",
@@ -36,6 +39,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(name in str(error) for name in NAMES)
 
 
+def retry_smaller(attempt: Callable[[], Result], shrink: Callable[[Exception], None]) -> Result:
+    """Call `attempt` until memory suffices; `shrink(error)` makes the next smaller, or raises."""
+    while True:
+        try:
+            return attempt()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            # Frames of the failed attempt hold its tensors, and IPython keeps the last error.
+            traceback.clear_frames(error.__traceback__)
+            shrink(error)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def until_it_fits(
     attempt: Callable[[list[Any]], Tensor], model: nn.Module, window: list[Any]
 ) -> Tensor:
@@ -48,29 +66,21 @@ def until_it_fits(
     """
     _check(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    earlier = [parameter.grad for parameter in parameters]
-    before = FITTING.get(model)
-    while True:
-        for parameter in parameters:
-            parameter.grad = None  # of a failed attempt; the earlier gradient is added at the end
+    earlier, before = [parameter.grad for parameter in parameters], FITTING.get(model)
+
+    def pieces() -> list[Any]:
         size = FITTING.get(model)
-        pieces = [piece for micro_batch in window for piece in cut(micro_batch, size)]
-        try:
-            loss = attempt(pieces)
-            break
-        except Exception as error:
-            largest = max(map(images_in, pieces))
-            if not is_out_of_memory(error) or largest == 1:
-                raise
-            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the attempt
-            FITTING[model] = largest // 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    for parameter, gradient in zip(parameters, earlier, strict=True):
-        if gradient is not None:
-            added = parameter.grad
-            parameter.grad = gradient if added is None else gradient.add_(added)
+        return [piece for micro_batch in window for piece in cut(micro_batch, size)]
+
+    def shrink(error: Exception) -> None:
+        largest = max(map(images_in, pieces()))
+        if largest == 1:
+            raise error
+        FITTING[model] = largest // 2
+
+    batch.clear(parameters)  # a failed attempt takes away all that is there
+    loss = retry_smaller(lambda: attempt(pieces()), shrink)
+    batch.add_gradients(parameters, earlier)
     if FITTING.get(model) != before:
         warnings.warn(
             f"a micro-batch of {images_in(window[0])} images does not fit the memory, so it is cut "
@@ -84,7 +94,7 @@ def _check(model: nn.Module) -> None:
     if Ranks(model).number > 1:
         raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
     for name, layer in model.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training:
+        if batch.couples_images(layer):
             raise ValueError(
                 f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
                 f"normalises each image with the others of its micro-batch; use GroupNorm, or "

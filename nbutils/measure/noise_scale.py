@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.window import MicroBatch
 from nbutils.errors import InputError
 
@@ -71,7 +71,7 @@ def noise_scale(
         InputError: An argument is not so, or gradients are not finite or all zero.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        if couples_images(module):
             raise InputError(
                 f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
                 f"batch, so an image has no gradient of its own; use noise_scale_of_batches"

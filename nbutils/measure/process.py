@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import cloudpickle  # type: ignore[import-untyped]
 from torch import nn
 
+from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.errors import InputError
-from nbutils.training.out_of_memory import is_out_of_memory
 
 Factory = Callable[[], nn.Module]
 Result = TypeVar("Result")

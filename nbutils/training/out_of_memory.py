@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import traceback
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from nbutils.accumulation.out_of_memory import is_out_of_memory
+from nbutils.accumulation.out_of_memory import retry_smaller
 from nbutils.errors import InputError
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
@@ -38,34 +36,30 @@ def run_within_memory(
     sizes = [config.batch_size for config in configs]
     if folder and on_oom == "split" and (fitted := checkpoint.micro_batch(folder)):
         sizes = [fitted if size % fitted == 0 else size for size in sizes]
-    while True:
-        try:
-            with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:
-                runs = zip(configs, sizes, strict=True)
-                return take_turns([start(config, size, bar) for config, size in runs], device)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            # Frames of the failed attempt hold its tensors, and IPython keeps the last error.
-            traceback.clear_frames(error.__traceback__)
-            largest = max(sizes)
-            problem = f"a batch of {largest} images does not fit the memory of {device}"
-            if len(configs) > 1:
-                problem += f", which {len(configs)} runs share"
-            for run, config in enumerate(configs):
-                if sizes[run] == largest:
-                    sizes[run] = _half(config, largest, problem, on_oom)
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+
+    def attempt() -> list[RunResult]:
+        with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:
+            runs = zip(configs, sizes, strict=True)
+            return take_turns([start(config, size, bar) for config, size in runs], device)
+
+    def shrink(error: Exception) -> None:
+        largest = max(sizes)
+        problem = f"a batch of {largest} images does not fit the memory of {device}"
+        if len(configs) > 1:
+            problem += f", which {len(configs)} runs share"
+        for run, config in enumerate(configs):
+            if sizes[run] == largest:
+                sizes[run] = _half(config, largest, problem, on_oom, error)
+
+    return retry_smaller(attempt, shrink)
 
 
-def _half(config: RunConfig, size: int, problem: str, on_oom: setup.OnOom) -> int:
+def _half(config: RunConfig, size: int, problem: str, on_oom: setup.OnOom, error: Exception) -> int:
     """Half of the micro-batch that did not fit, and a warning; InputError where that may not be."""
     half, asked = size // 2, f"batch_size = {config.batch_size}: {problem}"
     if size % 2:
         advice = "choose a smaller batch_size with more accumulation_steps"
-        raise InputError(f"{asked}, and {size} cannot be halved evenly; {advice}")
+        raise InputError(f"{asked}, and {size} cannot be halved evenly; {advice}") from error
     smaller = f"batches of {half} and {config.effective_batch_size // half} accumulation steps"
     if on_oom == "stop":
         advice = f"take {smaller}, the same {config.effective_batch_size} images per update"
@@ -73,7 +67,7 @@ def _half(config: RunConfig, size: int, problem: str, on_oom: setup.OnOom) -> in
             advice += ", or let on_oom = 'split' do so"
         else:
             advice += f", which with norm = {config.norm!r} trains differently"
-        raise InputError(f"{asked}; {advice}")
+        raise InputError(f"{asked}; {advice}") from error
     warnings.warn(f"{problem}: the run starts again, with {smaller}", stacklevel=3)
     return half
 

@@ -78,7 +78,7 @@ def test_a_batch_that_cannot_be_split_stops_with_advice(
     with pytest.raises(InputError) as error:
         train(replace(TINY, **settings), few_digits, progress=False, on_oom=on_oom)
     assert message in str(error.value)
-    cause = error.value.__context__
+    cause = error.value.__cause__
     assert isinstance(cause, torch.OutOfMemoryError)
     frames = [frame for frame, _ in _frames(cause)]
     assert not any("model" in frame.f_locals for frame in frames), "it holds the failed attempt"

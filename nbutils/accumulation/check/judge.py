@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.check.image_weights import Loss, check_image_weights, mean_loss
 from nbutils.accumulation.check.logged_loss import check_logged_loss
 from nbutils.accumulation.check.probe import (
@@ -204,7 +205,7 @@ def _check_batch_norm(
     coupled: list[nn.Module] = []
 
     def after_forward(layer: nn.Module, *_: Any) -> None:
-        if layer.training or layer.running_mean is None:
+        if couples_images(layer):
             coupled.append(layer)
 
     for layer in layers:

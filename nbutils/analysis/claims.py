@@ -10,11 +10,11 @@ from itertools import permutations
 import numpy as np
 import pandas as pd
 
-from nbutils.analysis.effects import Answers, Effect, effect, lead
+from nbutils.analysis.effects import Answers, Effect, effect, lead, load_answers
 from nbutils.analysis.intervals import mean_interval, probability_of_lead
 from nbutils.analysis.outcomes import last_epochs, late_epochs, varying
 from nbutils.paths import REFERENCE
-from nbutils.studies.record import load_late_predictions, load_runs
+from nbutils.studies.record import load_runs
 
 CONFIRMING = 5
 """First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
@@ -105,11 +105,11 @@ def load_kaggle_runs() -> KaggleRuns:
 
     They are judged after the final epoch, as when the runs of `kaggle-split` were planned.
     """
-    split = REFERENCE / "kaggle-split"
     final = last_epochs(load_runs(REFERENCE / "kaggle-tuning"))
     means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
     tuned = {int(steps): rate for steps, rate in means.groupby(level=0).idxmax()}
-    return KaggleRuns(load_runs(split), *load_late_predictions(split), tuned)
+    split = load_answers(REFERENCE / "kaggle-split")
+    return KaggleRuns(split.runs, split.labels, split.late, tuned)
 
 
 def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:

@@ -16,7 +16,7 @@ import pandas as pd
 from nbutils.analysis.intervals import crossed_interval, mean_interval
 from nbutils.analysis.outcomes import late_epochs, name_settings, outcomes
 from nbutils.errors import InputError
-from nbutils.studies.record import load_late_predictions, load_runs
+from nbutils.studies.record import read_runs
 
 MARGIN = 0.001
 """Accuracies that differ by less count as equal: 0.1 points, 10 images of 10,000."""
@@ -58,7 +58,8 @@ class Answers:
 
 def load_answers(folder: str | Path) -> Answers:
     """Those of a folder of runs, or of a reference."""
-    return Answers(load_runs(folder), *load_late_predictions(folder))
+    runs = read_runs(folder)
+    return Answers(runs.tidy, runs.labels, runs.predictions)
 
 
 @dataclass(frozen=True)

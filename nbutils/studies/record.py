@@ -49,6 +49,11 @@ class Runs(NamedTuple):
     predictions: dict[str, np.ndarray]
     environments: list[dict[str, Any]]
 
+    @property
+    def tidy(self) -> pd.DataFrame:
+        """What `load_runs` returns."""
+        return self.table.merge(self.history, on="run_id", validate="one_to_many")
+
 
 def save_run(result: RunResult, out: str | Path) -> Path:
     """Write the record of a run to the folder `<out>/<run_id>/`, in place of an earlier one."""
@@ -115,8 +120,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     Raises:
         InputError: There are no runs, or it names those that are damaged or on different images.
     """
-    runs = read_runs(folder)
-    return runs.table.merge(runs.history, on="run_id", validate="one_to_many")
+    return read_runs(folder).tidy
 
 
 def load_late_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -17,6 +17,11 @@ def relative_difference(vector: Tensor, other: Tensor) -> float:
     return ((vector - other).norm() / other.norm()).item()
 
 
+def constant(values: Tensor) -> bool:
+    """Whether all values are equal up to rounding."""
+    return close(values, values.mean().expand_as(values))
+
+
 def close(vector: Tensor, other: Tensor) -> bool:
     """Whether two vectors are equal up to the rounding of their type."""
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-3}.get(vector.dtype, 3e-2)

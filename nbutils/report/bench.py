@@ -7,7 +7,6 @@ of the other are timed in turn, so that a change in the machine's speed affects 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -23,12 +22,13 @@ from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from nbutils.accumulation.vectors import relative_difference
 from nbutils.accumulation.window import windows_of_batches
 from nbutils.analysis.outcomes import setting_name
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress, processor_name, processors
-from nbutils.paths import write_atomically
+from nbutils.paths import write_json
 from nbutils.training.config import RunConfig
 from nbutils.training.cuda_graph import record
 from nbutils.training.model import DigitCNN
@@ -134,7 +134,7 @@ def verify(config: RunConfig, data: Dataset, device: torch.device) -> float:
         usual.epoch()
     ours = train(replace(config, epochs=1), data, progress=False)
     pairs = zip(ours.model.parameters(), usual.model.parameters(), strict=True)
-    difference = max(((ours - usual).norm() / usual.norm()).item() for ours, usual in pairs)
+    difference = max(relative_difference(*pair) for pair in pairs)
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f"{setting_name(config.batch_size, config.accumulation_steps)}: after an epoch in "
@@ -276,4 +276,4 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
 def save(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(rows, indent=1) + "\n").encode())
+    write_json(path, rows)

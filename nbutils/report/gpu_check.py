@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import io
 import itertools
-import json
 import multiprocessing
 import tempfile
 import time
@@ -23,12 +22,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from nbutils.accumulation.vectors import relative_difference
 from nbutils.analysis.outcomes import setting_name
 from nbutils.data.dataset import Dataset
 from nbutils.data.sources import load_dataset
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.paths import ROOT, write_atomically
+from nbutils.paths import ROOT, write_atomically, write_json
 from nbutils.report.bench import FIGURES, run_bench, second_epoch
 from nbutils.training.config import RunConfig
 from nbutils.training.setup import resolve_device
@@ -79,7 +79,7 @@ def probes(device: str, quick: bool) -> Rows:
     truth = F.conv2d(images.double(), weights.double())
     for name, tf32 in {"a float32 convolution": False, "the same with TF32": True}.items():
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=tf32):
-            error = ((F.conv2d(images, weights) - truth).norm() / truth.norm()).item()
+            error = relative_difference(F.conv2d(images, weights), truth)
         yield f"error of {name}", f"{error:.1e}", None if tf32 else error < 1e-5
 
 
@@ -220,7 +220,7 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
         text += [f"  {marks[row['ok']]}{row['name']}: {row['value']}" for row in found["rows"]]
         print(*text, sep="\n", flush=True)
         lines += text
-        write_atomically(out / "gpu.json", (json.dumps(content, indent=1) + "\n").encode())
+        write_json(out / "gpu.json", content)
         write_atomically(out / "gpu.txt", ("\n".join(lines) + "\n").encode())
     print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
     return all(found["state"] in ("passed", "skipped") for found in stages.values())

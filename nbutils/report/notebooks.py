@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -52,13 +53,26 @@ def navigation(path: Path) -> str:
     return line[0].upper() + line[1:]
 
 
+def notebooks_table() -> pd.DataFrame:
+    """One row per notebook, with its question, as its first cell asks it."""
+    rows = {}
+    for path in _paths():
+        found = re.search(r"\*\*Question\.\*\* (.*)", _first_cell(path))
+        rows[f"[{path.stem}](notebooks/{path.name})"] = found[1] if found else ""
+    return pd.DataFrame({"question": rows}).rename_axis("notebook")
+
+
 def _paths() -> list[Path]:
     return sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 def _link(path: Path) -> str:
-    title = nbformat.read(path, as_version=4).cells[0].source.split("\n")[0]
-    return f"[{title.removeprefix('# ')}]({path.name})"
+    title = _first_cell(path).partition("\n")[0].removeprefix("# ")
+    return f"[{title}]({path.name})"
+
+
+def _first_cell(path: Path) -> str:
+    return nbformat.read(path, as_version=4).cells[0].source
 
 
 if __name__ == "__main__":

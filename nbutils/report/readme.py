@@ -6,12 +6,10 @@ The text of the README is `README.md.jinja` beside this file; its numbers come f
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 
 import jinja2
-import pandas as pd
 
 from nbutils.advise.advice import load_advice
 from nbutils.analysis.claims import CONFIRMING, fitted_change, load_kaggle_runs, split_seeds
@@ -19,8 +17,9 @@ from nbutils.analysis.effects import lead, load_answers, prediction_differences
 from nbutils.analysis.pick import pick, quiet_seconds
 from nbutils.analysis.summary import describe_study, format_table, markdown_table, summary_table
 from nbutils.analysis.verdicts import all_verdicts, size_verdicts, verdict_table
-from nbutils.paths import FIGURES, NOTEBOOKS, REFERENCE, ROOT, write_atomically
+from nbutils.paths import FIGURES, REFERENCE, ROOT, write_atomically
 from nbutils.report.libraries import libraries_table
+from nbutils.report.notebooks import notebooks_table
 from nbutils.studies.notebook import execute_notebook
 from nbutils.studies.reference import load_tables
 
@@ -83,13 +82,3 @@ def render() -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     environment.filters |= {"markdown": markdown_table, "verdicts": verdict_table}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
-
-
-def notebooks_table() -> pd.DataFrame:
-    """One row per notebook, with its question, as its first cell asks it."""
-    rows = {}
-    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        found = re.search(r"\*\*Question\.\*\* (.*)", "".join(cells[0]["source"]))
-        rows[f"[{path.stem}](notebooks/{path.name})"] = found[1] if found else ""
-    return pd.DataFrame({"question": rows}).rename_axis("notebook")

@@ -12,7 +12,7 @@ from torch import Tensor
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, CLASSES
 from nbutils.accumulation.check.report import Report
 from nbutils.accumulation.check.watch import Run, Update
-from nbutils.accumulation.vectors import close
+from nbutils.accumulation.vectors import close, constant
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """`loss(logits, labels)`: the mean loss of images, or one loss per image."""
@@ -56,11 +56,7 @@ class Window:
 
     def __post_init__(self) -> None:
         self.size = ((self.sizes * self.weights).sum() / self.sizes.sum()).item()
-        self.is_equal = _equal(self.weights)
-
-
-def _equal(values: Tensor) -> bool:
-    return close(values, values.mean().expand_as(values))
+        self.is_equal = constant(self.weights)
 
 
 def _near(value: float, other: float) -> bool:
@@ -116,7 +112,7 @@ def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Repo
 
 
 def _unequal(weights: Tensor, sizes: Tensor) -> str:
-    if _equal(weights * sizes):
+    if constant(weights * sizes):
         small, large = int(sizes.min()), int(sizes.max())
         times = f"weighed {large / small:.3g} times as much as one in a micro-batch of {large}"
         return f"an image in a micro-batch of {small} {times}"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nbutils.accumulation.check.probe import Batches, Probe, make_probe
 from nbutils.accumulation.check.watch import Run, Update, watch
+from nbutils.accumulation.vectors import relative_difference
 from nbutils.report.libraries import hugging_face, others
 from nbutils.report.libraries.hugging_face import accelerate, transformers
 from nbutils.report.libraries.task import Task, this_project
@@ -155,7 +156,7 @@ def _clipping(runs: Runs) -> tuple[float, str]:
     images, labels = (torch.cat(parts) for parts in zip(*run.probe.batches[:STEPS], strict=True))
     truth = torch.autograd.grad(F.cross_entropy(model(images), labels), model.weight)[0]
     clipped = truth * CLIP / truth.norm(), truth.clamp(-CLIP, CLIP)
-    error = min(((update.gradient - one).norm() / one.norm()).item() for one in clipped)
+    error = min(relative_difference(update.gradient, one) for one in clipped)
     if error < TOLERANCE:
         return 0.0, "right"
     between = any(

@@ -48,14 +48,18 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
     ax.legend(ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.2))
 
 
-def plot_network(ax: Axes, layers: pd.DataFrame, image: tuple[int, ...] = (1, 28, 28)) -> None:
+def plot_network(ax: Axes, layers: pd.DataFrame) -> None:
     """A network as a drawing: what each layer gives, from the image to the classes.
 
     `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14", drawn as
     some sheets, or "10", as a column) and `weights`, how many it learns. The axes should be four
     times as wide as high.
     """
-    shapes = [image, *(tuple(map(int, text.split(" x "))) for text in layers["activations"])]
+    image = (1, 28, 28)
+    shapes: list[tuple[int, ...]] = [
+        image,
+        *(tuple(map(int, text.split(" x "))) for text in layers["activations"]),
+    ]
     names = ["image", *map(str, layers.index)]
     weights = ["", *(f"{number:,} weights" for number in layers["weights"])]
     left, gap, largest = 0.0, 0.6 * image[-1], image[-1]

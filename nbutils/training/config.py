@@ -14,6 +14,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from nbutils.errors import InputError, suggest
 
+Norm = Literal["batch", "ghost", "group", "none"]
+ModelName = Literal["small", "deep"]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -52,14 +55,14 @@ class RunConfig:
     momentum: float = 0.0
     weight_decay: float = 0.0
     schedule: Literal["constant", "one-cycle"] = "constant"
-    norm: Literal["batch", "ghost", "group", "none"] = "group"
+    norm: Norm = "group"
     dropout: float = 0.4
     augment: bool = False
     last_window: Literal["step", "drop"] = "step"
     seed: int = 0
     device: str = "auto"
     precision: Literal["float32", "float64", "bfloat16"] = "float32"
-    model: Literal["small", "deep"] = "small"
+    model: ModelName = "small"
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(RunConfig).items():

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-Window = tuple[Tensor, ...]
+Window = tuple[Tensor, ...]  # the micro-batches of one update: indices of training images
 
 WARM_UPS = 3  # updates in which libraries choose kernels and allocate what they keep
 

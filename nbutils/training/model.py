@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from nbutils.errors import InputError
+from nbutils.training.config import ModelName, Norm
 
 GHOST_SIZE = 128  # images over which ghost batch norm takes its statistics
 GROUPS = 8  # into which group norm divides the channels
 EVALUATION_BATCH = 500  # images in one pass; it affects memory and speed only
-
-Norm = Literal["batch", "ghost", "group", "none"]
-ModelName = Literal["small", "deep"]
 
 # Output channels of the convolutions of each model, block by block.
 CHANNELS: dict[ModelName, tuple[tuple[int, ...], ...]] = {

@@ -19,12 +19,11 @@ from nbutils.errors import InputError
 from nbutils.machine import no_progress
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
-from nbutils.training.cuda_graph import graphed_updates
+from nbutils.training.cuda_graph import Window, graphed_updates
 from nbutils.training.model import DigitCNN
 from nbutils.training.out_of_memory import Script, run_within_memory
 from nbutils.training.result import RunResult, evaluate, history_of
 
-Window = tuple[Tensor, ...]  # the micro-batches of one update: indices of training images
 AfterUpdate = Callable[[int, DigitCNN], None]
 
 

@@ -88,7 +88,14 @@ def test_saved_figures_are_the_same_bytes_on_every_machine(tmp_path):
     assert parts == set(re.findall(r'id="(part\d+)"', text)) != set()
 
 
-def test_torch_scipy_and_seaborn_wait_until_they_are_needed():
-    code = "from nbutils import plots; print({'torch', 'scipy', 'seaborn'} & set(sys.modules))"
+@pytest.mark.parametrize(
+    ("imported", "waiting"),
+    [
+        ("nbutils.plots", {"torch", "scipy", "seaborn"}),
+        ("nbutils.accumulation", {"pandas", "scipy", "matplotlib", "nbutils.errors"}),
+    ],
+)
+def test_what_takes_long_waits_until_it_is_needed(imported, waiting):
+    code = f"import {imported}; print({waiting} & set(sys.modules))"
     command = [sys.executable, "-c", f"import sys; {code}"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"

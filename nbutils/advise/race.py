@@ -3,8 +3,9 @@
 **Who races.** By McCandlish et al. (2018), section 2.3, B examples per update need `1 + B / B_crit`
 times the fewest examples to get equally far, each batch size at its best rate; they expect `B_crit`
 to be near the noise scale. A device processes a number of examples per second at each size. So the
-time that a size needs is, up to a factor, `(1 + B / noise scale) / examples per second`. The
-smallest size within `NEAR` of the least time races, another size far from it, and the usual
+time that a size needs is, up to a factor, `(1 + B / noise scale) / examples per second`. Of the
+sizes within `NEAR` of the least time, the one nearest to the usual size races, since very small
+batches are delicate in their rate and in batch norm; and another size far from it, and the usual
 setting: 128 at the optimizer's usual rate, or the nearest that fits.
 
 **How.** Successive halving: after each round the worse half stops, the rest goes on for as long
@@ -60,15 +61,18 @@ def candidates(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> pd.
 
 
 def choose(open_to_choice: pd.DataFrame) -> Any:
-    """The smallest of the `candidates` that are near the least time, as a named tuple."""
-    return next(open_to_choice[open_to_choice["time"] <= NEAR].itertuples())
+    """Of the `candidates` near the least time, the one nearest to the usual size."""
+    return _nearest_usual(open_to_choice[open_to_choice["time"] <= NEAR])
 
 
 def usual_row(costs: pd.DataFrame) -> Any:
     """The row of the batch size nearest to the usual one, as a named tuple."""
-    whole = costs[costs["accumulation_steps"] == 1]
-    nearest = np.log(whole["batch_size"] / USUAL).abs().idxmin()
-    return next(whole.loc[[nearest]].itertuples())
+    return _nearest_usual(costs[costs["accumulation_steps"] == 1])
+
+
+def _nearest_usual(costs: pd.DataFrame) -> Any:
+    nearest = np.log(costs["effective_batch_size"] / USUAL).abs().idxmin()
+    return next(costs.loc[[nearest]].itertuples())
 
 
 def entrants(
@@ -76,28 +80,27 @@ def entrants(
 ) -> list[Setting]:
     """Who races: two to four settings, the usual one first.
 
-    The size that `choose` picks races at the best and the next best of the `trial_rates`; and
-    another size, at least four times larger or smaller, at the lower of those rates scaled by the
-    square root of the size: rates that win short trials tend to be too high for longer ones. Where
-    memory is the limit (`bounded`), that other size is an accumulated one, so that the race tells
-    what accumulation is worth.
+    The size that `choose` picks races at the best of the `trial_rates` and at the next lower rate,
+    since rates that win short trials tend to be too high for longer ones. Another size, at least
+    four times larger or smaller, races at a rate scaled by the square root of the size: the lower
+    one if larger, the best if smaller. Where memory is the limit (`bounded`), that other size is an
+    accumulated one, so that the race tells what accumulation is worth.
     """
     first, sizes = choose(open_to_choice), open_to_choice["effective_batch_size"]
     learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
-    usually = recipe.rates.index(recipe.usual_rate)
-    best = [*learnt["learning_rate"]]
-    best += [rate for rate in recipe.rates[usually : usually + 2] if rate not in best]
+    best = [*learnt["learning_rate"], recipe.usual_rate][0]
+    lower = max([rate for rate in recipe.rates if rate < best], default=best)
 
     def scaled(row: Any) -> float:
-        factor = math.sqrt(row.effective_batch_size / first.effective_batch_size)
-        return float(f"{min(best[:2]) * factor:.2g}")
+        times = row.effective_batch_size / first.effective_batch_size
+        return float(f"{(best if times < 1 else lower) * math.sqrt(times):.2g}")
 
     others = open_to_choice[np.log2(sizes / first.effective_batch_size).abs() >= 2]
     accumulated = open_to_choice[open_to_choice["accumulation_steps"] > 1]
     if bounded and len(accumulated) and first.accumulation_steps == 1:
         others = accumulated
     other = [(row, scaled(row)) for row in others.sort_values("time").head(1).itertuples()]
-    wanted = [(usual, recipe.usual_rate), (first, best[0]), *other, (first, best[1])]
+    wanted = [(usual, recipe.usual_rate), (first, best), *other, (first, lower)]
     settings = [
         Setting(int(row.batch_size), int(row.accumulation_steps), rate)
         for row, rate in [*wanted, (usual, scaled(usual))]

@@ -1,5 +1,6 @@
 """From the measurements to the race, the advice, its loop and its report."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from nbutils.advise.task import RECIPES, read_task
 from nbutils.advise.trials import Setting, Trial, window_gradient
 from nbutils.measure.cost import Cost
 from nbutils.measure.process import OutOfMemory
+from nbutils.paths import data_folder
 
 CPU = torch.device("cpu")
 
@@ -73,11 +75,12 @@ def costs_table(*rows):
 
 @settings(max_examples=20)
 @given(st.lists(st.floats(1, 1000), min_size=1, max_size=8), st.floats(1, 1e6))
-def test_no_smaller_size_is_as_near_to_the_least_time(speeds, scale):
+def test_no_size_that_is_near_the_least_time_is_nearer_to_the_usual_one(speeds, scale):
     costs = costs_table(*((2**power, 1, speed) for power, speed in enumerate(speeds)))
     may_race = race.candidates(costs, scale, accumulate=True)
     chosen = race.choose(may_race)
-    assert (may_race["time"][may_race["batch_size"] < chosen.batch_size] > race.NEAR).all()
+    distance = (may_race["batch_size"].map(math.log2) - 7).abs()
+    assert (may_race["time"][distance < abs(math.log2(chosen.batch_size) - 7)] > race.NEAR).all()
     assert chosen.time <= race.NEAR
 
 
@@ -93,7 +96,7 @@ def racing(costs, scale, *rates, accumulate=True, bounded=False):
 def test_the_usual_setting_races_the_promising_ones():
     costs = costs_table(*((2**power, 1, 100.0 * power) for power in range(3, 14)))
     assert racing(costs, 30.0, 3e-3, 1e-2) == [
-        *("128 at 0.001", "16 at 0.003", "64 at 0.006", "16 at 0.01")
+        *("128 at 0.001", "32 at 0.003", "8 at 0.0015", "32 at 0.001")
     ]
 
 
@@ -351,25 +354,35 @@ NETWORKS = {
 
 
 @pytest.mark.slow  # it trains against the clock, which other tests beside it disturb
+@pytest.mark.skipif(
+    not (data_folder() / "FashionMNIST" / "raw").is_dir(),
+    reason=f"the FashionMNIST files are not in {data_folder()}",
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_advised_setting_is_near_the_best_of_six(name):
-    """All train in turns, as in the race, so that other work on the machine slows them alike."""
+    """What the best reaches in the time of the race, the advised one reaches in 1.25 times that.
+
+    All train in turns, as in the race, so that other work on the machine slows them alike. The
+    losses of two starts differ, so means over three are compared, to within 2 %.
+    """
     model, budget = NETWORKS[name]
-    advice = advise(model, "mnist-5k", time_budget=budget)
-    task, seconds = read_task(model, "mnist-5k"), max(row["seconds"] for row in advice.race)
+    advice = advise(model, "fashion-mnist", time_budget=budget)
+    task, seconds = read_task(model, "fashion-mnist"), max(row["seconds"] for row in advice.race)
     advised = Setting(advice.batch_size, advice.accumulation_steps, advice.learning_rate)
     rivals = [Setting(size, 1, rate) for size in (32, 128, 512) for rate in (1e-3, 3e-3)]
-    trials = {setting: Trial(task, setting, start=7) for setting in (advised, *rivals)}
-    for trial in trials.values():
-        trial.look(2000)
-    for turn in range(1, 11):
-        for trial in trials.values():
-            trial.go(seconds * turn / 10, 2000)
-    curves = [pd.DataFrame(trials[rival].points) for rival in rivals]
-    # Losses jitter from look to look: the target is the mean of the last three, to within 5 %.
-    target = 1.05 * min(curve["validation_loss"].tail(3).mean() for curve in curves)
-    for turn in range(11, 14):
-        if race.time_to(pd.DataFrame(trials[advised].points), target) == math.inf:
-            trials[advised].go(seconds * turn / 10, 2000)
-    needed = race.time_to(pd.DataFrame(trials[advised].points), target)
-    assert needed <= 1.25 * min(race.time_to(curve, target) for curve in curves)
+    trials = {setting: [Trial(task, setting, start) for start in (7, 8, 9)] for setting in rivals}
+    ours = [Trial(task, advised, start) for start in (7, 8, 9)]
+
+    def train_all(turns, *teams):
+        for turn in turns:
+            for trial in itertools.chain(*teams):
+                trial.go(seconds * turn / 10, 2000)
+
+    def mean_loss(team):
+        return sum(trial.lowest for trial in team) / len(team)
+
+    train_all(range(1, 11), ours, *trials.values())
+    target = 1.02 * min(map(mean_loss, trials.values()))
+    if mean_loss(ours) > target:
+        train_all((11, 12, 12.5), ours)
+    assert mean_loss(ours) <= target

@@ -55,9 +55,9 @@ def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.Dat
         sizes = whole_sizes(part)
         effects = {
             f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part),
-            "2: 1024 less 512": lead(part, "1024", "512"),
-            "4: 1024 less 32": lead(part, "1024", "32"),
-            "5: 8 x 128 less 1024": lead(part, "8 x 128", "1024"),
+            "2: 1024 minus 512": lead(part, "1024", "512"),
+            "4: 1024 minus 32": lead(part, "1024", "32"),
+            "5: 8 x 128 minus 1024": lead(part, "8 x 128", "1024"),
         }
         columns[name] = {name: str(each).replace(" points", "") for name, each in effects.items()}
     return pd.DataFrame(columns).rename_axis("claim and effect")
@@ -113,7 +113,7 @@ def load_kaggle_runs() -> KaggleRuns:
 
 
 def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
-    """8 x 128 less 128, at equal epochs and at equal updates, at each pair of rates on record."""
+    """8 x 128 minus 128, at equal epochs and at equal updates, at each pair of rates on record."""
     rates = {
         "same rate": (POSTED_RATE, POSTED_RATE),
         "rate x root of 8": (POSTED_RATE, SCALED_RATE),
@@ -129,7 +129,7 @@ def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
 
 
 def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
-    """8 x 128 less 128, the latter interpolated to as many updates; the interval is Student's."""
+    """8 x 128 minus 128, the latter interpolated to as many updates; the interval is Student's."""
     histories = dict(iter(runs.sort_values("epoch").groupby("run_id")))
     gaps = []
     for plain, accumulated in pairs.to_numpy():

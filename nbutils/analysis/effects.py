@@ -129,7 +129,7 @@ def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_a
 
 
 def lead(answers: Answers, one: str, other: str, metric: str = "test_accuracy") -> Effect:
-    """The outcome of one setting less that of another, by their names; see `effect`."""
+    """The outcome of one setting minus that of another, by their names; see `effect`."""
     return effect(answers, {one: 1, other: -1}, metric)
 
 

@@ -65,25 +65,25 @@ class Pick:
         shares = ", ".join(f"{name}: {share:.0%}" for name, share in shown.items())
         if not self.settings:
             return (
-                f"No setting is reliably among the cheapest. In resamples of the {self.seeds} "
+                f"No setting is reliably among the fastest. In resamples of the {self.seeds} "
                 f"seeds the most frequent are {shares}."
             )
         each = "It" if len(self.settings) == 1 else "Each"
         return (
-            f"Take {named}. {each} is among the cheapest in at least {STABLE:.0%} of "
+            f"Take {named}. {each} is among the fastest in at least {STABLE:.0%} of "
             f"{RESAMPLES:,} resamples of the {self.seeds} seeds ({shares}); no other setting is."
         )
 
     def __str__(self) -> str:
         reached = f"{self.threshold:.2%} validation accuracy"
-        qualify = f"are not shown to end more than {100 * MARGIN:.1f} points below the best"
+        left_out = f"clearly end more than {100 * MARGIN:.1f} points below the best"
         if self.seeds < 2:
-            qualify = f"end at {reached} or above"
-        left_out = f" Not timed: {', '.join(self.untimed)}." if self.untimed else ""
+            left_out = "end below it"
+        untimed = f" Not timed: {', '.join(self.untimed)}." if self.untimed else ""
         return (
-            f"{self.answer}\nThe cheapest are within {TIE - 1:.0%} of the least training time to "
-            f"{reached}, the lower end of the interval of the best setting, {self.best}. Only "
-            f"settings count that {qualify}.{left_out}"
+            f"{self.answer}\nThe fastest need at most {TIE - 1:.0%} more training time than the "
+            f"least to reach {reached}. That is the lower end of the 95 % interval over images of "
+            f"the best setting, {self.best}. Settings that {left_out} are left out.{untimed}"
         )
 
 
@@ -163,11 +163,11 @@ def format_pick(choice: Pick) -> pd.DataFrame:
     seconds = table["seconds"].map("{:.0f}".format).mask(table["seconds"].isna(), "never")
     shown = {
         "validation accuracy": table["validation_accuracy"].map("{:.2%}".format),
-        f"less {choice.best}, points (95 %)": written_gaps(table, choice.best, "best"),
+        f"minus {choice.best}, points (95 %)": written_gaps(table, choice.best, "best"),
         f"s to {choice.threshold:.2%}": seconds.where(table["qualifies"], "ends too low"),
     }
     if choice.stable:
-        shown["among the cheapest"] = table["share"].map("{:.0%}".format)
+        shown["among the fastest"] = table["share"].map("{:.0%}".format)
     return pd.DataFrame(shown)
 
 

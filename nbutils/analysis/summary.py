@@ -54,7 +54,7 @@ def format_table(table: pd.DataFrame) -> pd.DataFrame:
         {
             "seeds": table["seeds"],
             metric.replace("_", " "): table["accuracy"].map("{:.2%}".format),
-            f"less {baseline}, points (95 %)": written_gaps(table, baseline, "baseline"),
+            f"minus {baseline}, points (95 %)": written_gaps(table, baseline, "baseline"),
             "s/epoch": table["seconds"].map("{:.1f}".format).mask(table["seconds"].isna(), ""),
             "updates/epoch": table["updates"].map("{:,}".format),
         }

@@ -147,7 +147,7 @@ def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
     left.set_yticks(range(len(loops)), loops)
     right.set_xscale("symlog", linthresh=1, linscale=1)
     right.set_xticks([-10, -1, 0, 1, 10, 90], ["-10", "-1", "0", "+1", "+10", "+90"])
-    right.set(xlabel="test error less the right loop's (points)", title="The test error")
+    right.set(xlabel="test error minus the right loop's (points)", title="The test error")
     right.set_yticks(range(len(loops)), [""] * len(loops))
     left.invert_yaxis()
     right.invert_yaxis()

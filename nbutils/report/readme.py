@@ -66,6 +66,7 @@ def render() -> str:
         "seeds": list(parts),
         "change": fitted_change(judged),
         "gap": lead(judged, "8 x 128", "1024"),
+        "earlier": fitted_change(next(iter(parts.values()))),
         "slower": seconds["8 x 128"] / seconds["1024"] - 1,
         "choice": pick(answers.runs, seconds),
         "study": describe_study(answers.runs),

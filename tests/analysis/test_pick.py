@@ -32,10 +32,10 @@ def test_the_cheapest_settings_are_named_with_their_shares():
     assert choice.threshold == pytest.approx(proportion_interval(0.995, 6000)[0], abs=1e-4)
     assert choice.table.loc["128", ["share", "qualifies"]].tolist() == [1, True]
     assert choice.table.loc["1024", ["share", "qualifies"]].tolist() == [0, False]
-    assert str(choice).startswith("Take 64 or 128. Each is among the cheapest in at least 80%")
+    assert str(choice).startswith("Take 64 or 128. Each is among the fastest in at least 80%")
     shown = format_pick(choice)
     assert shown.loc["1024", f"s to {choice.threshold:.2%}"] == "ends too low"
-    assert shown["among the cheapest"].tolist() == ["0%", "100%", "100%", "0%"]
+    assert shown["among the fastest"].tolist() == ["0%", "100%", "100%", "0%"]
 
 
 def test_without_measured_times_the_fastest_seed_counts():
@@ -56,7 +56,7 @@ def test_no_setting_is_named_where_none_is_stable():
     runs = study(3, late=[8, 0, 0]).query("batch_size in (32, 128)")
     choice = pick(runs, {"32": 6.5, "128": 5.0})
     assert choice.settings == []
-    assert choice.answer.startswith("No setting is reliably among the cheapest. In resamples of")
+    assert choice.answer.startswith("No setting is reliably among the fastest. In resamples of")
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -64,7 +64,7 @@ def test_few_seeds_are_called_a_guess(seeds):
     choice = pick(study(seeds), SECONDS)
     assert choice.settings == ["64", "128"]
     assert re.match("A guess from (one seed|2 seeds): 64 or 128", choice.answer)
-    assert "among the cheapest" not in format_pick(choice)
+    assert "among the fastest" not in format_pick(choice)
 
 
 def test_settings_that_share_no_seed_are_compared_as_one_seed():

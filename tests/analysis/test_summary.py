@@ -102,9 +102,9 @@ def test_the_table_pairs_each_setting_with_128():
     assert table.loc["64", "difference"] == pytest.approx(lead(answers, "64", "128").mean)
     shown = format_table(table)
     assert list(shown) == [
-        *("seeds", "test accuracy", "less 128, points (95 %)", "s/epoch", "updates/epoch"),
+        *("seeds", "test accuracy", "minus 128, points (95 %)", "s/epoch", "updates/epoch"),
     ]
-    assert shown.loc["128", "less 128, points (95 %)"] == "baseline"
+    assert shown.loc["128", "minus 128, points (95 %)"] == "baseline"
     assert shown.loc[["64", "1024"], "s/epoch"].tolist() == ["7.0", ""]
     assert shown.loc["8 x 128", "updates/epoch"] == "52"
     assert markdown_table(shown).splitlines()[0].startswith("| setting | seeds | test accuracy |")
@@ -120,7 +120,7 @@ def test_one_seed_settings_without_common_seeds_and_unknown_labels_say_so():
     ).assign(test_accuracy=math.nan)
     shown = format_table(summary_table(Answers(runs, np.zeros(0, np.uint8), {})))
     assert shown["validation accuracy"].tolist() == ["90.00%", "95.00%", "90.00%"]
-    assert shown["less 32, points (95 %)"].tolist() == [
+    assert shown["minus 32, points (95 %)"].tolist() == [
         *("baseline", "+5.00 (one seed)", "no seed in common"),
     ]
 

@@ -36,13 +36,14 @@ class TotalWeight:
         micro_batches: Sequence[Any],
         weight: Callable[[Any], float | Tensor] | None,
         ranks: Ranks,
-        parameters: Sequence[Tensor],
+        parameters: list[nn.Parameter],
         update: int | None,
     ) -> None:
-        self._steps, self._weighted, self._update = len(micro_batches), weight is not None, update
+        self._steps, self._update = len(micro_batches), update
         self._ranks, self._parameters = ranks, parameters
         self._counts: list[int] = []
-        self.of_this_rank = _known_weight(micro_batches, weight)
+        self._weights = _weights(micro_batches, weight)
+        self.of_this_rank = _known_weight(micro_batches, self._weights)
         self._total = self._not_zero(self._compare_ranks())
         self._earlier = [parameter.grad for parameter in parameters]
         if math.isnan(self._total):  # what the window adds to `.grad` will be multiplied
@@ -51,10 +52,15 @@ class TotalWeight:
     def after(self, losses: Tensor, micro_batch: Any) -> float:
         """Check the losses of the next micro-batch; returns what to divide their sum by."""
         number = len(self._counts) + 1
-        check_losses(losses, micro_batch, self._weighted, place(self._update, number, self._steps))
+        where = place(self._update, number, self._steps)
+        check_losses(losses, micro_batch, self._weights[number - 1], where)
         self._counts.append(losses.numel())
         if not math.isnan(self._total):
             return self._total
+        others = [each for each in reached(losses) if not any(each is p for p in self._parameters)]
+        self._parameters += others  # such as those of a loss with weights of its own
+        self._earlier += [parameter.grad for parameter in others]
+        clear(others)
         estimate = max(1, self._counts[0]) * self._steps * self._ranks.number
         if number < self._steps:
             return estimate
@@ -93,6 +99,17 @@ class TotalWeight:
         return total
 
 
+def reached(losses: Tensor) -> list[nn.Parameter]:
+    """The parameters that a backward pass will reach."""
+    seen: set[Any] = {None}
+    todo: set[Any] = {losses.grad_fn} - seen
+    while todo:
+        seen |= todo
+        todo = {node for one in todo for node, _ in one.next_functions} - seen
+    ends = (getattr(node, "variable", None) for node in seen)
+    return [parameter for parameter in ends if isinstance(parameter, nn.Parameter)]
+
+
 def clear(parameters: Iterable[Tensor]) -> None:
     """Take the gradients away."""
     for parameter in parameters:
@@ -113,15 +130,23 @@ def couples_images(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
-def _known_weight(
+def _weights(
     micro_batches: Sequence[Any], weight: Callable[[Any], float | Tensor] | None
-) -> float:
+) -> list[float | None]:
+    """What the losses of each micro-batch weigh; None where the reader does not say."""
+    if weight is None:
+        return [None] * len(micro_batches)
+    weights = [float(weight(micro_batch)) for micro_batch in micro_batches]
+    if not all(0 <= value < math.inf for value in weights):
+        raise ValueError(f"weight returned {weights}, but weights must be finite and >= 0")
+    return [*weights]
+
+
+def _known_weight(micro_batches: Sequence[Any], weights: Sequence[float | None]) -> float:
     """The weight of the window if it is known before the forward passes, else NaN."""
-    if weight is not None:
-        weights = [float(weight(micro_batch)) for micro_batch in micro_batches]
-        if not all(0 <= value < math.inf for value in weights):
-            raise ValueError(f"weight returned {weights}, but weights must be finite and >= 0")
-        return sum(weights)
+    known = [weight for weight in weights if weight is not None]
+    if known:
+        return sum(known)
     # `check_losses` makes sure that a tensor gets as many losses as it is long.
     if all(isinstance(m, Tensor) and m.ndim > 0 for m in micro_batches):
         return float(sum(len(micro_batch) for micro_batch in micro_batches))
@@ -134,8 +159,10 @@ def lengths(batch: Any, depth: int = DEPTH) -> Iterator[int]:
     if isinstance(batch, Mapping):
         parts = batch.values()
     elif isinstance(batch, (list, tuple)):
-        yield len(batch)
         parts = batch
+        # Images and labels are columns; images of several sizes have equally many dimensions.
+        if len({part.ndim if isinstance(part, Tensor) else None for part in batch} - {0}) < 2:
+            yield len(batch)
     elif hasattr(type(batch), "shape"):  # a tensor or an array
         if len(batch.shape) > 0:
             yield int(batch.shape[0])
@@ -147,17 +174,17 @@ def lengths(batch: Any, depth: int = DEPTH) -> Iterator[int]:
             yield from lengths(part, depth - 1)
 
 
-def check_losses(losses: Any, micro_batch: Any, weighted: bool, where: str) -> None:
-    """Refuse losses that are reduced already, or not one per image and without weights."""
+def check_losses(losses: Any, micro_batch: Any, weight: float | None, where: str) -> None:
+    """Refuse losses that are reduced already, or not one per image and without a weight."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"{where}losses returned {type(losses).__name__}, but it must be a tensor")
     number = losses.numel()
     seen = lengths(micro_batch)
     fits = next(seen, number) == number or number in seen
     wrong = ""
-    if losses.ndim == 0 or (number == 1 and not fits):
+    if losses.ndim == 0 or (number == 1 and not fits and weight != 1):
         wrong = 'a loss that is already averaged or summed; return all: use reduction="none"'
-    elif not weighted and (losses.ndim != 1 or not fits):
+    elif weight is None and (losses.ndim != 1 or not fits):
         wrong = "not one loss per image; average them over each image"
     if wrong:
         raise ValueError(

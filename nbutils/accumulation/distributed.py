@@ -11,6 +11,8 @@ What cannot work:
   until the process group's timeout. An empty window is refused on all ranks at once, and with
   `update=`, the number of the update within the epoch, so are ranks at different updates.
 - `with model.join():` is refused: the ranks compare their windows in messages of their own.
+- `DistributedDataParallel(static_graph=True)` is refused by torch itself in the first window.
+- Parameters that the losses reach but the model does not hold are not averaged over the ranks.
 - If one rank raises an error, such as running out of memory, the others wait for it.
 - Pass the module that `losses` calls. In the plain model inside it, no `DistributedDataParallel`
   is found.

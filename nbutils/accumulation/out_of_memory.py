@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
@@ -55,9 +56,13 @@ def retry_smaller(attempt: Callable[[], Result], shrink: Callable[[Exception], N
 
 
 def until_it_fits(
-    attempt: Callable[[list[Any]], Tensor], model: nn.Module, window: list[Any]
+    attempt: Callable[..., Tensor],
+    model: nn.Module,
+    window: list[Any],
+    losses: Callable[[Any], Tensor],
+    weight: Callable[[Any], float | Tensor] | None,
 ) -> Tensor:
-    """Call `attempt(micro_batches)` with the window cut smaller until it fits the memory.
+    """Call `attempt(model, micro_batches, losses)` with the window cut until it fits the memory.
 
     The size that fits is remembered for the model, and a change of it is warned of.
 
@@ -69,8 +74,24 @@ def until_it_fits(
     earlier, before = [parameter.grad for parameter in parameters], FITTING.get(model)
 
     def pieces() -> list[Any]:
-        size = FITTING.get(model)
-        return [piece for micro_batch in window for piece in cut(micro_batch, size)]
+        cuts = [cut(micro_batch, FITTING.get(model)) for micro_batch in window]
+        for micro_batch, parts in zip(window, cuts, strict=True):
+            whole, *each = (float(weight(b)) for b in (micro_batch, *parts)) if weight else (0,)
+            if not math.isclose(whole, sum(each), rel_tol=1e-6):
+                raise ValueError(
+                    f'on_oom = "split": a micro-batch weighs {whole:g}, but its pieces '
+                    f"{sum(each):g}; weight must count what is in the piece that it is given"
+                )
+        return [piece for parts in cuts for piece in parts]
+
+    def counted(piece: Any) -> Tensor:
+        each = losses(piece)
+        if not weight and model in FITTING and len(each) != images_in(piece):
+            raise ValueError(
+                f'on_oom = "split" cuts the rows of tensors, but there are {len(each)} losses for '
+                f"{images_in(piece)} rows; give batches whose tensors have one row per image"
+            )
+        return each
 
     def shrink(error: Exception) -> None:
         largest = max(map(images_in, pieces()))
@@ -79,7 +100,7 @@ def until_it_fits(
         FITTING[model] = largest // 2
 
     batch.clear(parameters)  # a failed attempt takes away all that is there
-    loss = retry_smaller(lambda: attempt(pieces()), shrink)
+    loss = retry_smaller(lambda: attempt(model, pieces(), counted), shrink)
     batch.add_gradients(parameters, earlier)
     if FITTING.get(model) != before:
         warnings.warn(
@@ -125,6 +146,11 @@ def cut(micro_batch: Any, size: int | None) -> list[Any]:
     """The micro-batch in pieces of at most `size` images each; None leaves it whole."""
     if size is None or (images := images_in(micro_batch)) <= size:
         return [micro_batch]
+    if len(found := set(_lengths(micro_batch))) > 1:
+        raise ValueError(
+            f'on_oom = "split" cuts tensors that have one row per image, but those of a '
+            f"micro-batch have unequal lengths: {sorted(found)}"
+        )
     return [
         _rows(micro_batch, images, slice(start, start + size)) for start in range(0, images, size)
     ]
@@ -139,7 +165,8 @@ def _rows(part: Any, images: int, rows: slice) -> Any:
         for key, value in part.items():
             piece[key] = _rows(value, images, rows)  # type: ignore[index]
         return piece
-    if isinstance(part, list) and len(part) == images and not any(_lengths(part)):
+    plain = isinstance(part, (list, tuple)) and not hasattr(part, "_fields")
+    if plain and len(part) == images and not any(_lengths(part)):
         return part[rows]  # such as texts
     if isinstance(part, (list, tuple)):
         parts = [_rows(each, images, rows) for each in part]

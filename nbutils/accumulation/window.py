@@ -42,9 +42,9 @@ def windows(
     window may be short and its last micro-batch smaller; "drop" leaves it out unless it is full.
     """
     batch.check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps)
-    size = batch_size * accumulation_steps
+    order, size = torch.as_tensor(order), batch_size * accumulation_steps
     updates = updates_per_epoch(len(order), size, last_window)
-    return (order[u * size : (u + 1) * size].split(batch_size) for u in range(updates))
+    return (order[u * size : (u + 1) * size].split(int(batch_size)) for u in range(updates))
 
 
 def windows_of_batches(
@@ -110,8 +110,8 @@ def accumulate_gradient(
     batch.check_choice("on_oom", on_oom, "stop", "split")
     if on_oom == "split":
         options: dict[str, Any] = {"weight": weight, "backward": backward, "update": update}
-        again = partial(accumulate_gradient, losses=losses, check_finite=check_finite, **options)
-        return until_it_fits(partial(again, model), model, batch.listed(window))
+        again = partial(accumulate_gradient, check_finite=check_finite, **options)
+        return until_it_fits(again, model, batch.listed(window), losses, weight)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         where = batch.place(update)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import io
 import random
 from pathlib import Path
 
@@ -301,8 +302,106 @@ class Wrapper(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
+def sharpness_aware(model, optimizer, scheduler, batches, steps):
+    for window in windows_of_batches(batches, steps):
+        for sign in (1, -1):
+            optimizer.zero_grad()
+            for images, labels in window:
+                (sum_of_losses(model(images), labels) / images_in(window)).backward()
+            if sign == 1:
+                step = 0.05 * model.weight.grad / (model.weight.grad.norm() + 1e-12)
+            model.weight.data.add_(step, alpha=sign)
+        optimizer.step()
+        scheduler.step()
+
+
+def saves_the_schedule(model, optimizer, scheduler, batches, steps):
+    right(model, optimizer, scheduler, batches, steps)
+    torch.save({"schedule": scheduler.state_dict()}, io.BytesIO())
+
+
+def scaled_by_tokens(model, optimizer, scheduler, batches, steps):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    for window in windows_of_batches(batches, steps):
+        optimizer.zero_grad()
+        for images, labels in window:
+            scaler.scale(sum_of_losses(model(images), labels)).backward()
+        model.weight.grad /= images_in(window)
+        scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+
+
+class Dividing(Wrapper):
+    """An optimizer that divides the sum of the gradients by itself."""
+
+    def __init__(self, inner, images):
+        super().__init__(inner)
+        self.images = images
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= next(self.images)
+        return self.inner.step(closure)
+
+
+def divided_by_the_optimizer(model, optimizer, scheduler, batches, steps):
+    images = (images_in(window) for window in windows_of_batches(batches, steps))
+    over(lambda *_: 1)(model, Dividing(optimizer, images), scheduler, batches, steps)
+
+
+def looked_at(model, optimizer, scheduler, window):
+    loss = F.cross_entropy(model(window[0][0]), window[0][1])
+    torch.autograd.grad(loss, model.weight)
+    scheduler.step()
+
+
+def without_spikes(model, optimizer, scheduler, batches, steps):
+    for window in windows_of_batches(batches, steps):
+        optimizer.zero_grad()
+        for images, labels in window:
+            (sum_of_losses(model(images), labels) / images_in(window)).backward()
+        if clip_grad_norm_(model.parameters(), torch.inf) < 100:
+            optimizer.step()
+        scheduler.step()
+
+
+def steepest(model, images):
+    """Moves images along the gradient, as training against an adversary does."""
+    images = images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(images).logsumexp(1).sum(), images)
+    return model((images + 0.1 * slope.sign()).detach())
+
+
+def decay_added(model, optimizer, scheduler, batches, steps):
+    optimizer.zero_grad()  # of what was left over
+    seen = 0
+    for number, (images, labels) in enumerate(batches, start=1):
+        sum_of_losses(model(images), labels).backward()
+        seen += len(labels)
+        if number % steps == 0:
+            model.weight.grad.div_(seen).add_(model.weight.data, alpha=1e-4)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen = 0
+
+
+def whole_training(*given):
+    for _ in range(3):
+        loop(drop=True)(*given)
+
+
 RIGHT = {
     "plain": right,
+    "SAM": sharpness_aware,
+    "schedule saved": saves_the_schedule,
+    "divided before unscaling": scaled_by_tokens,
+    "divided by the optimizer": divided_by_the_optimizer,
+    "gradient looked at": loop(after_step=looked_at),
+    "gradient of the images": loop(forward=steepest),
+    "large gradients left out": without_spikes,
     "helper": helper,
     "one pass": in_one_pass,
     "remainder dropped": loop(drop=True),
@@ -374,6 +473,8 @@ def hardest(logits, labels):
 
 smooth_loop = loop(loss=lambda logits, labels: smooth(logits, labels, "sum"))
 UNCHECKED = {
+    "weight decay added": decay_added,
+    "several epochs": whole_training,
     "label smoothing": smooth_loop,
     "class weights": loop(loss=weighted),
     "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + z.square().sum()),

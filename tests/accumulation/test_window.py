@@ -16,6 +16,7 @@ from nbutils.accumulation import (
     windows,
     windows_of_batches,
 )
+from nbutils.accumulation.out_of_memory import FITTING
 
 few = st.integers(1, 20)
 last_windows = st.sampled_from(["step", "drop"])
@@ -270,6 +271,7 @@ def tokens(sequences, length):
         (tokens(3, 4), (1,), {"weight": len}, "already averaged or summed"),
         (tokens(3, 4), (12,), {}, r"shape \(12,\), .*not one loss per image.* weight=lambda"),
         (tokens(3, 4), (3, 4), {}, r"shape \(3, 4\), .* weight=lambda"),
+        (tokens(3, 4), (2,), {}, "weight=lambda"),  # as many as the tuple has parts
         (Sample("a", *tokens(3, 4)), (12,), {}, "weight=lambda"),
         (Encoding(x=tokens(3, 4)[0]), (12,), {}, "weight=lambda"),
         (torch.ones(3), (6,), {}, "weight=lambda"),  # two labels per image
@@ -417,18 +419,19 @@ def batches_of(kind, images, labels):
         "tuple": pairs,
         "dict": [{"images": x, "labels": y, "names": names[: len(x)]} for x, y in pairs],
         "user dict": [UserDict(images=x, labels=y, scale=torch.tensor(2.0)) for x, y in pairs],
+        "texts": [(x, y, tuple(names[: len(x)])) for x, y in pairs],  # as a DataLoader has them
     }
     return kinds[kind]
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-@pytest.mark.parametrize("kind", ["tuple", "dict", "user dict"])
+@pytest.mark.parametrize("kind", ["tuple", "dict", "user dict", "texts"])
 def test_micro_batches_that_do_not_fit_are_cut_and_the_update_stays_the_same(kind, where):
     def losses_of(model):
         def losses(batch):
-            x, y = batch if isinstance(batch, tuple) else (batch["images"], batch["labels"])
-            if kind == "dict":
-                assert len(batch["names"]) == len(x)
+            x, y = batch[:2] if isinstance(batch, tuple) else (batch["images"], batch["labels"])
+            if kind in ("dict", "texts"):
+                assert len(batch["names"] if kind == "dict" else batch[2]) == len(x)
             return F.cross_entropy(model(x), y, reduction="none")
 
         return losses
@@ -465,3 +468,75 @@ def test_what_cannot_be_cut_without_changing_the_update_is_refused():
     model = Small(0)
     with pytest.raises(RuntimeError, match="can't allocate"):  # not even one image fits
         accumulate_gradient(model, window, losses, on_oom="split")
+
+
+def rows_of(batch):
+    return torch.stack(batch).transpose(0, 1).flatten(0, 1)  # in one pass, as an RNN would
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "losses", "weight", "message"),
+    [
+        (  # time comes first
+            (torch.randn(6, 4, 3), torch.zeros(4)),
+            lambda model, batch: model(batch[0].flatten(0, 1)).view(6, 4, 2).mean((0, 2)),
+            None,
+            r"micro-batch have unequal lengths: \[4, 6\]",
+        ),
+        (  # a list of sequences
+            [torch.randn(6, 3) for _ in range(4)],
+            lambda model, batch: model(rows_of(batch)).view(-1, 4, 2).mean((0, 2)),
+            None,
+            "there are 4 losses for 1 rows",
+        ),
+        (
+            {"x": torch.randn(4, 3), "items": 7},
+            lambda model, batch: model(batch["x"]),
+            lambda batch: batch["items"],
+            "weighs 7, but its pieces 28",
+        ),
+    ],
+)
+def test_micro_batches_whose_rows_are_not_images_are_not_cut(micro_batch, losses, weight, message):
+    model = Small(100)
+    FITTING[model] = 1
+    with pytest.raises(ValueError, match=message):
+        accumulate_gradient(
+            model, [micro_batch], lambda b: losses(model, b), weight=weight, on_oom="split"
+        )
+
+
+@pytest.mark.parametrize("kind", ["pair", "dict"])
+def test_parameters_that_only_the_loss_holds_get_the_right_gradient_too(kind):
+    pack, unpack = KINDS[kind]
+    inputs, labels = examples(10, 0)
+    heads = [nn.Linear(3, 3, dtype=torch.float64) for _ in range(2)]
+    heads[1].load_state_dict(heads[0].state_dict())
+    for head in heads:
+        head.bias.grad = torch.ones(3, dtype=torch.float64)
+    model, whole = classifier(), classifier()
+
+    def losses(micro_batch):
+        x, y = unpack(micro_batch)
+        return F.cross_entropy(heads[0](model(x)), y, reduction="none")
+
+    window = (pack(x, y) for x, y in zip(inputs.split(4), labels.split(4), strict=True))
+    accumulate_gradient(model, window, losses)
+    F.cross_entropy(heads[1](whole(inputs)), labels).backward()
+    assert_same(model, whole, grad=True)
+    assert_same(*heads, grad=True)
+
+
+def test_one_labelled_token_is_not_taken_for_an_average():
+    model, whole = classifier(), classifier()
+    inputs, labels = examples(9, 0)
+    labels[:2] = -100  # of the first three, one is left
+
+    def losses(batch):
+        kept = batch[1] >= 0
+        return F.cross_entropy(model(batch[0])[kept], batch[1][kept], reduction="none")
+
+    window = list(zip(inputs.split(3), labels.split(3), strict=True))
+    accumulate_gradient(model, window, losses, weight=lambda batch: (batch[1] >= 0).sum())
+    F.cross_entropy(whole(inputs), labels).backward()
+    assert_same(model, whole, grad=True)

@@ -42,6 +42,17 @@ class Backward:
     after: Tensor | None = None  # None where `torch.autograd.grad` was called
 
 
+def _that_count(passes: list[Backward]) -> list[Backward]:
+    """Without gradients that were only looked at, or computed anew, as in SAM, after a clearing."""
+    passes = [one for one in passes if one.after is not None] or passes
+    cleared = max((n for n, one in enumerate(passes) if not one.before.any()), default=0)
+    again = {image for one in passes[cleared:] for image in one.images.tolist()}
+    first = [one for one in passes[:cleared] if one.epoch == passes[-1].epoch]
+    if all(again.issuperset(one.images.tolist()) for one in first):
+        return [one for one in passes if not any(one is other for other in first)]
+    return passes
+
+
 @dataclass
 class Update:
     """One step of an optimizer, and the backward passes since the last one.
@@ -49,7 +60,7 @@ class Update:
     Attributes:
         gradient: What the optimizer used, shape (3, 24).
         given: Whether it was the optimizer that the loop was given.
-        touched: Whether the gradient was changed before `GradScaler.unscale_`.
+        kept: The share of the gradient that the loop left before `GradScaler.unscale_`.
         own: The backward passes of its own epoch; `images` are those in them, sorted, and `total`
             is what they brought.
         carried: The backward passes of an earlier epoch that are still in the gradient.
@@ -62,13 +73,16 @@ class Update:
     backwards: list[Backward]
     gradient: Tensor
     given: bool
-    touched: bool
+    kept: float
 
     def __post_init__(self) -> None:
-        passes, used = self.backwards, self.gradient
+        self.backwards = passes = _that_count(self.backwards)
+        used = self.gradient
         self.own = own = [one for one in passes if one.epoch == passes[-1].epoch]
         old = passes[: len(passes) - len(own)]
-        self.carried = [one for one in old if used[:, one.images].any()]
+        # What a loop adds to the gradient by itself can reach any image.
+        held = used if not own or own[0].after is None else used * own[0].before
+        self.carried = [one for one in old if held[:, one.images].any()]
         self.images = torch.tensor(sorted({i for one in own for i in one.images.tolist()})).long()
         self.total = sum((one.added for one in own), torch.zeros_like(used))
         was_there = bool(own) and own[0].after is not None and bool(own[0].before.any())
@@ -100,7 +114,7 @@ class Run:
         self.weight = self.probe.model.weight
         self.start = self.weight.detach().clone()
         self._open: list[Backward] = []  # backward passes since the last update
-        self._touched = self._given = False  # of the next update
+        self._kept, self._given = 1.0, False  # of the next update
         self._depth = 0  # an optimizer that wraps another calls the other's `step`
 
     def micro_batches(self, passes: Sequence[Backward]) -> list[int]:
@@ -119,8 +133,8 @@ class Run:
         """
         if gradient is not None or self.weight.grad is not None or self._open:
             used = self._gradient() if gradient is None else gradient.detach().clone()
-            self.updates.append(Update(self._open, used, given, self._touched))
-            self._open, self._touched = [], False
+            self.updates.append(Update(self._open, used, given, self._kept))
+            self._open, self._kept = [], 1.0
 
     def _gradient(self) -> Tensor:
         """A copy; zero where there is none."""
@@ -142,15 +156,16 @@ class Run:
     def before_unscaling(self) -> None:
         """A `GradScaler` is about to divide the gradient."""
         after = self._open[-1].after if self._open else None
-        self._touched |= after is not None and not after.equal(self._gradient())
+        if after is not None and after.any():
+            self._kept *= float((self._gradient() * after).sum() / (after * after).sum())
 
     def before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """A closure does its backward passes inside; else the gradient is taken now."""
         if not self._is_watched(optimizer):
             return
+        closure = any(map(callable, (*args[1:], *kwargs.values())))
+        self._used = None if closure or self.weight.grad is None else self._gradient()
         if self._depth == 0:
-            closure = any(map(callable, (*args[1:], *kwargs.values())))
-            self._used = None if closure or self.weight.grad is None else self._gradient()
             self._given = False
         self._depth += 1
         self._given |= self.optimizer is None or optimizer is self.optimizer
@@ -192,14 +207,15 @@ def watch(probe: Probe, optimizer: Optimizer | None = None) -> Iterator[Run]:
 
 def watch_schedule(run: Run, schedule: Any) -> None:
     """Record the steps of a torch schedule."""
-    step = schedule.step
+    kind: Any = type(schedule)
 
-    def recorded_step(*args: Any, **kwargs: Any) -> None:
-        if not args and not kwargs:  # a step with a metric is a plateau schedule's
-            run.schedule.append(len(run.updates))
-        step(*args, **kwargs)
+    class Recorded(kind):
+        def step(self, *args: Any, **kwargs: Any) -> None:
+            if not args and not kwargs:  # a step with a metric is a plateau schedule's
+                run.schedule.append(len(run.updates))
+            kind.step(self, *args, **kwargs)
 
-    schedule.step = recorded_step
+    schedule.__class__ = Recorded  # not in `__dict__`, which is the schedule's saved state
 
 
 class AnySchedule(LambdaLR):

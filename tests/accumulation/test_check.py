@@ -209,6 +209,7 @@ WRONG = {
     "step twice": (loop(after_step=step_optimizer), "one update", "8 updates in 4 windows"),
     "no step": (nothing, "window length", "no update was made"),
     "step first": (updates_at(0), "window length", "after 1, 3, 3, 3 micro-batches, not 3"),
+    "stops early": (first_window, "every image", "micro-batches 4, 5, 6 of 6"),
     "skips first": (skips_first, "every image", "micro-batches 1, 4 of 6"),
     "weight decay inside": (loop(inside=decay), "still weights", "between two micro-batches"),
     "too large": (over(lambda w, k: images_in(w) / 3), "division", "a gradient 3 times too large"),
@@ -358,6 +359,14 @@ def looked_at(model, optimizer, scheduler, window):
     scheduler.step()
 
 
+def yields(*given):
+    yield right(*given)
+
+
+def first_window(model, optimizer, scheduler, batches, steps):
+    right(model, optimizer, scheduler, batches[:steps], steps)
+
+
 def without_spikes(model, optimizer, scheduler, batches, steps):
     for window in windows_of_batches(batches, steps):
         optimizer.zero_grad()
@@ -401,6 +410,8 @@ RIGHT = {
     "divided by the optimizer": divided_by_the_optimizer,
     "gradient looked at": loop(after_step=looked_at),
     "gradient of the images": loop(forward=steepest),
+    "coloured": on_images(lambda images: images.repeat(1, 3, 1, 1)),
+    "generator": yields,
     "large gradients left out": without_spikes,
     "helper": helper,
     "one pass": in_one_pass,

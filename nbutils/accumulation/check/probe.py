@@ -46,12 +46,12 @@ class Table(nn.Module):
     def forward(self, *images: Tensor, **named_images: Tensor) -> Tensor:
         """Logits, shape (n, 3), of images, shape (n, 1, 24, 1), under any argument's name."""
         found = [x for x in (*images, *named_images.values()) if isinstance(x, Tensor)]
-        if not found or found[0].flatten(1).shape[1] != PIXELS:
+        if not found or found[0].flatten(1).shape[1] % PIXELS:  # grey images may become coloured
             raise ValueError(
                 f"the loop must call model(images) with images of {PIXELS} pixels, shape "
                 f"(n, 1, 24, 1); it passed {[tuple(x.shape) for x in found] or 'no tensor'}"
             )
-        numbers = found[0].detach().flatten(1).argmax(1)
+        numbers = found[0].detach().flatten(1).unflatten(1, (-1, PIXELS)).sum(1).argmax(1)
         logits = F.linear(F.one_hot(numbers, PIXELS).to(self.weight) * self.scale, self.weight)
 
         def on_logits(gradient: Tensor) -> None:

@@ -237,7 +237,8 @@ def run_loop(step_function: StepFunction, probe: Probe) -> Run:
         watch_schedule(run, schedule)
         for _ in range(probe.epochs):
             given = probe.model, optimizer, schedule, Batches(probe.batches)
-            run.end_epoch(step_function(*given, probe.accumulation_steps))
+            found = step_function(*given, probe.accumulation_steps)
+            run.end_epoch(list(found) if isinstance(found, Iterator) else found)  # may `yield`
     return run
 
 

@@ -172,6 +172,10 @@ def skips_first(model, optimizer, scheduler, batches, steps):
         optimizer.step()
 
 
+def first_window(model, optimizer, scheduler, batches, steps):
+    right(model, optimizer, scheduler, batches[:steps], steps)
+
+
 def own_optimizer(model, optimizer, *rest):
     right(model, torch.optim.SGD(model.parameters(), lr=1e-9), *rest)
 
@@ -361,10 +365,6 @@ def looked_at(model, optimizer, scheduler, window):
 
 def yields(*given):
     yield right(*given)
-
-
-def first_window(model, optimizer, scheduler, batches, steps):
-    right(model, optimizer, scheduler, batches[:steps], steps)
 
 
 def without_spikes(model, optimizer, scheduler, batches, steps):

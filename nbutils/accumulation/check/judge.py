@@ -99,7 +99,7 @@ def _judge(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
         report.broken("still weights", "they changed between two micro-batches of a window")
     first = {"one update", "window length", "every image", "still weights"}
     if not every or first & set(report.rules):
-        report.note("Other rules can be checked only once an update follows its own window.")
+        report.note("Other rules were not checked: mend this first.")
         return
     for update in every:
         _check_whole(update, report)

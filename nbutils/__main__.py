@@ -118,6 +118,8 @@ def _advise(options: argparse.Namespace) -> None:
     from nbutils.advise.advice import advise, write_report
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
+    if options.out.exists() and not options.out.is_dir():
+        raise InputError(f"--out {options.out} is not a folder")
     advice = advise(**given)
     print(advice.answer, *(f"  warning: {warning}" for warning in advice.warnings), sep="\n")
     for path in write_report(advice, options.out):

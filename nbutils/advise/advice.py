@@ -20,7 +20,7 @@ from nbutils.advise.task import Losses, Task, read_task
 from nbutils.advise.trials import Setting
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.measure.memory import free_memory, parse_memory
+from nbutils.measure.memory import resolve_budget
 from nbutils.measure.process import Factory, in_own_process, start_server
 from nbutils.training.setup import resolve_device
 
@@ -113,9 +113,7 @@ def advise(
     began, place = perf_counter(), resolve_device(device)
     if place.type not in ("cpu", "cuda"):
         raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
-    if isinstance(memory_budget, str):
-        memory_budget = parse_memory(memory_budget)
-    memory, seconds = memory_budget or free_memory(str(place)), parse_time(time_budget)
+    memory, seconds = resolve_budget(memory_budget, str(place)), parse_time(time_budget)
     start_server()  # it loads while the examples are read
     task = read_task(model, dataset, losses, collate, columns, optimizer, place)
     task.recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler

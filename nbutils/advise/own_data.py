@@ -13,25 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import TensorDataset, default_collate
 from tqdm.auto import tqdm
 
-from nbutils.advise.pictures import ImageFolder, read_picture
+from nbutils.advise.pictures import ImageFolder, as_bytes, read_picture
 from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
 from nbutils.machine import no_progress
 from nbutils.measure.process import describe, find_factory
 from nbutils.training.setup import generator_for
 
-HELD_BYTES = 2**29  # in memory; of a larger dataset, evenly spread examples are taken
+HELD_BYTES = 2**29  # in memory; of a larger dataset, a random part is taken
 FEWEST = 10  # examples of a dataset, as a tenth is for validation
+MOST_CLASSES = 1_000_000  # a larger label is a name or a time, not the number of a class
 
 IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label", "targets", "y")
 """Keys of an item that is a mapping, in the order in which they are looked for."""
 
 CPU = torch.device("cpu")
+ARRAYS = (Tensor, np.ndarray)
 
 
 class Examples(NamedTuple):
@@ -76,6 +78,10 @@ def tensors(batch: Any) -> list[Tensor]:
     return found
 
 
+def _leaves(batch: Any) -> int:
+    return len(tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch))
+
+
 class Data(NamedTuple):
     """A dataset, divided into examples to train on and to judge by."""
 
@@ -92,13 +98,14 @@ class Data(NamedTuple):
 def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> Data:
     """Read a map-style dataset of any kind; a tenth, drawn with a fixed seed, is for validation.
 
-    It may also be a tuple of tensors, or "package.module:name" of what returns one.
+    It may also be a tuple of tensors or arrays, or "package.module:name" of what returns one.
     """
     name, items = _opened(dataset)
     try:
-        held = [items[index] for index in _spread(len(items), items[0])]
+        held = [items[index] for index in _drawn(len(items), items[0])]
         together = None if collate else default_collate(held)
-        as_one = {len(part) for part in tensors(together)} == {len(held)}
+        found = tensors(together)
+        as_one = {len(part) for part in found} == {len(held)} and len(found) == _leaves(together)
     except Exception as error:  # whatever the reader's dataset raises
         raise InputError(
             f"dataset = {name}: {describe(error)}; items of unequal shapes need a collate function"
@@ -137,13 +144,18 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     name = name or (dataset if isinstance(dataset, str) else type(dataset).__name__)
     if isinstance(dataset, str):
         dataset = call(f"dataset = {name!r}", dataset)
-    if isinstance(dataset, tuple) and all(isinstance(p, (Tensor, np.ndarray)) for p in dataset):
+    if isinstance(dataset, (tuple, list)) and all(isinstance(p, ARRAYS) for p in dataset[:1]):
         try:
-            dataset = TensorDataset(*map(torch.as_tensor, dataset))
+            *parts, labels = (_tensor_or_texts(part) for part in dataset)
+            texts = isinstance(labels, list)
+            dataset = (
+                list(zip(*parts, labels, strict=True)) if texts else TensorDataset(*parts, labels)
+            )
         except Exception as error:  # torch raises many kinds
-            shapes = " and ".join(str(tuple(part.shape)) for part in dataset)
+            shapes = " and ".join(str(tuple(np.shape(part))) for part in dataset)
             raise InputError(
-                f"dataset = {name} of the shapes {shapes}, but they must begin with the same n"
+                f"dataset = {name} of the shapes {shapes}, but they must hold numbers, and begin "
+                f"with the same n: {describe(error)}"
             ) from error
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"dataset = {name}, but it must have a length, and items by index")
@@ -155,6 +167,13 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     return name, dataset
 
 
+def _tensor_or_texts(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return part
+    array = np.ascontiguousarray(part)
+    return array.tolist() if array.dtype.kind in "USO" else torch.from_numpy(array)
+
+
 def call(what: str, factory: Any) -> Any:
     """What a reader's factory, or that of a name, returns; errors are told with their own line."""
     made = find_factory(factory)
@@ -164,18 +183,21 @@ def call(what: str, factory: Any) -> Any:
         raise InputError(f"{what} raised {describe(error)}") from error
 
 
-def _spread(number: int, item: Any) -> list[int]:
-    """Indices of as many of the items, evenly spread, as may be held in memory."""
-    size = sum(part.nbytes for part in tensors(item))
+def _drawn(number: int, item: Any) -> list[int]:
+    """Indices of as many of the items, drawn with a fixed seed, as may be held in memory."""
+    leaves = tree_leaves(dict(item) if isinstance(item, Mapping) else item)
+    size = sum(part.nbytes for part in leaves if isinstance(part, ARRAYS))
     held = min(number, max(1, HELD_BYTES // max(1, size)))
-    return (torch.arange(held) * number // held).tolist()
+    order = torch.randperm(number, generator=generator_for(CPU, 0, "examples held in memory"))
+    return order[:held].sort()[0].tolist()
 
 
 def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
     index, read = 0, []
     try:
-        keys = _keys(items[0], columns)
-        indices = _spread(len(items), _image_and_label(items[0], keys)[0])
+        first = items[0]
+        keys = _keys(first, columns)
+        indices = _drawn(len(items), _image_and_label(first, keys)[0])
         for index in tqdm(indices, "images", leave=False, disable=no_progress()):
             read.append(_image_and_label(items[index], keys))
     except InputError:
@@ -186,30 +208,44 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
             f"tensor, array or PIL image) and its class, as a pair or mapping"
         ) from error
     images, labels = (list(part) for part in zip(*read, strict=True))
+    if isinstance(items, ImageFolder) or not isinstance(first[keys[0]], ARRAYS):
+        images = as_bytes(images)
     if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:
         images = [image.expand(3, -1, -1) for image in images]
     shapes = sorted({tuple(image.shape) for image in images})
     if len(shapes) > 1:
         found = ", ".join(map(str, shapes[:3]))
         raise InputError(f"dataset = {name}: images have the shapes {found}; make them of one size")
-    names = list(map(str, getattr(items, "classes", None) or ()))
-    text_labels = any(isinstance(label, str) for label in labels)
+    names = _class_names(items)
+    text_labels = all(isinstance(label, str) for label in labels)
     if text_labels:
-        names = sorted(set(map(str, labels)))
-        labels = [names.index(str(label)) for label in labels]
-    wrong = next((i for i, each in enumerate(labels) if isinstance(each, float) or each < 0), None)
-    if wrong is not None:
-        raise InputError(
-            f"dataset = {name}: label {wrong} is {labels[wrong]!r}, but labels must be whole "
-            f"numbers >= 0, or names of classes"
-        )
+        names = sorted(set(labels))
+        labels = [names.index(label) for label in labels]
+    for index, label in zip(indices, labels, strict=True):
+        if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
+            raise InputError(
+                f"dataset = {name}: label {index} is {label!r}, but labels must be whole numbers "
+                f"from 0, or all names of classes"
+            )
     classes = torch.tensor(labels).long()
     names += map(str, range(len(names), int(classes.max()) + 1))
+    notes = [*items.notes] if isinstance(items, ImageFolder) else []
     lonely = ", ".join(names[value] for value in (classes.bincount() == 1).nonzero()[:3])
-    told = f"class {lonely}: validation has none of it, as there is one image"
+    if lonely:
+        notes.append(f"class {lonely}: validation has none of it, as there is one image")
+    if text_labels and len(labels) < len(items):
+        notes.append(
+            f"{len(labels)} of {len(items)} images were read; others may have more classes"
+        )
     data = _divided(name, Examples((torch.stack(images), classes)), classes, len(items))
-    notes = (*getattr(items, "notes", ()), *([told] if lonely else []))
-    return data._replace(classes=names, keys=keys, text_labels=text_labels, notes=notes)
+    return data._replace(classes=names, keys=keys, text_labels=text_labels, notes=tuple(notes))
+
+
+def _class_names(items: Any) -> list[str]:
+    """Those that a dataset tells, as torchvision's do."""
+    names = getattr(items, "classes", None)
+    names = names.tolist() if isinstance(names, ARRAYS) else names
+    return list(map(str, names)) if isinstance(names, (list, tuple)) else []
 
 
 def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, ...]:
@@ -230,19 +266,23 @@ def _image_and_label(item: Any, keys: tuple[Any, ...]) -> tuple[Tensor, Any]:
     if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
         raise TypeError(f"it is {item!r:.80}")
     image, label = (item[key] for key in keys)
-    if not isinstance(image, (Tensor, np.ndarray)):
+    if not isinstance(image, ARRAYS):
         image = read_picture(image)
     image = torch.as_tensor(image).detach().cpu()
     if not image.ndim:
         raise TypeError("the image is a single number")
+    label = label.decode() if isinstance(label, bytes) else label
     if isinstance(label, str):
-        return image, label
+        return image, str(label)
+    if isinstance(label, (list, tuple, set, dict)):
+        raise TypeError(f"the label is a {type(label).__name__}; it must be one class")
     value = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
     if value.size != 1:
         raise TypeError(f"the label has shape {value.shape}; one-hot: take labels.argmax(1)")
-    if value.item() is None:
+    found = value.item()
+    if found is None or found != found:  # NaN, as pandas has it
         raise TypeError("the label is missing")
-    return image, value.item()
+    return image, int(found) if isinstance(found, bool) else found
 
 
 def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data:
@@ -259,6 +299,8 @@ def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data
 def _checked(data: Data) -> Data:
     """As it is, if a classifier can learn from it."""
     what, (images, labels) = f"dataset = {data.name}", data.train.items
+    if not data.validation.number:
+        raise InputError(f"{what}: no class has two images, so none is left for validation")
     if len(labels.unique()) < 2:
         raise InputError(f"{what}: all training images are of one class")
     for part in (images, data.validation.items[0]):

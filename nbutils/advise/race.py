@@ -30,6 +30,7 @@ from nbutils.advise.measurements import FEWEST_JUDGED, MOST_JUDGED, SHORTEST, US
 from nbutils.advise.task import Recipe, Task
 from nbutils.advise.trials import Setting, Trial, smooth
 from nbutils.analysis.intervals import mean_interval
+from nbutils.errors import InputError
 from nbutils.machine import no_progress
 
 NEAR = 1.1  # times up to this factor of the least count as equal: they are measured no better
@@ -118,6 +119,11 @@ def run_race(task: Task, settings: list[Setting], seconds: float) -> tuple[Setti
     usual, begun = racers[0], perf_counter()
     for racer in racers:
         racer.look(MOST_JUDGED)
+    if not any(racer.finite for racer in racers):
+        raise InputError(
+            f"dataset = {task.data.name}: the loss of its validation examples is not finite even "
+            f"before training; look for values that are missing or not finite"
+        )
     look = (perf_counter() - begun) / len(racers)
     for racer in racers:
         racer.train(SHORTEST // 2)

@@ -73,6 +73,9 @@ def loop(task: Task, setting: Setting) -> str:
         given = torch.float32 if own.scaling else images.dtype
         cast = str(own.dtype) if given.is_floating_point and given != own.dtype else ""
         output = own.found(task.make(task.device), images.to(task.device))[0]
+    module, _, name = task.losses_name.partition(":")
+    dotted = f"{module}.{name}".split(".")
+    is_importable = all(map(str.isidentifier, dotted)) and module not in ("__main__", "builtins")
     return template("loop.py.jinja").render(
         task=task,
         own=own if isinstance(own, ClassLosses) else None,
@@ -81,8 +84,9 @@ def loop(task: Task, setting: Setting) -> str:
         cast=cast,
         output=output,
         half=HALF,
-        module=task.losses_name.partition(":")[0],
-        name=task.losses_name.partition(":")[2],
+        module=module,
+        name=name,
+        root=name.partition(".")[0] if is_importable else "",
     )
 
 

@@ -20,7 +20,7 @@ from nbutils.accumulation.out_of_memory import is_out_of_memory
 from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
 from nbutils.data.dataset import mean_and_std
 from nbutils.errors import InputError, suggest
-from nbutils.measure.process import Factory, describe, find_factory
+from nbutils.measure.process import Factory, describe, find_factory, find_model
 from nbutils.training.setup import generator_for
 
 Losses = Callable[[nn.Module, Any], Any]
@@ -123,6 +123,8 @@ def read_task(
     """
     if optimizer not in RECIPES:
         raise InputError(f"optimizer = {optimizer!r}; {suggest(optimizer, RECIPES)}")
+    if collate and losses is None:
+        raise InputError("collate is used with losses only; a classifier's images are stacked")
     what = f"model = {model!r}"
     made = _checked_model(what, model)
     if losses is None:
@@ -160,8 +162,27 @@ def make_model(
 
 def weighted(losses: Any) -> tuple[Tensor, Tensor | None]:
     """Losses, shape (n,), and their weights, if any, of what a reader's `losses` returned."""
-    each, weights = losses if isinstance(losses, tuple) else (losses, None)
+    each, weights = losses if isinstance(losses, tuple) and len(losses) == 2 else (losses, None)
+    for name, found in {"losses": each, "weights": weights}.items():
+        if not isinstance(found, Tensor) and not (found is None and name == "weights"):
+            raise InputError(
+                f"losses returned {type(found).__name__} for {name}, but it must return a tensor, "
+                f"one loss per example, or a pair of tensors, these and their weights"
+            )
     return each, None if weights is None else weights.to(each.dtype)
+
+
+@contextmanager
+def readers_errors() -> Iterator[None]:
+    """Errors of the reader's model or losses are told as `InputError`, with their own line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"the model cannot be trained: {describe(error)}") from error
 
 
 @contextmanager
@@ -190,7 +211,8 @@ def _name_of(factory: Any) -> str:
 
 
 def _checked_model(what: str, factory: Factory | str) -> nn.Module:
-    model, other = call(what, factory), call(what, factory)
+    make = find_model(factory)
+    model, other = call(what, make), call(what, make)
     if not isinstance(model, nn.Module):
         raise InputError(f"{what} returned {type(model).__name__}, not a torch.nn.Module")
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -223,13 +245,17 @@ def _check_losses(
         if isinstance(losses, ClassLosses):
             _check_logits(what, losses.logits(model, batch[0]), number, len(data.classes), shown)
         each, weights = weighted(losses(model, batch))
+        shown = f"{shown} in evaluation mode, without gradients"
+        with torch.no_grad():
+            judged, _ = weighted(losses(model.eval(), batch))
     except InputError:
         raise
     except Exception as error:  # whatever the reader's model raises
         if is_out_of_memory(error) and number > 2:
             return _check_losses(what, make, losses, data, number // 2)
         raise InputError(f"{what} refuses {shown}: {describe(error)}") from error
-    if each.shape != (number,) or (weights is not None and weights.shape != (number,)):
+    shapes = {part.shape for part in (each, judged, weights) if part is not None}
+    if shapes != {(number,)}:
         raise InputError(
             f"losses returned the shape {tuple(each.shape)} for {number} examples, but it must be "
             f"one loss per example, ({number},): use reduction='none', and the mean over the rest"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbutils.accumulation.window import accumulate_gradient, windows
 from nbutils.advise.own_data import Examples
-from nbutils.advise.task import ClassLosses, Losses, Task, seeded, weighted
+from nbutils.advise.task import ClassLosses, Losses, Task, readers_errors, seeded, weighted
 from nbutils.training.setup import generator_for
 
 
@@ -59,7 +59,7 @@ class Trial:
         if updates < 1:
             return self.finite
         task, started = self.task, perf_counter()
-        with seeded(task.device, "updates of a trial", self.updates):
+        with readers_errors(), seeded(task.device, "updates of a trial", self.updates):
             for _ in range(updates):
                 self._optimizer.zero_grad()
                 given = task.losses, task.data.train, next(self._windows), task.device
@@ -80,7 +80,7 @@ class Trial:
         chosen = torch.arange(number) * examples.number // number
         losses, right = [], 0
         self.model.eval()
-        with torch.no_grad(), seeded(task.device, "judging"):
+        with readers_errors(), torch.no_grad(), seeded(task.device, "judging"):
             for part in chosen.split(min(250, self.setting.batch_size)):
                 batch = examples.batch(part, task.device)
                 if isinstance(task.losses, ClassLosses):

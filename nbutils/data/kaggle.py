@@ -12,7 +12,8 @@ import io
 import itertools
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from lzma import LZMAError
 from pathlib import Path
 
 import numpy as np
@@ -119,8 +120,9 @@ def _content(path: Path) -> tuple[Path, bytes]:
         elif content.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(io.BytesIO(content)) as archive:
                 members = [n for n in archive.namelist() if Path(n).name == path.name]
-                content = archive.read(members[0] if members else path.name)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zipfile.BadZipFile, RuntimeError) as error:
+                top = min(members, key=lambda member: member.count("/"), default=path.name)
+                content = archive.read(top)
+    except (EOFError, OSError, RuntimeError, zlib.error, zipfile.BadZipFile, LZMAError) as error:
         raise InputError(f"{found} is damaged ({error}); download it again") from error
     except KeyError:
         raise InputError(f"{found} holds no {path.name}; unpack it by hand") from None
@@ -131,13 +133,21 @@ def _content(path: Path) -> tuple[Path, bytes]:
 
 def _first_fault(content: bytes, columns: Mapping[str, int]) -> str:
     """The line of the first fault in a file, and what it is."""
-    text = io.StringIO(content.decode(errors="backslashreplace"), newline="")
-    for number, row in enumerate(csv.reader(text), start=1):
+    rows = csv.reader(io.StringIO(content.decode(errors="backslashreplace"), newline=""))
+    try:
+        return _fault_of(rows, columns)
+    except csv.Error as error:  # such as a quote that is never closed
+        return f"line {rows.line_num}: it is no CSV: {error}"
+
+
+def _fault_of(rows: Iterable[list[str]], columns: Mapping[str, int]) -> str:
+    for number, row in enumerate(rows, start=1):
         if number == 1:
             for place, (name, wanted) in enumerate(itertools.zip_longest(row, columns), start=1):
                 if name != wanted:
+                    right = f"it must be {wanted!r}" if wanted else "must not be there"
                     return (
-                        f"line 1: column {place} is {_shortened(name)}, but it must be {wanted!r}; "
+                        f"line 1: column {place} is {_shortened(name)}, but {right}; "
                         f"the file has {len(row)} columns, and must have {len(columns)}, as UTF-8 "
                         f"text separated by commas"
                     )

@@ -32,7 +32,7 @@ from nbutils.accumulation.window import accumulate_gradient
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress
 from nbutils.measure.memory import begin_peak, peak
-from nbutils.measure.process import Factory, OutOfMemory, find_factory, in_own_process
+from nbutils.measure.process import Factory, OutOfMemory, find_model, in_own_process
 from nbutils.training.setup import resolve_device
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -92,8 +92,11 @@ def measure(
             has the cause and the reader's own line.
         OutOfMemory, RuntimeError: As `in_own_process`.
     """
-    make = find_factory(factory)
+    make = find_model(factory)
     check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, images=len(images))
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    if len(images) != len(labels):
+        raise InputError(f"there are {len(images)} images, but {len(labels)} labels")
     # A copy: pickling a slice takes along the whole tensor.
     chosen = torch.arange(min(batch_size * accumulation_steps, len(images)))
     data = images[chosen].detach().cpu(), labels[chosen].detach().cpu()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nbutils.errors import InputError
 from nbutils.measure.cost import check_counts, measure
-from nbutils.measure.memory import format_memory, free_memory
+from nbutils.measure.memory import format_memory, resolve_budget
 from nbutils.measure.process import Factory, OutOfMemory
 
 TOLERANCE = 1 / 16
@@ -32,7 +32,7 @@ def largest_batch_size(
     images: Tensor,
     labels: Tensor,
     *,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
     margin: float = 0.1,
     largest: int | None = None,
     device: str = "auto",
@@ -45,7 +45,7 @@ def largest_batch_size(
     batch norm.
 
     Args, where they are not those of `nbutils.measure.cost.measure`:
-        memory_budget: Bytes that training may add; by default what the device has free.
+        memory_budget: What training may add, as bytes or "2GB"; by default what is free.
         margin: The fraction of the budget that must stay free, in [0, 1).
         largest: Where the search ends, >= 1; by default at the number of images.
 
@@ -54,7 +54,9 @@ def largest_batch_size(
     """
     largest = len(images) if largest is None else largest
     check_counts(images=len(images), largest=largest)
-    budget = free_memory(device) if memory_budget is None else memory_budget
+    budget = resolve_budget(memory_budget, device)
+    if not 0 <= margin < 1:
+        raise InputError(f"margin = {margin!r}, but it must be in [0, 1)")
     limit = int(budget * (1 - margin))
 
     def peak(size: int) -> int | None:

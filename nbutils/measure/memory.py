@@ -45,6 +45,15 @@ def free_memory(device: str = "auto") -> int:
     return psutil.virtual_memory().available
 
 
+def resolve_budget(budget: int | str | None, device: str) -> int:
+    """The bytes that a memory budget means, more than 0; None is what is free."""
+    if isinstance(budget, str):
+        return parse_memory(budget)
+    if budget is not None and not budget >= 1:
+        raise InputError(f"memory_budget = {budget!r}, but it must be a number of bytes > 0")
+    return free_memory(device) if budget is None else int(budget)
+
+
 def begin_peak(device: torch.device) -> int:
     """Give free memory back and start a new peak; returns the bytes held now."""
     gc.collect()

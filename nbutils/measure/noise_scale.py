@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.window import MicroBatch
@@ -145,12 +146,18 @@ def noise_scale_of_batches(
 @contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
     """Restore the buffers of a model afterwards, such as the averages of batch norm."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # a model may put another tensor there
+        if buffer is not None and not isinstance(buffer, UninitializedTensorMixin)
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
                 buffer.copy_(before)
 
 
@@ -159,19 +166,28 @@ def _gradient(
 ) -> tuple[int, list[Tensor]]:
     """The number of images in a batch, and the gradient of their mean loss."""
     each = losses(batch)
+    if not isinstance(each, Tensor) or each.ndim != 1:
+        found = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
+        raise InputError(
+            f"losses returned {found}, but it must return one loss per image, shape (images,): use "
+            f"reduction='none'"
+        )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("the model has no parameters that require a gradient")
     mean = each.sum() / len(each)
-    gradient = torch.autograd.grad(mean, parameters, materialize_grads=True)
+    found_gradient = torch.autograd.grad(mean, parameters, materialize_grads=True)
+    gradient = [part.to_dense() if part.is_sparse else part for part in found_gradient]
     if not all(part.isfinite().all() for part in [mean, *gradient]):
         raise InputError("a loss or a gradient is not finite, so there is no noise scale")
-    return len(each), list(gradient)
+    return len(each), gradient
 
 
 def _inner_products(gradients: Sequence[list[Tensor]]) -> np.ndarray:
     """Inner products of K gradients with each other, float64, shape (K, K)."""
     products = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for of_one_parameter in zip(*gradients, strict=True):
-        flat = torch.stack(of_one_parameter).flatten(1)
+        flat = torch.stack(of_one_parameter).reshape(len(gradients), -1)
         flat = flat.to(torch.float32 if flat.device.type == "mps" else torch.float64)
         products += (flat @ flat.T).to("cpu", torch.float64)
     return products.numpy()

@@ -55,9 +55,9 @@ def in_own_process(work: Callable[[], Result]) -> Result:
     It may be a lambda, hold tensors, and call what a notebook or script defines.
 
     Raises:
-        InputError: `work` raised an error, or holds something that cannot be taken there.
+        InputError: `work` raised an error, holds something that cannot be taken there, or ended the
+            process.
         OutOfMemory: Memory ran out, or Linux killed the process, most likely for its memory.
-        RuntimeError: The process ended in another way.
     """
     content = io.BytesIO()
     try:
@@ -82,7 +82,7 @@ def in_own_process(work: Callable[[], Result]) -> Result:
             told = "the measuring process was killed, probably because memory ran out"
             raise OutOfMemory(told) from None
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
-        raise RuntimeError(
+        raise InputError(
             f"the measuring process ended {how} without a result; its own message is in the "
             f'terminal. A script must measure under `if __name__ == "__main__":`'
         ) from None
@@ -129,10 +129,21 @@ def find_factory(factory: Factory | str) -> Factory:
             raise InputError(f"factory = {factory!r}, but it must read package.module:name")
         try:
             found = pkgutil.resolve_name(factory)
-        except Exception as error:  # whatever a reader's module raises
+        except (Exception, SystemExit) as error:  # whatever a reader's module raises
             raise InputError(f"factory = {factory!r}: {describe(error)}") from error
     if not callable(found):
-        raise InputError(f"factory = {factory!r}, but it must be callable and return the model")
+        raise InputError(f"factory = {factory!r}, but it must be a function, or a class")
+    return found
+
+
+def find_model(factory: Factory | str) -> Factory:
+    """Return what makes a model, as `find_factory`; a model itself is refused."""
+    found = find_factory(factory)
+    if isinstance(found, nn.Module):
+        raise InputError(
+            f"{type(found).__name__} is given as a model; give a function that makes a new one, "
+            f"such as lambda: {type(found).__name__}(...)"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, get_args
@@ -29,9 +30,12 @@ def resolve_device(name: str) -> torch.device:
     """The device that `RunConfig.device` names; InputError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
     mps_devices = int(torch.backends.mps.is_available())
-    found = {"cpu": 1, "mps": mps_devices, "cuda": torch.cuda.device_count()}[device.type]
+    known = {"cpu": 1, "mps": mps_devices, "cuda": torch.cuda.device_count()}
+    if not re.fullmatch(rf"({'|'.join(known)})(:\d+)?", name):
+        raise InputError(f"device = {name!r}; it must be auto, {', '.join(known)} or cuda:N")
+    device = torch.device(name)
+    found = known[device.type]
     if (device.index or 0) >= found:
         what = f"{found or 'no'} {device.type.upper()} device{'s' if found else ''}"
         raise InputError(f"device = {name!r}, but this machine has {what}; use 'auto' or 'cpu'")

@@ -56,6 +56,8 @@ def task(few_digits):
         ("time_budget", "0s", "must be a number > 0"),
         ("memory_budget", "lots", "memory 'lots'"),
         ("optimizer", "adem", "did you mean 'adam'"),
+        ("memory_budget", 0, "memory_budget = 0, but it must be"),
+        ("device", "gpu", "device = 'gpu'; it must be auto, cpu"),
     ],
 )
 def test_settings_are_checked_first(option, value, message):

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from nbutils import InputError
-from nbutils.advise.own_data import read_images
-from nbutils.advise.pictures import read_picture
+from nbutils.advise.own_data import read_examples, read_images
+from nbutils.advise.pictures import as_bytes, read_picture
 from nbutils.advise.task import ClassLosses, read_task
 
 CPU = torch.device("cpu")
@@ -34,8 +34,9 @@ def linear():
 class Items:
     """A dataset whose items are whatever `item` makes of an index."""
 
-    def __init__(self, item, n=60):
+    def __init__(self, item, n=60, **attributes):
         self.item, self.n = item, n
+        vars(self).update(attributes)
 
     def __len__(self):
         return self.n
@@ -99,7 +100,10 @@ def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
     [
         ((torch.rand(20, 8), torch.arange(20) / 2), "label 0 is 0.0, but labels must be whole"),
         ((torch.rand(20, 8), torch.eye(20)), "one-hot: take labels.argmax"),
-        ((torch.rand(20, 8), torch.arange(19)), r"\(20, 8\) and \(19,\), but they must begin with"),
+        (
+            (torch.rand(20, 8), torch.arange(19)),
+            r"\(20, 8\) and \(19,\), but they must hold num.* same n",
+        ),
         ((torch.rand(20, 8), torch.zeros(20).long()), "all training images are of one class"),
         ((torch.rand(5, 8), torch.arange(5)), "must be at least 10"),
         ((torch.ones(20, 8), torch.arange(20) % 2), "training images are the same"),
@@ -109,6 +113,11 @@ def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
         (Items(lambda i: (IMAGES[i], np.eye(3)[0])), "one-hot: take labels.argmax"),
         (Items(lambda i: {"scan": 1, "kind": 2}), "keys scan, kind; give those"),
         (Items(lambda i: (torch.rand(1, 8, 8 + i % 2), i % 3)), r"shapes \(1, 8, 8\), \(1, 8, 9\)"),
+        (Items(lambda i: (IMAGES[i], math.nan if i == 7 else "cat")), "item 7: .*label is missing"),
+        (Items(lambda i: (IMAGES[i], 1 if i == 7 else "cat")), "label 0 is 'cat', but labels must"),
+        (Items(lambda i: (IMAGES[i], [1])), "the label is a list"),
+        ((torch.rand(20, 8), torch.arange(20) + 1_700_000_000), "label 0 is 1700000000"),
+        ((torch.rand(20, 8), torch.arange(20)), "no class has two images"),
         (3, "must have a length"),
         ("mnist5k", "did you mean 'mnist-5k'"),
     ],
@@ -141,7 +150,7 @@ def checker(mode, size=(16, 8)):
     "mode", ["1", "L", "I", "I;16", "F", "RGB", "CMYK", "palette", "alpha", "turned"]
 )
 def test_a_picture_is_read_as_a_person_sees_it(mode):
-    seen = read_picture(checker(mode))
+    seen = as_bytes([read_picture(checker(mode))])[0]
     assert seen.shape == (3 if mode in ("RGB", "CMYK", "palette") else 1, 16, 8)
     expected = torch.zeros(16, 8, dtype=torch.uint8)
     expected[:4, :4] = 255
@@ -170,7 +179,52 @@ def test_folders_beside_the_classes_are_no_classes(folder):
     folder.rename(root / "train")
     found = read_images(root)
     assert found.classes == list(NAMES)
-    assert found.notes == ("only train/ was read, not test",)
+    assert found.notes == ("of test, train only train was read",)
+    (root / "train").rename(root / "seg_train")
+    (root / "test").rename(root / "test1")
+    assert read_images(root.parent).classes == list(NAMES)
+
+
+def test_deep_pictures_of_a_dataset_are_on_one_scale():
+    values = np.random.default_rng(0).integers(0, 4096, (20, 16, 16)).astype(np.uint16)
+    values[::2] //= 8
+    images = read_images(Items(lambda i: (Image.fromarray(values[i]), i % 2), 20)).train.items[0]
+    assert images.dtype == torch.uint8
+    assert len(images.unique()) > 200
+    means = images.float().flatten(1).mean(1).sort()[0]
+    assert 6 < means[9:].mean() / means[:9].mean() < 10
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        (IMAGES.numpy(), np.array([NAMES[label] for label in LABELS])),
+        (IMAGES.numpy()[..., ::-1], LABELS.numpy()),
+        [IMAGES, LABELS.tolist()],
+        Items(lambda i: (IMAGES[i], NAMES[LABELS[i]].encode())),
+        Items(lambda i: (IMAGES[i], LABELS[i].item()), classes=3, notes="scanned"),
+    ],
+    ids=["texts", "negative strides", "list", "bytes", "odd attributes"],
+)
+def test_pairs_of_arrays_and_unusual_labels_are_read(dataset):
+    found = read_images(dataset)
+    assert len(found.classes) == 3
+    assert found.notes == ()
+
+
+def test_a_large_dataset_is_held_in_part_and_no_class_is_missed(monkeypatch):
+    monkeypatch.setattr("nbutils.advise.own_data.HELD_BYTES", 2**15)
+    images = np.arange(1024)[:, None, None, None] % 7 * np.ones((1, 1, 8, 8), np.uint8)
+    found = read_images(Items(lambda i: (images[i].astype(np.uint8), i % 2), 1024))
+    assert len(found.train.items[1].unique()) == 2
+    made = read_examples(Items(lambda i: {"x": images[i].astype(np.uint8)}, 1024), lambda b: b)
+    assert made.train.number + made.validation.number == 2**15 // 64
+
+
+def test_texts_stay_with_their_examples():
+    items = [{"x": torch.rand(4), "name": str(i)} for i in range(60)]
+    batch = read_examples(items, None).train.batch(torch.arange(4))
+    assert [items[int(name)]["x"][0] for name in batch["name"]] == batch["x"][:, 0].tolist()
 
 
 def test_a_damaged_file_and_an_empty_class_are_named(folder):
@@ -250,6 +304,7 @@ def raising():
         (lambda: nn.Conv2d(1, 3, 1), r"must make logits of shape \(\d+, 3\)"),
         (lambda: nn.Linear(9, 3), r"refuses images of shape \(\d+, 1, 8, 8\)"),
         ("nowhere:model", "No module named 'nowhere'"),
+        (linear(), "Sequential is given as a model; give a function"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_refused(model, message):
@@ -277,5 +332,26 @@ def test_any_training_is_read_with_its_losses_and_weights():
     assert read_task(lambda: nn.Linear(4, 2), ragged, by_length, collate).weighted
     with pytest.raises(InputError, match="unequal shapes need a collate function"):
         read_task(lambda: nn.Linear(4, 2), ragged, by_length)
-    with pytest.raises(InputError, match=r"one loss per example, \(45,\)"):
-        read_task(lambda: nn.Linear(4, 2), data, lambda m, b: m(b[0]).mean())
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        (lambda m, b: m(b[0]).mean(), r"one loss per example, \(45,\)"),
+        (lambda m, b: None, "returned NoneType for losses, but it must return a tensor"),
+        (lambda m, b: (m(b[0]).mean(1), [1]), "returned list for weights"),
+        (
+            lambda m, b: torch.autograd.grad(m(b[0]).sum(), m.weight, create_graph=True)[0],
+            "in evaluation mode, without gradients: RuntimeError",
+        ),
+    ],
+)
+def test_losses_that_cannot_be_used_are_refused(losses, message):
+    data = TensorDataset(torch.rand(50, 4), torch.rand(50, 2))
+    with pytest.raises(InputError, match=message):
+        read_task(lambda: nn.Linear(4, 2), data, losses)
+
+
+def test_a_collate_function_without_losses_is_refused():
+    with pytest.raises(InputError, match="collate is used with losses only"):
+        read_task(linear, (IMAGES, LABELS), collate=list)

@@ -67,6 +67,7 @@ def zipped(content, name="train.csv"):
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("__MACOSX/._train.csv", b"\0")
+        archive.writestr(f"digit-recognizer/old/{name}", csv(TRAIN_COLUMNS, rows=1))
         archive.writestr(f"digit-recognizer/{name}", content)
     return file.getvalue()
 
@@ -117,6 +118,11 @@ FAULTS = {
     "truncated": (csv(TRAIN_COLUMNS)[:-401], "line 4: it has 685 values, and must have 785"),
     "long row": (csv(TRAIN_COLUMNS)[:-1] + b",200\n", "line 4: it has 786 values"),
     "truncated gz": (gzip.compress(csv(TRAIN_COLUMNS))[:-9], "is damaged"),
+    "extra column": (
+        csv(TRAIN_COLUMNS).replace(b"\n", b",\n"),
+        "column 786 is '', but must not be there; the file has 786 columns",
+    ),
+    "a quote that is never closed": (b'"' + csv(TRAIN_COLUMNS, rows=200), "it is no CSV"),
     "zip of another file": (zipped(csv(TRAIN_COLUMNS), "a.csv"), "holds no train.csv"),
 }
 

@@ -36,8 +36,8 @@ def on_cpu(factory, batch_size=1, accumulation_steps=1, **settings):
     [
         (lambda: torch.empty(2**58), OutOfMemory, "allocate"),
         (lambda: os.kill(os.getpid(), signal.SIGKILL), OutOfMemory, "killed"),
-        (lambda: os.kill(os.getpid(), signal.SIGTERM), RuntimeError, "SIGTERM"),
-        (lambda: os._exit(3), RuntimeError, "exit status 3 without a result"),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), InputError, "SIGTERM"),
+        (lambda: os._exit(3), InputError, "exit status 3 without a result"),
         (lambda: [][1], InputError, r"IndexError.*test_cost.py, line \d+: .*lambda: \[\]\[1\]"),
     ],
 )
@@ -134,7 +134,8 @@ def test_any_training_can_be_measured():
         ("measured_models", "must read package.module:name"),
         ("measured_models:missing", "has no attribute 'missing'"),
         ("no_such_module:model", "No module named 'no_such_module'"),
-        ("measured_models:__doc__", "must be callable"),
+        ("measured_models:__doc__", "must be a function"),
+        (nn.Linear(16, 3), "Linear is given as a model; give a function"),
     ],
 )
 def test_a_bad_factory_is_named_with_its_cause(factory, message):

@@ -156,6 +156,35 @@ def test_the_model_stays_as_it_was_also_after_an_error():
     assert model.classifier.bias.grad is None
 
 
+class Moving(nn.Module):
+    """With a scalar parameter, a sparse gradient, and buffers that are replaced in each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.scale = nn.EmbeddingBag(9, 3, sparse=True), nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("seen", torch.zeros(0, 3))
+
+    def forward(self, texts):
+        logits = self.words(texts) * self.scale
+        self.centre = 0.9 * self.centre + 0.1 * logits.detach().mean(0)
+        self.seen = torch.cat([self.seen, logits.detach()])
+        return logits - self.centre
+
+
+def test_scalar_parameters_sparse_gradients_and_replaced_buffers():
+    model, texts, labels = Moving(), torch.randint(9, (24, 4)), torch.arange(24) % 3
+    losses = losses_of(model, texts, labels)
+    assert noise_scale(model, torch.arange(24).split(8), losses).trace > 0
+    assert model.centre.eq(0).all()
+    assert model.seen.shape == (0, 3)
+    for wrong in (lambda b: losses(b).mean(), lambda b: None, lambda b: (losses(b), 1)):
+        with pytest.raises(InputError, match="must return one loss per image"):
+            noise_scale(model, torch.arange(24).split(8), wrong)
+    with pytest.raises(InputError, match="no parameters that require a gradient"):
+        noise_scale(model.requires_grad_(False), torch.arange(24).split(8), losses)
+
+
 def test_frozen_and_unused_parameters_do_not_count(problem):
     model, images, labels, *_ = problem
     wider = nn.ModuleDict({"used": model, "frozen": nn.Linear(3, 3), "unused": nn.Linear(3, 3)})

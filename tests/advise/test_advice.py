@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,6 +264,28 @@ def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out
     images, labels = few_digits.train
     code = loop(task, Setting(32, 1, 1e-2))
     run_loop(code, with_batch_norm(), TensorDataset(images[:33], labels[:33]))
+
+
+@pytest.mark.parametrize("labels", [torch.int32, torch.bool, torch.int64], ids=str)
+def test_the_loop_takes_labels_of_every_type(labels):
+    data = TensorDataset(torch.rand(40, 16), (torch.arange(40) % 2).to(labels)[:, None])
+    task = read_task(lambda: nn.Linear(16, 2), data)
+    run_loop(loop(task, Setting(16, 1, 1e-2)), task.make(CPU), data)
+
+
+def test_the_loop_imports_losses_that_can_be_imported_and_takes_named_tuples():
+    Pair = namedtuple("Pair", "inputs targets")
+    data = [Pair(torch.rand(4), torch.rand(2)) for _ in range(40)]
+    task = read_task(
+        lambda: nn.Linear(4, 2), data, lambda m, b: (m(b.inputs) - b.targets).norm(dim=1)
+    )
+    code = loop(task, Setting(16, 1, 1e-2))
+    assert "import <lambda>" not in code
+    space = {"losses": task.losses}
+    exec(code, space)
+    space["train"](task.make(CPU), data, 1)
+    named = loop(replace(task, losses_name="own.losses:Huber.each"), Setting(16, 1, 1e-2))
+    assert "from own.losses import Huber\n\nlosses = Huber.each\n" in named
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import TensorDataset, default_collate
 from tqdm.auto import tqdm
 
+from nbutils.advise.examples import CPU, Examples, leaves, tensors
 from nbutils.advise.pictures import ImageFolder, as_bytes, read_picture
 from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
@@ -32,54 +32,7 @@ IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label", "targets", "y")
 """Keys of an item that is a mapping, in the order in which they are looked for."""
 
-CPU = torch.device("cpu")
 ARRAYS = (Tensor, np.ndarray)
-
-
-class Examples(NamedTuple):
-    """Examples in memory: a list of items with `collate`, or without it one batch of them all."""
-
-    items: Any
-    collate: Callable[[list[Any]], Any] | None = None
-
-    @property
-    def number(self) -> int:
-        """How many there are."""
-        return len(self.items if self.collate else tensors(self.items)[0])
-
-    def batch(self, chosen: Tensor, device: torch.device = CPU) -> Any:
-        """The batch of the examples with these indices, on `device`."""
-        if self.collate:
-            made = self.collate(self.take(chosen).items)
-            return mapped(made, lambda part: part.to(device))
-        return mapped(self.items, lambda part: part[chosen].to(device))
-
-    def take(self, chosen: Tensor) -> Examples:
-        """Those with these indices; tensors are copied, so that no others are pickled with them."""
-        if self.collate:
-            return Examples([self.items[index] for index in chosen.tolist()], self.collate)
-        return Examples(self.batch(chosen))
-
-    def first(self, number: int) -> Examples:
-        """The first ones, at most as many as there are."""
-        return self.take(torch.arange(min(number, self.number)))
-
-
-def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
-    """A batch, any nesting of tuples, lists and mappings, with each of its tensors changed."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # also what is like a mapping
-    return tree_map_only(Tensor, change, batch)
-
-
-def tensors(batch: Any) -> list[Tensor]:
-    """The tensors of a batch."""
-    found: list[Tensor] = []
-    mapped(batch, found.append)
-    return found
-
-
-def _leaves(batch: Any) -> int:
-    return len(tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch))
 
 
 class Data(NamedTuple):
@@ -105,7 +58,9 @@ def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> D
         held = [items[index] for index in _drawn(len(items), items[0])]
         together = None if collate else default_collate(held)
         found = tensors(together)
-        as_one = {len(part) for part in found} == {len(held)} and len(found) == _leaves(together)
+        as_one = {len(part) for part in found} == {len(held)} and len(found) == len(
+            leaves(together)
+        )
     except Exception as error:  # whatever the reader's dataset raises
         raise InputError(
             f"dataset = {name}: {describe(error)}; items of unequal shapes need a collate function"
@@ -185,8 +140,7 @@ def call(what: str, factory: Any) -> Any:
 
 def _drawn(number: int, item: Any) -> list[int]:
     """Indices of as many of the items, drawn with a fixed seed, as may be held in memory."""
-    leaves = tree_leaves(dict(item) if isinstance(item, Mapping) else item)
-    size = sum(part.nbytes for part in leaves if isinstance(part, ARRAYS))
+    size = sum(part.nbytes for part in leaves(item) if isinstance(part, ARRAYS))
     held = min(number, max(1, HELD_BYTES // max(1, size)))
     order = torch.randperm(number, generator=generator_for(CPU, 0, "examples held in memory"))
     return order[:held].sort()[0].tolist()

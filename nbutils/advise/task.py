@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from nbutils.accumulation.out_of_memory import is_out_of_memory
-from nbutils.advise.own_data import CPU, Data, Examples, call, read_examples, read_images
+from nbutils.advise.examples import CPU, Examples
+from nbutils.advise.own_data import Data, call, read_examples, read_images
 from nbutils.data.dataset import mean_and_std
 from nbutils.errors import InputError, suggest
 from nbutils.measure.process import Factory, describe, find_factory, find_model

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation.window import accumulate_gradient, windows
-from nbutils.advise.own_data import Examples
+from nbutils.advise.examples import Examples
 from nbutils.advise.task import ClassLosses, Losses, Task, readers_errors, seeded, weighted
 from nbutils.training.setup import generator_for
 

@@ -20,8 +20,8 @@ from nbutils.__main__ import main
 from nbutils.accumulation.window import windows
 from nbutils.advise import measurements, race
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
+from nbutils.advise.examples import Examples
 from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
-from nbutils.advise.own_data import Examples
 from nbutils.advise.report import format_seconds, html, loop, words
 from nbutils.advise.task import RECIPES, read_task
 from nbutils.advise.trials import Setting, Trial, window_gradient

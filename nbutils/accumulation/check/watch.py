@@ -24,7 +24,7 @@ from torch.optim.optimizer import (
 )
 
 from nbutils.accumulation.check.probe import Batches, Probe
-from nbutils.accumulation.vectors import close
+from nbutils.accumulation.vectors import close, relative_difference
 
 StepFunction = Callable[..., Any]
 """`step_function(model, optimizer, scheduler, batches, accumulation_steps)`; trains one epoch."""
@@ -51,6 +51,13 @@ def _that_count(passes: list[Backward]) -> list[Backward]:
     if all(again.issuperset(one.images.tolist()) for one in first):
         return [one for one in passes if not any(one is other for other in first)]
     return passes
+
+
+def _holds(gradient: Tensor, one: Backward) -> bool:
+    """Whether a pass is in it; what a loop adds by itself reaches its images in other amounts."""
+    found, added = gradient[:, one.images], one.added[:, one.images]
+    share = (found * added).sum() / (added * added).sum()
+    return bool(share != 0) and relative_difference(found, share * added) < 0.1
 
 
 @dataclass
@@ -80,9 +87,12 @@ class Update:
         used = self.gradient
         self.own = own = [one for one in passes if one.epoch == passes[-1].epoch]
         old = passes[: len(passes) - len(own)]
-        # What a loop adds to the gradient by itself can reach any image.
-        held = used if not own or own[0].after is None else used * own[0].before
-        self.carried = [one for one in old if held[:, one.images].any()]
+        kept = any(one.before.any() for one in own[1:])  # in `.grad`, from pass to pass
+        self.carried = [
+            one
+            for one in old
+            if _holds(used, one) and (not kept or own[0].before[:, one.images].any())
+        ]
         self.images = torch.tensor(sorted({i for one in own for i in one.images.tolist()})).long()
         self.total = sum((one.added for one in own), torch.zeros_like(used))
         was_there = bool(own) and own[0].after is not None and bool(own[0].before.any())

@@ -370,11 +370,11 @@ def resnet():
 
 
 NETWORKS = {
-    "mlp": (mlp, "12s"),
-    "cnn": (cnn, "2min"),
-    "cnn_norm": (lambda: cnn(nn.BatchNorm2d), "2min"),
-    "resnet": (resnet, "2min"),
-    "digit": ("nbutils.training.model:DigitCNN", "2min"),
+    "mlp": (mlp, "30s"),
+    "cnn": (cnn, "1min"),
+    "cnn_norm": (lambda: cnn(nn.BatchNorm2d), "1min"),
+    "resnet": (resnet, "1min"),
+    "digit": ("nbutils.training.model:DigitCNN", "1min"),
 }
 
 
@@ -388,15 +388,15 @@ def test_the_advised_setting_is_near_the_best_of_six(name):
     """What the best reaches in the time of the race, the advised one reaches in 1.25 times that.
 
     All train in turns, as in the race, so that other work on the machine slows them alike. The
-    losses of two starts differ, so means over three are compared, to within 2 %.
+    losses of two starts differ, so means over two are compared, to within 3 %.
     """
     model, budget = NETWORKS[name]
     advice = advise(model, "fashion-mnist", time_budget=budget)
     task, seconds = read_task(model, "fashion-mnist"), max(row["seconds"] for row in advice.race)
     advised = Setting(advice.batch_size, advice.accumulation_steps, advice.learning_rate)
     rivals = [Setting(size, 1, rate) for size in (32, 128, 512) for rate in (1e-3, 3e-3)]
-    trials = {setting: [Trial(task, setting, start) for start in (7, 8, 9)] for setting in rivals}
-    ours = [Trial(task, advised, start) for start in (7, 8, 9)]
+    trials = {setting: [Trial(task, setting, start) for start in (7, 8)] for setting in rivals}
+    ours = [Trial(task, advised, start) for start in (7, 8)]
 
     def train_all(turns, *teams):
         for turn in turns:
@@ -407,7 +407,7 @@ def test_the_advised_setting_is_near_the_best_of_six(name):
         return sum(trial.lowest for trial in team) / len(team)
 
     train_all(range(1, 11), ours, *trials.values())
-    target = 1.02 * min(map(mean_loss, trials.values()))
+    target = 1.03 * min(map(mean_loss, trials.values()))
     if mean_loss(ours) > target:
         train_all((11, 12, 12.5), ours)
     assert mean_loss(ours) <= target

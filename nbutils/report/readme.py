@@ -65,6 +65,7 @@ def render() -> str:
         "answers": answers,
         "seeds": list(parts),
         "change": fitted_change(judged),
+        "other_change": fitted_change(other),
         "gap": lead(judged, "8 x 128", "1024"),
         "earlier": fitted_change(next(iter(parts.values()))),
         "slower": seconds["8 x 128"] / seconds["1024"] - 1,

@@ -28,7 +28,8 @@ def plot_cost_map(ax: Axes, table: pd.DataFrame, column: str) -> None:
         index="accumulation_steps", columns="batch_size", values=column, aggfunc="median"
     )
     look = {"cmap": "viridis_r", "norm": mpl.colors.LogNorm(), "linewidths": 1, "cbar": False}
-    sns.heatmap(medians, annot=True, fmt=".3g", annot_kws={"size": 10}, ax=ax, **look)
+    written = medians.map(lambda value: f"{value:,.0f}" if value >= 100 else f"{value:.3g}")
+    sns.heatmap(medians, annot=written, fmt="", annot_kws={"size": 10}, ax=ax, **look)
     ax.invert_yaxis()
     ax.grid(False)
     ax.tick_params(axis="y", rotation=0)

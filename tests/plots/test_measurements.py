@@ -32,6 +32,8 @@ def test_a_cost_map_shows_each_median_that_there_is(ax):
     plots.plot_cost_map(ax, costs(), "seconds_per_update")
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "2", "4"]
     assert [text.get_text() for text in ax.texts] == ["3", "6", "12", "6", "12", "12"]
+    plots.plot_cost_map(ax, costs().assign(seconds_per_update=4572.5), "seconds_per_update")
+    assert "4,572" in {text.get_text() for text in ax.texts}
 
 
 def test_a_search_shows_what_fits_and_what_does_not(ax):

@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 
 from nbutils.plots.style import GREEN, PURPLE, RED, fixed_ticks, legend_beside
 
+FLOOR = 1e-3  # of the largest loss: lower ones are drawn there
+
 
 def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     """Validation loss against seconds of training, of `Advice.race` as a table.
@@ -19,6 +21,9 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     """
     dashes = iter(("--", ":", "-."))
     trained = race.astype({"validation_loss": float})[race["seconds"] > 0]
+    # A loss of 0, or nearly, would leave the log scale or stretch it.
+    least = FLOOR * trained["validation_loss"].max()
+    trained = trained.assign(validation_loss=trained["validation_loss"].clip(lower=least))
     for name, of_setting in trained.groupby("setting", sort=False):
         roles = {"advised": advised, "usual": usual}
         held = [role for role, setting in roles.items() if setting == name]

@@ -57,7 +57,8 @@ class TotalWeight:
         self._counts.append(losses.numel())
         if not math.isnan(self._total):
             return self._total
-        others = [each for each in reached(losses) if not any(each is p for p in self._parameters)]
+        known = set(map(id, self._parameters))
+        others = [parameter for parameter in reached(losses) if id(parameter) not in known]
         self._parameters += others  # such as those of a loss with weights of its own
         self._earlier += [parameter.grad for parameter in others]
         clear(others)

@@ -76,7 +76,9 @@ def until_it_fits(
     def pieces() -> list[Any]:
         cuts = [cut(micro_batch, FITTING.get(model)) for micro_batch in window]
         for micro_batch, parts in zip(window, cuts, strict=True):
-            whole, *each = (float(weight(b)) for b in (micro_batch, *parts)) if weight else (0,)
+            if not weight or len(parts) == 1:
+                continue
+            whole, *each = (float(weight(part)) for part in (micro_batch, *parts))
             if not math.isclose(whole, sum(each), rel_tol=1e-6):
                 raise ValueError(
                     f'on_oom = "split": a micro-batch weighs {whole:g}, but its pieces '

@@ -43,8 +43,7 @@ class Examples(NamedTuple):
 
 def mapped(batch: Any, change: Callable[[Tensor], Any]) -> Any:
     """A batch, any nesting of tuples, lists and mappings, with each of its tensors changed."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch  # also what is like a mapping
-    return tree_map_only(Tensor, change, batch)
+    return tree_map_only(Tensor, change, _plain(batch))
 
 
 def tensors(batch: Any) -> list[Tensor]:
@@ -54,4 +53,8 @@ def tensors(batch: Any) -> list[Tensor]:
 
 def leaves(batch: Any) -> list[Any]:
     """Everything in a batch that is not a tuple, list or mapping."""
-    return tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return tree_leaves(_plain(batch))
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if isinstance(batch, Mapping) else batch  # also what is like a mapping

@@ -99,7 +99,8 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     name = name or (dataset if isinstance(dataset, str) else type(dataset).__name__)
     if isinstance(dataset, str):
         dataset = call(f"dataset = {name!r}", dataset)
-    if isinstance(dataset, (tuple, list)) and all(isinstance(p, ARRAYS) for p in dataset[:1]):
+    pair = isinstance(dataset, list) and len(dataset) == 2  # a longer list is one of examples
+    if (pair or isinstance(dataset, tuple)) and isinstance(next(iter(dataset), None), ARRAYS):
         try:
             *parts, labels = (_tensor_or_texts(part) for part in dataset)
             texts = isinstance(labels, list)

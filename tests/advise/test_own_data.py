@@ -221,6 +221,11 @@ def test_a_large_dataset_is_held_in_part_and_no_class_is_missed(monkeypatch):
     assert made.train.number + made.validation.number == 2**15 // 64
 
 
+def test_a_list_of_tensors_is_one_of_examples():
+    made = read_examples([torch.rand(4) for _ in range(60)], None)
+    assert made.train.number + made.validation.number == 60
+
+
 def test_texts_stay_with_their_examples():
     items = [{"x": torch.rand(4), "name": str(i)} for i in range(60)]
     batch = read_examples(items, None).train.batch(torch.arange(4))

@@ -115,8 +115,10 @@ def _takes_whole_batches(run: Run) -> bool:
     """Whether every backward pass comes from all images of its micro-batches."""
     places = run.probe.places
     passes = [one.images for update in run.updates for one in update.backwards]
-    whole = (torch.isin(places, places[one]).nonzero().flatten().equal(one) for one in passes)
-    return all(whole) and all(places[one].ge(0).all() for one in passes)
+    return all(
+        places[one].ge(0).all() and torch.isin(places, places[one]).nonzero().flatten().equal(one)
+        for one in passes
+    )
 
 
 def _check_windows(run: Run, report: Report) -> None:

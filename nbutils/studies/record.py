@@ -41,7 +41,11 @@ REFERENCE_FILES, MANIFEST = ("runs.csv", *RECORD_FILES), "environment.json"
 
 
 class Runs(NamedTuple):
-    """All runs of a folder: `table` has one row per run, `history` one per run and epoch."""
+    """All runs of a folder: `table` has one row per run, `history` one per run and epoch.
+
+    `labels` are those of the test images, shape (test images,); `predictions` have what each run
+    predicted after its last k epochs, shape (k, test images), by its id.
+    """
 
     table: pd.DataFrame
     history: pd.DataFrame
@@ -121,15 +125,6 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         InputError: There are no runs, or it names those that are damaged or on different images.
     """
     return read_runs(folder).tidy
-
-
-def load_late_predictions(folder: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Labels of the test images, and what each run predicted after its last epochs, by its id.
-
-    Shapes: (test images,) and (k, test images). Errors as of `load_runs`.
-    """
-    runs = read_runs(folder)
-    return runs.labels, runs.predictions
 
 
 def read_runs(folder: str | Path) -> Runs:

@@ -17,7 +17,7 @@ from nbutils.data.kaggle import (
     write_dataset,
     write_submission,
 )
-from nbutils.studies.record import load_late_predictions, read_record
+from nbutils.studies.record import read_record, read_runs
 
 TINY = RunConfig(batch_size=64, epochs=1, device="cpu", norm="none")  # shrunken for speed
 
@@ -186,7 +186,7 @@ def test_a_run_without_known_test_classes_predicts_but_is_not_scored(few_digits,
     record = read_record(tmp_path / result.config.run_id)
     assert math.isnan(record["final"]["test_accuracy"])
     assert record["dataset"]["test"] == 50
-    labels, late = load_late_predictions(tmp_path)
+    labels, late = read_runs(tmp_path).labels, read_runs(tmp_path).predictions
     assert labels.shape == (0,)
     assert (late[result.config.run_id][-1] == result.predictions.numpy()).all()
 

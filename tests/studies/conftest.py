@@ -17,7 +17,7 @@ from nbutils.__main__ import main
 from nbutils.data import sources
 from nbutils.studies import notebook as notebooks
 from nbutils.studies import runner
-from nbutils.studies.record import load_late_predictions
+from nbutils.studies.record import read_runs
 from nbutils.studies.status import run_status
 from nbutils.studies.study import PlannedRun, Study
 
@@ -37,8 +37,8 @@ def content_of():
     """A function: what the records of a finished study say, except for times and memory."""
 
     def content_of(out):
-        runs = load_runs(out)
-        labels, predictions = load_late_predictions(out)
+        runs, whole = load_runs(out), read_runs(out)
+        labels, predictions = whole.labels, whole.predictions
         for run_id in predictions:
             files = sorted(path.name for path in (out / run_id).iterdir())
             assert files == ["history.csv", "notebook.ipynb", "predictions.npz", "run.json"]

@@ -15,7 +15,7 @@ from commands import Run, assert_end
 from nbutils import load_dataset, load_runs, save_run, train
 from nbutils.__main__ import _overrides, main
 from nbutils.machine import processors
-from nbutils.studies.record import load_late_predictions
+from nbutils.studies.record import read_runs
 from nbutils.studies.study import load_study
 
 KILLS = 50
@@ -65,7 +65,7 @@ def test_after_faults_it_ends_bitwise_as_uninterrupted_training(finished, tmp_pa
     pd.testing.assert_frame_equal(
         load_runs(finished.out).drop(columns=CLOCK), expected, check_exact=True
     )
-    (_, late), (_, others) = map(load_late_predictions, (finished.out, tmp_path))
+    late, others = (read_runs(folder).predictions for folder in (finished.out, tmp_path))
     assert all((late[run_id] == others[run_id]).all() for run_id in others)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from nbutils import InputError, RunConfig, load_runs, save_run, train
 from nbutils.paths import REFERENCE
-from nbutils.studies.record import RECORD_FILES, load_late_predictions, read_record
+from nbutils.studies.record import RECORD_FILES, read_record, read_runs
 from nbutils.studies.reference import export, load_tables, save_tables
 
 TINY = RunConfig(batch_size=100, epochs=2, device="cpu", norm="none")  # shrunken for speed
@@ -43,14 +43,15 @@ def folder(saved, tmp_path):
 
 def assert_same_runs(folder, other):
     pd.testing.assert_frame_equal(load_runs(folder), load_runs(other), check_exact=True)
-    (labels, late), (other_labels, others) = map(load_late_predictions, (folder, other))
-    assert labels.tolist() == other_labels.tolist()
+    ours, theirs = read_runs(folder), read_runs(other)
+    assert ours.labels.tolist() == theirs.labels.tolist()
+    late, others = ours.predictions, theirs.predictions
     assert {k: v.tolist() for k, v in late.items()} == {k: v.tolist() for k, v in others.items()}
 
 
 def test_what_was_saved_is_loaded(results, saved):
     runs = load_runs(saved)
-    labels, late = load_late_predictions(saved)
+    labels, late = read_runs(saved).labels, read_runs(saved).predictions
     for result in results:
         run_id, history = result.config.run_id, result.history
         rows = runs[runs["run_id"] == run_id].reset_index(drop=True)
@@ -186,10 +187,10 @@ def test_older_records_and_references_are_read(folder, tmp_path):
     (reference / "environment.json").write_text(json.dumps(content))
     for place in (folder, reference):
         pd.testing.assert_frame_equal(load_runs(place), expected, check_exact=True)
-        assert load_late_predictions(place)[1][TINY.run_id].tolist() == [late[-1].tolist()]
+        assert read_runs(place).predictions[TINY.run_id].tolist() == [late[-1].tolist()]
     committed = load_runs(REFERENCE / "batch-size")
     assert set(committed["model"]) == {"small"}
-    _, predictions = load_late_predictions(REFERENCE / "batch-size")
+    predictions = read_runs(REFERENCE / "batch-size").predictions
     assert set(predictions) == set(committed["run_id"])
 
 
@@ -229,9 +230,9 @@ DAMAGES = (flip_bit, cut_out, insert, zero_a_block)
 
 def everything(folder):
     """What is read from the records of a folder, or from a reference."""
-    labels, late = load_late_predictions(folder)
-    arrays = {name: array.tolist() for name, array in late.items()}
-    return load_runs(folder).to_csv(), labels.tolist(), arrays
+    runs = read_runs(folder)
+    arrays = {name: array.tolist() for name, array in runs.predictions.items()}
+    return load_runs(folder).to_csv(), runs.labels.tolist(), arrays
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(60, marks=pytest.mark.slow)])

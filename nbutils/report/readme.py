@@ -19,19 +19,11 @@ from nbutils.analysis.summary import describe_study, format_table, markdown_tabl
 from nbutils.analysis.verdicts import all_verdicts, size_verdicts, verdict_table
 from nbutils.paths import FIGURES, REFERENCE, ROOT, write_atomically
 from nbutils.report.libraries import libraries_table
-from nbutils.report.notebooks import notebooks_table
-from nbutils.studies.notebook import execute_notebook
+from nbutils.report.notebooks import PATHS, notebooks_table
+from nbutils.studies.notebook import declared_parameters, execute_notebook
 from nbutils.studies.reference import load_tables
 
 TEMPLATE = Path(__file__).with_name("README.md.jinja")
-FIGURE_NOTEBOOKS = (
-    "01_data_and_model",
-    "04_summary",
-    "07_normalisation",
-    "08_learning_rate",
-    "09_noise_scale",
-    "10_cost",
-)
 OTHER_DATASET = "fashion-mnist"
 """The reference study that repeats `batch-size` on another dataset."""
 
@@ -41,8 +33,9 @@ QUIET = REFERENCE / "bench" / "cpu-2-cores.json"
 
 def make_figures() -> list[Path]:
     """Execute the notebooks that draw the figures, and write the README; the files written."""
+    names = [path.stem for path in PATHS if "figures" in declared_parameters(path.stem)]
+    jobs = [(name, {"figures": str(FIGURES)}) for name in names]
     other = {"runs": str(REFERENCE / OTHER_DATASET), "figures": str(FIGURES / OTHER_DATASET)}
-    jobs = [(name, {"figures": str(FIGURES)}) for name in FIGURE_NOTEBOOKS]
     with tempfile.TemporaryDirectory() as scratch:
         for notebook, parameters in [*jobs, ("04_summary", other)]:
             print(f"drawing the figures of {notebook}", flush=True)
@@ -55,11 +48,10 @@ def render() -> str:
     """The text of the README."""
     answers, seconds = load_answers(REFERENCE / "batch-size"), quiet_seconds(QUIET)
     other = load_answers(REFERENCE / OTHER_DATASET)
-    parts = split_seeds(answers, CONFIRMING)
-    judged = list(parts.values())[-1]
     normalisation = load_answers(REFERENCE / "normalisation")
     cost = load_tables(REFERENCE / "cost")["cost"]
-    advice = REFERENCE / "advice" / "mnist-5k.json"
+    parts = split_seeds(answers, CONFIRMING)
+    judged = list(parts.values())[-1]
     benches = sorted((REFERENCE / "bench").glob("*.json"))
     values = {
         "answers": answers,
@@ -77,7 +69,7 @@ def render() -> str:
         "other_claims": size_verdicts(other),
         "differences": prediction_differences(judged, [("1024", "8 x 128"), ("1024", "1024")]),
         "libraries": libraries_table(),
-        "advice": load_advice(advice).answer if advice.exists() else "",
+        "advice": load_advice(REFERENCE / "advice" / "mnist-5k.json").answer,
         "notebooks": notebooks_table(),
         "benches": [json.loads(path.read_text(encoding="utf-8")) for path in benches],
     }

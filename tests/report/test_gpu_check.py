@@ -25,9 +25,12 @@ def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
     assert main(["gpu-check", "--out", str(tmp_path), "--device", "cpu", "--quick"]) == 0
     stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
     assert list(stages) == list(STAGES)
-    assert {stage["state"] for stage in stages.values()} == {"passed"}
-    assert all(stage["rows"] for stage in stages.values())
-    assert (tmp_path / "gpu.txt").read_text().startswith("cpu\nprobes: passed in ")
+    for stage, (*rows, end) in stages.items():
+        assert rows, stage
+        assert end[0] == "ended"
+    text = (tmp_path / "gpu.txt").read_text()
+    assert text.startswith("cpu\nprobes\n  ok  device = 'cpu' as the first use of it: works\n")
+    assert all(f"\n{stage}\n" in text for stage in STAGES)
     assert sum(limit for _, limit in STAGES.values()) <= 8 * 60
 
 
@@ -61,23 +64,28 @@ def wrong(device, quick):
 
 
 @pytest.mark.parametrize(
-    ("work", "state", "reason"),
+    ("work", "rows"),
     [
-        (endless, "cut", "took over 1 s"),
-        (broken, "failed", "IndexError: list index out of range"),
-        (killed, "failed", "exit status 3"),
-        (missing, "skipped", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
-        (wrong, "failed", ""),
-        (first, "passed", ""),
+        (endless, [["was cut", False]]),
+        (broken, [["IndexError", False], ["ended", True]]),
+        (killed, [["died with exit status 3", False]]),
+        (missing, [["ModuleNotFoundError", None], ["ended", True]]),
+        (wrong, [["second", False], ["ended", True]]),
+        (first, [["ended", True]]),
     ],
 )
-def test_a_stage_keeps_its_rows_however_it_ends(work, state, reason, monkeypatch):
+def test_a_stage_keeps_its_rows_however_it_ends(work, rows, monkeypatch):
     monkeypatch.setattr(gpu_check, "PROCESSES", multiprocessing.get_context("fork"))  # no import
-    stage = gpu_check.run_stage(work, "cpu", quick=False, limit=1)
-    assert (stage["state"], stage["reason"]) == (state, reason)
-    assert stage["rows"][0] == {"name": "first", "value": 1, "ok": True}
+    found = gpu_check.run_stage(work, "cpu", quick=False, limit=1)
+    assert found[0] == ("first", 1, True)
+    assert [[name, ok] for name, _, ok in found[1:]] == rows
 
 
-def test_a_quick_stage_that_fails_leaves_the_others():
-    stage = gpu_check.run_stage(broken, "cpu", quick=True, limit=1)
-    assert (stage["state"], len(stage["rows"])) == ("failed", 1)
+def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "STAGES", {"one": (broken, 1), "other": (missing, 1)})
+    assert not gpu_check.run_gpu_check(tmp_path, "cpu", quick=True)
+    text = (tmp_path / "gpu.txt").read_text()
+    assert "  BAD IndexError: list index out of range\n" in text
+    assert "      ModuleNotFoundError: No module named 'nothing_of_this_name'\n" in text
+    monkeypatch.setattr(gpu_check, "STAGES", {"other": (missing, 1)})
+    assert gpu_check.run_gpu_check(tmp_path, "cpu", quick=True)

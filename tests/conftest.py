@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import settings
@@ -9,10 +11,6 @@ from nbutils.paths import data_folder
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "mnist: needs the full MNIST files in the data folder")
 
 
 def pytest_runtest_setup(item):
@@ -35,10 +33,5 @@ def part(split: Split, images: int) -> Split:
 @pytest.fixture(scope="session")
 def few_digits(digits: Dataset) -> Dataset:
     """Shrunken for speed: 300 images to train on, 50 to validate, 50 to test."""
-    return Dataset(
-        "few-digits",
-        part(digits.train, 300),
-        part(digits.validation, 50),
-        part(digits.test, 50),
-        digits.class_names,
-    )
+    fewer = {"validation": part(digits.validation, 50), "test": part(digits.test, 50)}
+    return replace(digits.subset(300), name="few-digits", **fewer)

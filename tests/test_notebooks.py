@@ -9,16 +9,19 @@ import pytest
 
 from nbutils import RunConfig
 from nbutils.paths import NOTEBOOKS, ROOT
-from nbutils.report.notebooks import navigation
+from nbutils.report.notebooks import PATHS, navigation
+from nbutils.report.readme import render
 
 README = ROOT / "README.md"
-PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 
 
+def cells_of(path):
+    return nbformat.read(path, as_version=4).cells
+
+
 def code_cells(path):
-    cells = nbformat.read(path, as_version=4).cells
-    return [cell for cell in cells if cell.cell_type == "code" and cell.source.strip()]
+    return [cell for cell in cells_of(path) if cell.cell_type == "code" and cell.source.strip()]
 
 
 def test_notebooks_are_numbered_and_listed_in_that_order():
@@ -45,18 +48,13 @@ def test_it_was_executed_from_top_to_bottom_without_errors(path):
 
 
 @every_notebook
-def test_it_begins_with_its_question_and_ends_with_a_link_onward(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].cell_type == cells[-1].cell_type == "markdown"
-    assert cells[0].source.startswith("# ")
-    assert "**Question.**" in cells[0].source
-    assert "Next: " in cells[-1].source
-
-
-@every_notebook
-def test_it_links_to_its_neighbours_and_says_how_long_it_takes(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].source.split("\n")[2] == navigation(path)
+def test_it_begins_with_its_question_and_links_and_ends_with_a_link_onward(path):
+    first, *_, last = cells_of(path)
+    assert first.cell_type == last.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert first.source.split("\n")[2] == navigation(path)
+    assert "**Question.**" in first.source
+    assert "Next: " in last.source
 
 
 @every_notebook
@@ -98,7 +96,7 @@ def markdown_of(path):
     if path.suffix == ".md":
         return path.read_text(encoding="utf-8")
     texts = []
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in cells_of(path):
         if cell.cell_type == "markdown":
             texts.append(cell.source)
         texts += [out.get("data", {}).get("text/markdown", "") for out in cell.get("outputs", [])]
@@ -121,8 +119,6 @@ def test_links_lead_somewhere(path):
 
 
 def test_the_readmes_numbers_are_those_of_the_records():
-    from nbutils.report.readme import render
-
     assert render() == README.read_text(encoding="utf-8")
 
 
@@ -131,8 +127,7 @@ def test_the_readmes_python_runs():
         exec(block.replace("epochs=5", "epochs=1"), {})
 
 
-def test_the_readme_names_every_folder_and_notebook():
+def test_the_readme_names_every_folder():
     text = README.read_text(encoding="utf-8")
     folders = [path.parent.name for path in ROOT.glob("nbutils/*/__init__.py")]
     assert [name for name in folders if f"`{name}/`" not in text] == []
-    assert [path.name for path in PATHS if f"notebooks/{path.name}" not in text] == []

@@ -28,14 +28,11 @@ from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
 from nbutils.machine import device_name, no_progress, processor_name, processors
 from nbutils.paths import write_json
+from nbutils.studies.study import load_study
 from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN
 from nbutils.training.setup import deterministic, make_generators, make_model, resolve_device
 from nbutils.training.train import train
-
-SETTINGS = [(size, 1) for size in (32, 64, 128, 256, 512, 1024)] + [(128, 8), (64, 16), (32, 32)]
-"""Batch size and accumulation steps: the settings of the study `batch-size`, whose pick takes its
-times from here."""
 
 VERIFIED_IMAGES = 2100
 """Images of the epoch in float64 after which the weights must be equal."""
@@ -59,9 +56,12 @@ def run_bench(
     images: int = 13_500,
     repeats: int = 5,
     device: str = "auto",
-    settings: Sequence[tuple[int, int]] = SETTINGS,
+    settings: Sequence[tuple[int, int]] = (),
 ) -> Iterator[Row]:
-    """Time `repeats` epochs of `images` images with both loops, for each setting.
+    """Time `repeats` epochs of `images` images with both loops.
+
+    Settings are batch sizes and accumulation steps; by default those of the study `batch-size`,
+    whose pick takes its times from here.
 
     Yields:
         The medians of `FIGURES`, in `spread` their lowest and highest values, and the conditions.
@@ -72,6 +72,8 @@ def run_bench(
         RuntimeError: The two loops end at different weights.
     """
     place, images = resolve_device(device), min(images, len(data.train.labels))
+    planned = [run.config for run in load_study("batch-size").runs]
+    settings = settings or [(each.batch_size, each.accumulation_steps) for each in planned]
     largest = max(batch_size * steps for batch_size, steps in settings)
     if images < largest or repeats < 1:
         raise InputError(

@@ -88,7 +88,8 @@ def run_bench(
         config = RunConfig(data.name, batch_size, steps, learning_rate=2**-10, device=device)
         difference = verify(replace(config, precision="float64"), verified, place)
         # One epoch each warms up, and finds the DataLoader's best number of processes.
-        loops = [usual_loop(config, timed, place, workers)[1] for workers in {0, 1, processors()}]
+        choices = sorted({0, 1, processors()})
+        loops = [usual_loop(config, timed, place, workers)[1] for workers in choices]
         usual = min(loops, key=lambda epoch: seconds_of(epoch, place))
         del loops  # the processes of the others end
         measured = [(seconds_of(usual, place), second_epoch(config, timed)) for _ in range(repeats)]

@@ -30,7 +30,7 @@ from nbutils.data.dataset import Dataset
 from nbutils.data.sources import load_dataset
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
-from nbutils.paths import ROOT, write_json
+from nbutils.paths import ROOT, write_atomically, write_json
 from nbutils.report.bench import FIGURES, run_bench, second_epoch
 from nbutils.training.config import RunConfig
 from nbutils.training.setup import deterministic, resolve_device
@@ -187,9 +187,10 @@ MARKS = {True: "ok  ", False: "BAD ", None: "    "}
 
 
 def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
-    """Run all stages, on "cpu" or when `quick` only to try them; whether nothing was wrong.
+    """Run each stage in a process of its own; whether nothing was wrong.
 
-    After each stage `gpu.json` and `gpu.txt` are written.
+    "cpu" and `quick` are only to try them: a quick check runs in this process and without limits,
+    which saves eight imports of torch.
 
     Raises:
         InputError: The device does not exist.
@@ -197,57 +198,45 @@ def run_gpu_check(out: Path, device: str = "cuda", quick: bool = False) -> bool:
     if device not in ("cuda", "cpu"):
         raise InputError(f"device = {device!r}, but it must be 'cuda' or 'cpu'")
     name = device_name(resolve_device(device))
-    stages: dict[str, list[Row]] = {}
-    content: dict[str, Any] = {"device": name, "quick": quick, "stages": stages}
+    content: dict[str, Any] = {"device": name, "quick": quick, "rows": []}
     with suppress(ModuleNotFoundError):  # of a package whose version is recorded
         content["environment"] = environment(name)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "gpu.txt", "w", encoding="utf-8") as text:
-        print(name, file=text)
-        for stage, (work, limit) in STAGES.items():
-            print(f"{stage} ...", flush=True)
-            longest = limit if device == "cuda" else 4 * limit  # a CPU is slower
-            stages[stage] = run_stage(work, device, quick, longest)
-            lines = [f"  {MARKS[ok]}{name}: {value}" for name, value, ok in stages[stage]]
-            print(*lines, sep="\n", flush=True)
-            print(stage, *lines, sep="\n", file=text, flush=True)
-            write_json(out / "gpu.json", content)
-    print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
-    return not any(ok is False for rows in stages.values() for _, _, ok in rows)
-
-
-def run_stage(work: Stage, device: str, quick: bool, limit: float) -> list[Row]:
-    """The rows of a stage in a process of its own; the last says how it ended, and when.
-
-    A quick one runs in this process and without limit, which saves an import of torch.
-    """
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "rows.json")
-        write_json(file, [])
-        status = 0
+    write_json(out / "gpu.json", content)
+    for stage, (work, limit) in STAGES.items():
+        print(f"{stage} ...", flush=True)
+        start, status = time.perf_counter(), 0
+        given = out, stage, work, device, quick
         if quick:
-            _keep_rows(work, device, quick, file)
+            _run_stage(*given)
         else:
-            process = PROCESSES.Process(target=_keep_rows, args=(work, device, quick, file))
+            process = PROCESSES.Process(target=_run_stage, args=given)
             process.start()
-            process.join(limit)
+            process.join(limit if device == "cuda" else 4 * limit)  # a CPU is slower
             status = process.exitcode
             process.kill()
             process.join()
-        rows = [tuple(row) for row in json.loads(file.read_text(encoding="utf-8"))]
-    end = {0: "ended", None: "was cut"}.get(status, f"died with exit status {status}")
-    return [*rows, (end, f"after {time.perf_counter() - start:.1f} s", status == 0)]
+        end = {0: "ended", None: "was cut"}.get(status, f"died with exit status {status}")
+        _add_row(out, stage, end, f"after {time.perf_counter() - start:.1f} s", status == 0)
+    print(f"written: {out / 'gpu.json'} and {out / 'gpu.txt'}")
+    rows = json.loads((out / "gpu.json").read_text(encoding="utf-8"))["rows"]
+    return not any(row["ok"] is False for row in rows)
 
 
-def _keep_rows(work: Stage, device: str, quick: bool, file: Path) -> None:
-    """Write the rows so far to `file`, again for each; an error is the last of them."""
-    rows: list[Row] = []
+def _run_stage(out: Path, stage: str, work: Stage, device: str, quick: bool) -> None:
     try:
         for row in work(device, quick):
-            rows.append(row)
-            write_json(file, rows)
+            _add_row(out, stage, *row)
     except Exception as error:
         missing = isinstance(error, ModuleNotFoundError)  # a package: nothing was found wrong
-        rows.append((type(error).__name__, str(error), None if missing else False))
-        write_json(file, rows)
+        _add_row(out, stage, type(error).__name__, str(error), None if missing else False)
+
+
+def _add_row(out: Path, stage: str, name: str, value: Any, ok: bool | None) -> None:
+    """Add to `gpu.json`, write all of it in `gpu.txt` too, and print what is new."""
+    content = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    content["rows"].append({"stage": stage, "name": name, "value": value, "ok": ok})
+    write_json(out / "gpu.json", content)
+    lines = [f"{MARKS[r['ok']]}{r['stage']}: {r['name']}: {r['value']}" for r in content["rows"]]
+    write_atomically(out / "gpu.txt", "\n".join([content["device"], *lines, ""]).encode())
+    print(lines[-1], flush=True)

@@ -23,14 +23,15 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path, capsys):
 def test_every_stage_runs_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_sum_up", lambda study, out: {})  # the longest part of a study
     assert main(["gpu-check", "--out", str(tmp_path), "--device", "cpu", "--quick"]) == 0
-    stages = json.loads((tmp_path / "gpu.json").read_text())["stages"]
-    assert list(stages) == list(STAGES)
-    for stage, (*rows, end) in stages.items():
-        assert rows, stage
-        assert end[0] == "ended"
-    text = (tmp_path / "gpu.txt").read_text()
-    assert text.startswith("cpu\nprobes\n  ok  device = 'cpu' as the first use of it: works\n")
-    assert all(f"\n{stage}\n" in text for stage in STAGES)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert list(dict.fromkeys(row["stage"] for row in rows)) == list(STAGES)
+    for stage in STAGES:
+        *found, end = (row["name"] for row in rows if row["stage"] == stage)
+        assert found, stage
+        assert end == "ended"
+    lines = (tmp_path / "gpu.txt").read_text().splitlines()
+    assert lines[:2] == ["cpu", "ok  probes: device = 'cpu' as the first use of it: works"]
+    assert len(lines) == 1 + len(rows)
     assert sum(limit for _, limit in STAGES.values()) <= 8 * 60
 
 
@@ -63,29 +64,29 @@ def wrong(device, quick):
     yield "second", 0, False
 
 
+ERROR = "BAD one: IndexError: list index out of range"
+MISSING = "    one: ModuleNotFoundError: No module named 'nothing_of_this_name'"
+
+
 @pytest.mark.parametrize(
-    ("work", "rows"),
+    ("work", "quick", "end", "good"),
     [
-        (endless, [["was cut", False]]),
-        (broken, [["IndexError", False], ["ended", True]]),
-        (killed, [["died with exit status 3", False]]),
-        (missing, [["ModuleNotFoundError", None], ["ended", True]]),
-        (wrong, [["second", False], ["ended", True]]),
-        (first, [["ended", True]]),
+        (endless, False, ["BAD one: was cut: after "], False),
+        (broken, False, [ERROR, "ok  one: ended"], False),
+        (broken, True, [ERROR, "ok  one: ended"], False),
+        (killed, False, ["BAD one: died with exit status 3: after "], False),
+        (missing, False, [MISSING, "ok  one: ended"], True),
+        (wrong, False, ["BAD one: second: 0", "ok  one: ended"], False),
+        (first, False, ["ok  one: ended: after "], True),
     ],
 )
-def test_a_stage_keeps_its_rows_however_it_ends(work, rows, monkeypatch):
+def test_a_stage_keeps_its_rows_however_it_ends_and_leaves_the_others(
+    tmp_path, monkeypatch, work, quick, end, good
+):
     monkeypatch.setattr(gpu_check, "PROCESSES", multiprocessing.get_context("fork"))  # no import
-    found = gpu_check.run_stage(work, "cpu", quick=False, limit=1)
-    assert found[0] == ("first", 1, True)
-    assert [[name, ok] for name, _, ok in found[1:]] == rows
-
-
-def test_a_stage_that_fails_leaves_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "STAGES", {"one": (broken, 1), "other": (missing, 1)})
-    assert not gpu_check.run_gpu_check(tmp_path, "cpu", quick=True)
-    text = (tmp_path / "gpu.txt").read_text()
-    assert "  BAD IndexError: list index out of range\n" in text
-    assert "      ModuleNotFoundError: No module named 'nothing_of_this_name'\n" in text
-    monkeypatch.setattr(gpu_check, "STAGES", {"other": (missing, 1)})
-    assert gpu_check.run_gpu_check(tmp_path, "cpu", quick=True)
+    monkeypatch.setattr(gpu_check, "STAGES", {"one": (work, 0.5), "other": (first, 5)})
+    assert gpu_check.run_gpu_check(tmp_path, "cpu", quick) == good
+    lines = (tmp_path / "gpu.txt").read_text().splitlines()
+    expected = ["cpu", "ok  one: first: 1", *end, "ok  other: first: 1", "ok  other: ended"]
+    assert len(lines) == len(expected)
+    assert all(map(str.startswith, lines, expected))

@@ -6,7 +6,6 @@ They choose which settings race; see `race`. Each also returns what it left out,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from time import perf_counter
@@ -34,6 +33,7 @@ SMALLEST, LARGEST = 8, 8192  # batch sizes of the costs, where examples and memo
 FEWEST_UPDATES = 4  # per epoch
 ACCUMULATED = (2, 4, 8)  # steps tried with the largest micro-batch, where memory is the limit
 REPEATS = 3  # measurements of the cost of each setting, where there is time
+SETTING = ["effective_batch_size", "accumulation_steps", "batch_size"]
 
 MICRO_BATCHES = 24  # of a measurement of the noise scale
 LARGE_BATCHES, PARTS = 8, 4  # instead of these with batch norm, each of so many micro-batches
@@ -59,19 +59,19 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
     does not fit, the largest that does is searched, and accumulated too. Then come the sizes in
     between, an update of four micro-batches that was also made as one batch, and everything again.
 
-    Returns one row per setting that fits, with its three sizes, the largest `peak_memory`, the
-    highest `images_per_second` (other work on the machine only slows) and the lowest, `slowest`;
-    whether memory was the limit; and what was left out.
+    Returns one row per `SETTING` that fits: the largest `peak_memory`, the highest
+    `images_per_second` (other work on the machine only slows) and the lowest, `slowest`; whether
+    memory was the limit; and what was left out.
     """
     end = perf_counter() + seconds
     largest = min(LARGEST, max(2, task.data.train.number // FEWEST_UPDATES))
     costs: list[Cost] = []  # of what fits
     walls: dict[int, float] = {}  # what measuring took, by examples per update
-    needed: dict[int, int | None] = {}  # bytes, by batch size; None is more than there is
+    needed: dict[int, Any] = {}  # bytes, by batch size; infinite where memory ran out
     bar = tqdm(desc="cost", unit="measurement", leave=False, disable=no_progress())
 
-    def peak(size: int, steps: int = 1) -> int | None:
-        begun, needed[size] = perf_counter(), None
+    def peak(size: int, steps: int = 1) -> Any:
+        begun, needed[size] = perf_counter(), math.inf
         with suppress(OutOfMemory):
             cost = update_cost(task, size, steps)
             walls[size * steps], needed[size] = perf_counter() - begun, cost.peak_memory
@@ -82,13 +82,10 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
     left_out, unfit = [], largest + 1
     sizes = [SMALLEST * 4**power for power in range(6) if SMALLEST * 4**power <= largest]
     for size in sorted(sizes or [largest], key=lambda size: abs(math.log(size / USUAL))):
-        if size > unfit:
-            continue
-        if walls and size not in (USUAL, USUAL // 4) and _late(walls, size, end):
+        whatever_the_time = not walls or size in (USUAL, USUAL // 4)
+        if size < unfit and not whatever_the_time and _late(walls, size, end):
             left_out.append(f"batch size {size}, for want of time")
-            continue
-        needs = peak(size)
-        if needs is None or needs > limit:
+        elif size < unfit and peak(size) > limit:
             unfit = size
     bounded = unfit <= largest
     if bounded and not costs:
@@ -98,7 +95,7 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
         what = f"one {task.noun[:-1]}" if size == 1 else f"{size} {task.noun}"
         raise InputError(
             f"memory_budget: {format_memory(limit)} without the margin, too little for {what}, "
-            f"which needs {'more than there is' if needs is None else format_memory(needs)}"
+            f"which needs {format_memory(needs) if needs < math.inf else 'more than there is'}"
         )
     if bounded:
         begin = max(cost.batch_size for cost in costs)
@@ -107,7 +104,12 @@ def trial_costs(task: Task, limit: float, seconds: float) -> tuple[pd.DataFrame,
         if not _late(walls, size * steps, end):
             peak(size, steps)
     bar.close()
-    return _table(costs), bounded, left_out
+    of_settings = pd.DataFrame(costs).groupby(SETTING, as_index=False)
+    speed, memory = "images_per_second", "peak_memory"
+    table = of_settings.agg(
+        **{memory: (memory, "max"), speed: (speed, "max"), "slowest": (speed, "min")}
+    )
+    return table, bounded, left_out
 
 
 def _late(walls: dict[int, float], size: int, end: float) -> bool:
@@ -128,25 +130,14 @@ def _plan(whole: list[int], bounded: bool, largest: int) -> list[tuple[int, int]
     return plan + (REPEATS - 1) * [*((size, 1) for size in whole), *plan]
 
 
-def _table(costs: Sequence[Cost]) -> pd.DataFrame:
-    settings = ["effective_batch_size", "accumulation_steps", "batch_size"]
-    of_settings = pd.DataFrame(costs).groupby(settings, as_index=False)
-    return of_settings.agg(
-        peak_memory=("peak_memory", "max"),
-        images_per_second=("images_per_second", "max"),
-        slowest=("images_per_second", "min"),
-    )
-
-
 def trial_noise(
     task: Task, usual: Any, fitting: int, limit: float, seconds: float
 ) -> tuple[pd.DataFrame, list[str]]:
     """Measure the noise scale at three points of a short training at the usual rate.
 
-    Half of the time goes into the training, in updates of at most 32 examples at the speed of the
-    row `usual` of the costs, half into the measurements, whose batches are no larger than `fitting`
-    and whose gradients take `limit` bytes at most. With batch norm whole batches of up to 128 are
-    compared with their quarters.
+    Half of the time goes into the training, at the speed of the row `usual` of the costs, half into
+    the measurements, whose batches are no larger than `fitting` and whose gradients take `limit`
+    bytes at most. With batch norm whole batches of up to 128 are compared with their quarters.
 
     Returns one row per measurement: `update` and the fields of `NoiseScale`; and what was left out.
     """
@@ -190,13 +181,13 @@ def trial_rates(task: Task, cost: Any, seconds: float) -> tuple[pd.DataFrame, li
     """Train with each rate for equally many updates from one start, and judge on validation.
 
     `cost` is the row of the costs of the setting to train with. The usual rate comes first and
-    takes its share of the time, which gives the number of updates. Then come those next to it, so
-    that the outermost are left out if time runs short.
+    takes its share of the time, which gives the number of updates. The outermost are left out if
+    time runs short.
 
     Returns one row per rate, ascending: `learning_rate`, `updates`, `validation_loss`, its 95 %
-    interval `low` and `high`, `outcome` and `best`; and what was left out. The outcome is
-    "diverged" where the loss is not finite, or not below that before training at a rate above the
-    best; "too slow" where it is not below it at another; else "learnt".
+    interval `low` and `high`, `outcome` and `best`; and what was left out. Where the loss is not
+    below that before training, the outcome is "diverged" at rates above the best or if it is not
+    finite, else "too slow"; elsewhere "learnt".
     """
     recipe, sizes = task.recipe, (cost.batch_size, cost.accumulation_steps)
     share, end, took = seconds / len(recipe.rates), perf_counter() + seconds, 0.0

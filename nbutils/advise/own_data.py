@@ -51,17 +51,18 @@ class Examples(NamedTuple):
 
     def batch(self, chosen: Tensor, device: torch.device = CPU) -> Any:
         """The batch of the examples with these indices, on `device`."""
-        taken = self.take(chosen).items
-        made = self.collate(taken) if self.collate else taken
+        chosen = chosen.cpu()
+        if not self.collate:
+            return tree_map_only(Tensor, lambda part: part[chosen].to(device), self.items)
+        made = self.collate([self.items[index] for index in chosen.tolist()])
         made = dict(made) if isinstance(made, Mapping) else made  # also what is like a mapping
         return tree_map_only(Tensor, lambda part: part.to(device), made)
 
     def take(self, chosen: Tensor) -> Examples:
         """Those with these indices; tensors are copied, so that no others are pickled with them."""
-        chosen = chosen.cpu()
         if self.collate:
             return Examples([self.items[index] for index in chosen.tolist()], self.collate)
-        return Examples(tree_map_only(Tensor, lambda part: part[chosen], self.items))
+        return Examples(self.batch(chosen))
 
 
 class Data(NamedTuple):
@@ -97,8 +98,8 @@ def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> D
     held = _held(name, items, lambda item: item)
     with told(f"dataset = {name}: ", "; items of unequal shapes need a collate function"):
         together = None if collate else default_collate(held)
-    shapes = [getattr(part, "shape", ()) for part in tree_leaves(together)]
-    as_one = all(shape[:1] == (len(held),) for shape in shapes)
+    number = (len(held),)
+    as_one = all(getattr(part, "shape", ())[:1] == number for part in tree_leaves(together))
     examples = Examples(together) if as_one else Examples(held, collate or default_collate)
     return _divided(name, examples, torch.zeros(len(held)), len(items))
 
@@ -143,8 +144,9 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"dataset = {name}, but it must have a length, and items by index")
     if len(dataset) < FEWEST:
-        found = f"dataset = {name} has {len(dataset)} examples, but a tenth is for validation"
-        raise InputError(f"{found}: there must be at least {FEWEST}")
+        raise InputError(
+            f"dataset = {name} has {len(dataset)} examples; it must be {FEWEST} or more"
+        )
     return name, dataset
 
 

@@ -68,8 +68,7 @@ def _within(folder: Path) -> Path:
 def _visible(folder: Path, pattern: str = "*/") -> list[Path]:
     """What is not hidden in a folder; by default its folders."""
     found = sorted(folder.glob(pattern))
-    names = {path: path.relative_to(folder).parts for path in found}
-    return [path for path in found if not any(n.startswith((".", "__")) for n in names[path])]
+    return [p for p in found if not re.search(r"(^|/)(\.|__)", p.relative_to(folder).as_posix())]
 
 
 def read_picture(picture: Any) -> Tensor:

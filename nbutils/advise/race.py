@@ -2,11 +2,10 @@
 
 **Who races.** By McCandlish et al. (2018), section 2.3, B examples per update need `1 + B / B_crit`
 times the fewest examples to get equally far, each batch size at its best rate; they expect `B_crit`
-to be near the noise scale. A device processes a number of examples per second at each size. So the
-time that a size needs is, up to a factor, `(1 + B / noise scale) / examples per second`. Of the
-sizes within `NEAR` of the least time, the one nearest to the usual size races, since very small
-batches are delicate in their rate and in batch norm; and another size far from it, and the usual
-setting: 128 at the optimizer's usual rate, or the nearest that fits.
+to be near the noise scale. So the time that a size needs is, up to a factor, `(1 + B / noise scale)
+/ examples per second`. Of the sizes within `NEAR` of the least time, the one nearest to the usual
+size races, since very small batches are delicate in their rate and in batch norm; and another size
+far from it, and the usual setting: 128 at the optimizer's usual rate, or the nearest that fits.
 
 **How.** Successive halving: after each round the worse half stops, the rest goes on for as long
 again. The lowest validation loss so far judges, smoothed over three looks. Turns are short and
@@ -107,8 +106,8 @@ def entrants(
 def run_race(task: Task, settings: list[Setting], seconds: float) -> tuple[Setting, pd.DataFrame]:
     """Let the settings of `entrants` race, for `SHORTEST` updates each whatever the time.
 
-    Returns the winner, and one row per look at a validation loss: `setting`, `start`, `seconds` of
-    training, `updates`, `validation_loss`.
+    Returns the winner, and a row per look: `setting`, `start`, `seconds` of training, `updates`,
+    `validation_loss`.
     """
     racers, begun = [Trial(task, setting) for setting in settings], perf_counter()
     for racer in racers:

@@ -159,8 +159,8 @@ def name_of(factory: Any) -> str:
 def weighted(losses: Any, number: int) -> tuple[Tensor, Tensor]:
     """Losses and weights of `number` examples, as a reader's function returned them, or with 1."""
     pair = losses if isinstance(losses, tuple) and len(losses) == 2 else (losses,)
-    found = [str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in pair]
-    if set(found) != {f"({number},)"}:
+    if not all(isinstance(part, Tensor) and part.shape == (number,) for part in pair):
+        found = [str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in pair]
         raise InputError(
             f"losses returned {' and '.join(found)} for {number} examples, but it must return a "
             f"tensor, one loss per example, ({number},), or a pair, these and their weights: use "

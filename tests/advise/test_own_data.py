@@ -108,7 +108,7 @@ def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
             r"\(20, 8\) and \(19,\), which must begin with the same n",
         ),
         ((torch.rand(20, 8), torch.zeros(20).long()), "all training images are of one class"),
-        ((torch.rand(5, 8), torch.arange(5)), "must be at least 10"),
+        ((torch.rand(5, 8), torch.arange(5)), "has 5 examples; it must be 10 or more"),
         ((torch.ones(20, 8), torch.arange(20) % 2), "training images are the same"),
         ((torch.full((20, 8), math.nan), torch.arange(20) % 2), "values that are not finite"),
         (

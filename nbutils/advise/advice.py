@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,7 +15,7 @@ import torch
 
 from nbutils.advise import race, report
 from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
-from nbutils.advise.task import Losses, Task, read_task
+from nbutils.advise.task import Losses, Task, name_of, read_task
 from nbutils.advise.trials import Setting
 from nbutils.errors import InputError
 from nbutils.machine import device_name, environment
@@ -111,28 +110,18 @@ def advise(
             is too small.
     """
     began, place = perf_counter(), resolve_device(device)
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
     memory, seconds = resolve_budget(memory_budget, str(place)), parse_time(time_budget)
     start_server()  # it loads while the examples are read
     task = read_task(model, dataset, losses, collate, columns, optimizer, place)
     task.recipe.optimizer([torch.nn.Parameter(torch.zeros(1))])  # the first loads torch's compiler
     in_own_process(perf_counter)  # waits for the server
     left = max(began + seconds - perf_counter(), seconds / 2)
-    measured, bounded, left_out = _measured(task, memory * (1 - MARGIN), left)
-    advice = Advice(
-        model=task.model_name,
-        dataset=task.data.name,
-        noun=task.noun,
-        optimizer=optimizer,
-        device=str(place),
-        memory_budget=memory,
-        **measured,
-        seconds_taken=perf_counter() - began,
-        time_budget=seconds,
-        environment=environment(device_name(place)),
-    )
-    return replace(advice, **report.sentences(task, advice, bounded, left_out))
+    facts, told = _measured(task, memory * (1 - MARGIN), left)
+    facts |= {"model": name_of(model), "dataset": task.data.name, "noun": task.noun}
+    facts |= {"optimizer": optimizer, "device": str(place), "memory_budget": memory}
+    facts |= {"time_budget": seconds, "environment": environment(device_name(place))}
+    advice = Advice(**facts, seconds_taken=perf_counter() - began)
+    return replace(advice, **report.sentences(advice, task=task, **told))
 
 
 def parse_time(text: str | float) -> float:
@@ -146,14 +135,15 @@ def parse_time(text: str | float) -> float:
     return seconds
 
 
-def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any], bool, list[str]]:
-    """Fields of `Advice`, whether memory was the limit, and what was left out.
+def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of `Advice`; and for its words whether memory was the limit, and what was left out.
 
     The race has its share of the time even if the other measurements overran theirs.
     """
     end, share = perf_counter() + seconds, {name: part * seconds for name, part in SHARES.items()}
     costs, bounded, left_out = trial_costs(task, limit, share["costs"])
-    usual, fitting = race.usual_row(costs), int(costs["batch_size"].max())
+    whole = costs[costs["accumulation_steps"] == 1]
+    usual, fitting = race.nearest_usual(whole), int(whole["batch_size"].max())
     noise, no_noise = trial_noise(task, usual, fitting, limit, share["noise"])
     scale = noise["value"].median()
     candidates = race.candidates(costs, scale, not task.batch_norm)
@@ -161,63 +151,40 @@ def _measured(task: Task, limit: float, seconds: float) -> tuple[dict[str, Any],
     time = min(share["rates"], 0.5 * max(0.0, end - perf_counter()))
     rates, no_rates = trial_rates(task, first, time)
     settings = race.entrants(candidates, usual, rates, task.recipe, bounded)
-    time = max(share["race"], end - perf_counter())
-    winner, points = race.run_race(task, settings, time)
-    whole = costs[costs["accumulation_steps"] == 1].set_index("effective_batch_size")
+    winner, points = race.run_race(task, settings, max(share["race"], end - perf_counter()))
+
+    names = [str(setting) for setting in settings]
+    saved = [race.time_saved(points, str(winner), name) for name in names]
+    times = race.relative_time(costs, scale)
+    won = (costs[[*Setting._fields[:2]]] == [*winner[:2]]).all(axis=1)
+    at_once = whole.set_index("effective_batch_size")["images_per_second"]
     costs = costs.assign(
-        relative_time=race.relative_time(costs, scale),
-        share_of_whole=costs["images_per_second"]
-        / costs["effective_batch_size"].map(whole["images_per_second"]),
+        relative_time=times / times[won].item(),
+        share_of_whole=costs["images_per_second"] / costs["effective_batch_size"].map(at_once),
     )
-    facts = {
-        **_raced(task, settings, winner, points, costs),
-        "noise_scale": scale,
-        "noise_scale_range": [noise["low"].min(), noise["high"].max()],
-        "noise": noise,
-        "rates": rates,
-        "rates_at": first.effective_batch_size,
-    }
-    plain = {name: _plain(value) for name, value in facts.items()}
-    return plain, bounded, left_out + no_noise + no_rates
-
-
-def _raced(
-    task: Task, settings: list[Setting], winner: Setting, points: pd.DataFrame, costs: pd.DataFrame
-) -> dict[str, Any]:
-    """The fields that the race decides."""
-    names = list(map(str, settings))
-    saved = {name: race.time_saved(points, str(winner), name) for name in names}
-    times = [1 / (1 - saved[name][0]) for name in names]
-    end = points[points["setting"] == str(winner)].iloc[-1]
-    won = costs["effective_batch_size"] == winner.effective_batch_size
-    cost = costs[won & (costs["batch_size"] == winner.batch_size)].iloc[0]
-    speed = end["updates"] * winner.effective_batch_size / end["seconds"]
+    cost, last = costs[won].iloc[0], points[points["setting"] == str(winner)].iloc[-1]
+    speed = last["updates"] * winner.effective_batch_size / last["seconds"]
     speeds = speed, max(cost["images_per_second"], speed), min(cost["slowest"], speed)
-    seconds, *seconds_range = (task.data.examples_per_epoch / each for each in speeds)
-    return {
-        **winner._asdict(),
+    per_epoch = [task.data.examples_per_epoch / each for each in speeds]
+    raced = pd.DataFrame(settings).assign(setting=names, times=[1 / (1 - s[0]) for s in saved])
+    facts = winner._asdict() | {
         "effective_batch_size": winner.effective_batch_size,
         "usual": names[0],
-        "saved": saved[names[0]][0],
-        "saved_range": list(saved[names[0]][1:]),
-        "starts": int(end["start"]) + 1,
-        "seconds_per_epoch": seconds,
-        "seconds_per_epoch_range": seconds_range,
+        "saved": saved[0][0],
+        "saved_range": saved[0][1:],
+        "starts": last["start"] + 1,
+        "seconds_per_epoch": per_epoch[0],
+        "seconds_per_epoch_range": per_epoch[1:],
         "peak_memory": int(cost["peak_memory"]),
+        "noise_scale": scale,
+        "noise_scale_range": [noise["low"].min(), noise["high"].max()],
         "code": report.loop(task, winner),
-        "costs": costs.assign(relative_time=costs["relative_time"] / cost["relative_time"]),
-        "race": points,
-        "settings": pd.DataFrame(settings).assign(setting=names, times=times),
+        "rates_at": first.effective_batch_size,
     }
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: the rows of a table, and None for what is not finite."""
-    if isinstance(value, pd.DataFrame):
-        return json.loads(value.to_json(orient="records", double_precision=15))
-    if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    tables = {"costs": costs, "noise": noise, "rates": rates, "race": points, "settings": raced}
+    facts |= {name: table.to_dict("records") for name, table in tables.items()}
+    plain = json.loads(pd.Series(facts).to_json(double_precision=15))  # None for what is not finite
+    return plain, {"bounded": bounded, "left_out": left_out + no_noise + no_rates}
 
 
 def load_advice(path: str | Path) -> Advice:

@@ -6,17 +6,20 @@ refused with the cause.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
-from nbutils.advise.examples import CPU, Examples, leaves, tensors
 from nbutils.advise.pictures import ImageFolder, as_bytes, read_picture
 from nbutils.data.sources import DATASETS, KAGGLE, load_dataset
 from nbutils.errors import InputError, suggest
@@ -24,6 +27,8 @@ from nbutils.machine import no_progress
 from nbutils.measure.process import describe, find_factory
 from nbutils.training.setup import generator_for
 
+CPU = torch.device("cpu")
+ARRAYS = (Tensor, np.ndarray)
 HELD_BYTES = 2**29  # in memory; of a larger dataset, a random part is taken
 FEWEST = 10  # examples of a dataset, as a tenth is for validation
 MOST_CLASSES = 1_000_000  # a larger label is a name or a time, not the number of a class
@@ -32,7 +37,32 @@ IMAGE_KEYS = ("image", "img", "images", "pixel_values", "picture", "input", "x")
 LABEL_KEYS = ("label", "labels", "target", "class", "fine_label", "targets", "y")
 """Keys of an item that is a mapping, in the order in which they are looked for."""
 
-ARRAYS = (Tensor, np.ndarray)
+
+class Examples(NamedTuple):
+    """Examples in memory: a list of items with `collate`, or without it one batch of them all."""
+
+    items: Any
+    collate: Callable[[list[Any]], Any] | None = None
+
+    @property
+    def number(self) -> int:
+        """How many there are."""
+        return len(self.items if self.collate else tree_leaves(self.items)[0])
+
+    def batch(self, chosen: Tensor, device: torch.device = CPU) -> Any:
+        """The batch of the examples with these indices, on `device`."""
+        chosen = chosen.cpu()
+        if not self.collate:
+            return tree_map_only(Tensor, lambda part: part[chosen].to(device), self.items)
+        made = self.collate([self.items[index] for index in chosen.tolist()])
+        made = dict(made) if isinstance(made, Mapping) else made  # also what is like a mapping
+        return tree_map_only(Tensor, lambda part: part.to(device), made)
+
+    def take(self, chosen: Tensor) -> Examples:
+        """Those with these indices; tensors are copied, so that no others are pickled with them."""
+        if self.collate:
+            return Examples([self.items[index] for index in chosen.tolist()], self.collate)
+        return Examples(self.batch(chosen))
 
 
 class Data(NamedTuple):
@@ -48,23 +78,28 @@ class Data(NamedTuple):
     notes: tuple[str, ...] = ()  # what the reader should know about the reading
 
 
+@contextmanager
+def told(before: str, after: str = "") -> Iterator[None]:
+    """An error of a reader's code becomes an `InputError` that tells it with its own line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{before}{describe(error)}{after}") from error
+
+
 def read_examples(dataset: Any, collate: Callable[[list[Any]], Any] | None) -> Data:
     """Read a map-style dataset of any kind; a tenth, drawn with a fixed seed, is for validation.
 
     It may also be a tuple of tensors or arrays, or "package.module:name" of what returns one.
     """
     name, items = _opened(dataset)
-    try:
-        held = [items[index] for index in _drawn(len(items), items[0])]
+    held = _held(name, items, lambda item: item)
+    with told(f"dataset = {name}: ", "; items of unequal shapes need a collate function"):
         together = None if collate else default_collate(held)
-        found = tensors(together)
-        as_one = {len(part) for part in found} == {len(held)} and len(found) == len(
-            leaves(together)
-        )
-    except Exception as error:  # whatever the reader's dataset raises
-        raise InputError(
-            f"dataset = {name}: {describe(error)}; items of unequal shapes need a collate function"
-        ) from error
+    number = (len(held),)
+    as_one = all(getattr(part, "shape", ())[:1] == number for part in tree_leaves(together))
     examples = Examples(together) if as_one else Examples(held, collate or default_collate)
     return _divided(name, examples, torch.zeros(len(held)), len(items))
 
@@ -82,13 +117,13 @@ def read_images(dataset: Any, columns: Sequence[str] | None = None) -> Data:
     """
     name = ""
     if isinstance(dataset, (str, Path)):
-        name = str(dataset)
+        name, folder = str(dataset), Path(dataset).expanduser()
         if name in DATASETS or name.startswith(KAGGLE):
             data = load_dataset(name)
-            parts = Examples(tuple(data.train)), Examples(tuple(data.validation))
-            return _checked(Data(name, *parts, parts[0].number, list(data.class_names)))
-        if Path(name).expanduser().is_dir():
-            dataset = ImageFolder(Path(name).expanduser())
+            train, validation = (Examples(tuple(part)) for part in (data.train, data.validation))
+            return _checked(Data(name, train, validation, train.number, list(data.class_names)))
+        if folder.is_dir():
+            dataset = ImageFolder(folder)
         elif ":" not in name:
             raise InputError(f"no dataset or folder {name!r}; {suggest(name, DATASETS)}")
     return _checked(_from_items(*_opened(dataset, name), columns))
@@ -98,109 +133,67 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     """Name and items of a dataset."""
     name = name or (dataset if isinstance(dataset, str) else type(dataset).__name__)
     if isinstance(dataset, str):
-        dataset = call(f"dataset = {name!r}", dataset)
+        with told(f"dataset = {name!r} raised "):
+            dataset = find_factory(dataset)()
     pair = isinstance(dataset, list) and len(dataset) == 2  # a longer list is one of examples
     if (pair or isinstance(dataset, tuple)) and isinstance(next(iter(dataset), None), ARRAYS):
-        try:
-            *parts, labels = (_tensor_or_texts(part) for part in dataset)
-            texts = isinstance(labels, list)
-            dataset = (
-                list(zip(*parts, labels, strict=True)) if texts else TensorDataset(*parts, labels)
-            )
-        except Exception as error:  # torch raises many kinds
-            shapes = " and ".join(str(tuple(np.shape(part))) for part in dataset)
-            raise InputError(
-                f"dataset = {name} of the shapes {shapes}, but they must hold numbers, and begin "
-                f"with the same n: {describe(error)}"
-            ) from error
+        shapes = " and ".join(str(tuple(np.shape(part))) for part in dataset)
+        with told(f"dataset = {name} of the shapes {shapes}, which must begin with the same n: "):
+            parts = (p if isinstance(p, Tensor) else np.ascontiguousarray(p) for p in dataset)
+            dataset = list(zip(*parts, strict=True))
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"dataset = {name}, but it must have a length, and items by index")
     if len(dataset) < FEWEST:
         raise InputError(
-            f"dataset = {name} has {len(dataset)} examples, but a tenth is for validation: there "
-            f"must be at least {FEWEST}"
+            f"dataset = {name} has {len(dataset)} examples; it must be {FEWEST} or more"
         )
     return name, dataset
 
 
-def _tensor_or_texts(part: Any) -> Any:
-    if isinstance(part, Tensor):
-        return part
-    array = np.ascontiguousarray(part)
-    return array.tolist() if array.dtype.kind in "USO" else torch.from_numpy(array)
+def _held(name: str, items: Any, read: Callable[[Any], Any], hint: str = "") -> list[Any]:
+    """What is read of as many items, drawn with a fixed seed, as memory may hold."""
 
+    def at(index: int) -> Any:
+        with told(f"dataset = {name}, item {index}: ", hint):
+            return read(items[index])
 
-def call(what: str, factory: Any) -> Any:
-    """What a reader's factory, or that of a name, returns; errors are told with their own line."""
-    made = find_factory(factory)
-    try:
-        return made()
-    except Exception as error:  # whatever the reader's function raises
-        raise InputError(f"{what} raised {describe(error)}") from error
-
-
-def _drawn(number: int, item: Any) -> list[int]:
-    """Indices of as many of the items, drawn with a fixed seed, as may be held in memory."""
-    size = sum(part.nbytes for part in leaves(item) if isinstance(part, ARRAYS))
-    held = min(number, max(1, HELD_BYTES // max(1, size)))
-    order = torch.randperm(number, generator=generator_for(CPU, 0, "examples held in memory"))
-    return order[:held].sort()[0].tolist()
+    size = sum(part.nbytes for part in tree_leaves(at(0)) if isinstance(part, ARRAYS))
+    order = torch.randperm(len(items), generator=generator_for(CPU, 0, "examples held in memory"))
+    held = order[: max(1, HELD_BYTES // max(1, size))].sort()[0].tolist()
+    return [at(index) for index in tqdm(held, "reading", leave=False, disable=no_progress())]
 
 
 def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
-    index, read = 0, []
-    try:
-        first = items[0]
-        keys = _keys(first, columns)
-        indices = _drawn(len(items), _image_and_label(first, keys)[0])
-        for index in tqdm(indices, "images", leave=False, disable=no_progress()):
-            read.append(_image_and_label(items[index], keys))
-    except InputError:
-        raise
-    except Exception as error:  # whatever the reader's dataset raises
-        raise InputError(
-            f"dataset = {name}, item {index}: {describe(error)}; it must be an image (a "
-            f"tensor, array or PIL image) and its class, as a pair or mapping"
-        ) from error
+    hint = "; an item must be an image (a tensor, array or PIL image) and its class, or a mapping"
+    read = _held(name, items, lambda item: _image_and_label(item, columns), hint)
     images, labels = (list(part) for part in zip(*read, strict=True))
-    if isinstance(items, ImageFolder) or not isinstance(first[keys[0]], ARRAYS):
+    first, keys = items[0], _keys(items[0], columns)
+    if not isinstance(first[keys[0]], ARRAYS):
         images = as_bytes(images)
     if {image.shape[0] for image in images if image.ndim == 3} == {1, 3}:
         images = [image.expand(3, -1, -1) for image in images]
-    shapes = sorted({tuple(image.shape) for image in images})
-    if len(shapes) > 1:
-        found = ", ".join(map(str, shapes[:3]))
-        raise InputError(f"dataset = {name}: images have the shapes {found}; make them of one size")
-    names = _class_names(items)
-    text_labels = all(isinstance(label, str) for label in labels)
-    if text_labels:
-        names = sorted(set(labels))
-        labels = [names.index(label) for label in labels]
-    for index, label in zip(indices, labels, strict=True):
-        if not isinstance(label, int) or not 0 <= label < MOST_CLASSES:
-            raise InputError(
-                f"dataset = {name}: label {index} is {label!r}, but labels must be whole numbers "
-                f"from 0, or all names of classes"
-            )
-    classes = torch.tensor(labels).long()
+    with told(f"dataset = {name}: images must be of one size: "):
+        stacked = torch.stack(images)
+    names: Any = getattr(items, "classes", None)  # as torchvision's datasets have them
+    names = list(map(str, names)) if isinstance(names, (list, tuple, np.ndarray)) else []
+    texts = [label for label in labels if isinstance(label, str)]
+    if texts:
+        names, labels = (part.tolist() for part in np.unique(labels, return_inverse=True))
+    if 0 < len(texts) < len(labels):
+        raise InputError(
+            f"dataset = {name} has the labels {', '.join(names[:3])}, but labels must be whole "
+            f"numbers, or all names of classes"
+        )
+    classes = torch.tensor(labels)
     names += map(str, range(len(names), int(classes.max()) + 1))
-    notes = [*items.notes] if isinstance(items, ImageFolder) else []
+    notes = items.notes if isinstance(items, ImageFolder) else []
     lonely = ", ".join(names[value] for value in (classes.bincount() == 1).nonzero()[:3])
     if lonely:
         notes.append(f"class {lonely}: validation has none of it, as there is one image")
-    if text_labels and len(labels) < len(items):
-        notes.append(
-            f"{len(labels)} of {len(items)} images were read; others may have more classes"
-        )
-    data = _divided(name, Examples((torch.stack(images), classes)), classes, len(items))
-    return data._replace(classes=names, keys=keys, text_labels=text_labels, notes=tuple(notes))
-
-
-def _class_names(items: Any) -> list[str]:
-    """Those that a dataset tells, as torchvision's do."""
-    names = getattr(items, "classes", None)
-    names = names.tolist() if isinstance(names, ARRAYS) else names
-    return list(map(str, names)) if isinstance(names, (list, tuple)) else []
+    if texts and len(texts) < len(items):
+        notes.append(f"{len(texts)} of {len(items)} images were read; others may have more classes")
+    data = _divided(name, Examples((stacked, classes)), classes, len(items))
+    return data._replace(classes=names, keys=keys, text_labels=bool(texts), notes=tuple(notes))
 
 
 def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, ...]:
@@ -217,27 +210,25 @@ def _keys(item: Any, columns: Sequence[str] | None) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def _image_and_label(item: Any, keys: tuple[Any, ...]) -> tuple[Tensor, Any]:
-    if item is None or isinstance(item, (str, bytes)) or len(item) < 2:
-        raise TypeError(f"it is {item!r:.80}")
-    image, label = (item[key] for key in keys)
-    if not isinstance(image, ARRAYS):
-        image = read_picture(image)
-    image = torch.as_tensor(image).detach().cpu()
+def _image_and_label(item: Any, columns: Sequence[str] | None) -> tuple[Tensor, str | int]:
+    image, label = (item[key] for key in _keys(item, columns))
+    if isinstance(image, Path):
+        with told(f"{image}: no picture: "), Image.open(image) as picture:
+            image = read_picture(picture)
+    image = torch.as_tensor(image if isinstance(image, ARRAYS) else read_picture(image))
     if not image.ndim:
         raise TypeError("the image is a single number")
+    if isinstance(label, (*ARRAYS, np.generic)):
+        if math.prod(label.shape) != 1:
+            shape = tuple(label.shape)
+            raise TypeError(f"the label has shape {shape}; one-hot: take labels.argmax(1)")
+        label = label.item()
     label = label.decode() if isinstance(label, bytes) else label
-    if isinstance(label, str):
-        return image, str(label)
-    if isinstance(label, (list, tuple, set, dict)):
-        raise TypeError(f"the label is a {type(label).__name__}; it must be one class")
-    value = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
-    if value.size != 1:
-        raise TypeError(f"the label has shape {value.shape}; one-hot: take labels.argmax(1)")
-    found = value.item()
-    if found is None or found != found:  # NaN, as pandas has it
-        raise TypeError("the label is missing")
-    return image, int(found) if isinstance(found, bool) else found
+    if not isinstance(label, str) and not (isinstance(label, int) and 0 <= label < MOST_CLASSES):
+        raise TypeError(
+            f"the label is {label!r:.80}, but labels must be whole numbers from 0, or names"
+        )
+    return image.detach().cpu(), label if isinstance(label, str) else int(label)
 
 
 def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data:
@@ -253,15 +244,16 @@ def _divided(name: str, examples: Examples, classes: Tensor, total: int) -> Data
 
 def _checked(data: Data) -> Data:
     """As it is, if a classifier can learn from it."""
-    what, (images, labels) = f"dataset = {data.name}", data.train.items
-    if not data.validation.number:
-        raise InputError(f"{what}: no class has two images, so none is left for validation")
-    if len(labels.unique()) < 2:
-        raise InputError(f"{what}: all training images are of one class")
-    for part in (images, data.validation.items[0]):
-        wrong = int((~part.isfinite()).flatten(1).any(1).sum())
-        if wrong:
-            raise InputError(f"{what}: {wrong} images hold values that are not finite")
-    if (images == images[:1]).all():
-        raise InputError(f"{what}: all {len(images)} training images are the same")
+    images, labels = data.train.items
+    parts = images, data.validation.items[0]
+    wrong = sum(int((~part.isfinite()).flatten(1).any(1).sum()) for part in parts)
+    problems = {
+        "no class has two images, so none is left for validation": not data.validation.number,
+        "all training images are of one class": len(labels.unique()) < 2,
+        f"{wrong} images hold values that are not finite": wrong,
+        f"all {len(images)} training images are the same": (images == images[:1]).all(),
+    }
+    for problem, is_so in problems.items():
+        if is_so:
+            raise InputError(f"dataset = {data.name}: {problem}")
     return data

@@ -23,74 +23,52 @@ dataset rather than a class."""
 NOT_READ = {"MPEG", "HDF5", "GRIB", "BUFR"}  # formats of which Pillow knows the name alone
 
 
-class ImageFolder:
-    """The pictures of a folder with one folder per class; they are read as they are asked for.
+class ImageFolder(list[tuple[Path, int]]):
+    """The image files of a folder with one folder per class, and the number of their class.
 
     Hidden files and folders and `__MACOSX` are left out. Of a root that holds parts of a dataset,
-    `train/` is read, and `notes` tells so.
+    `train/` is taken, and `notes` tells so.
     """
 
     def __init__(self, folder: Path) -> None:
-        what = f"dataset = {str(folder)!r}"
-        self.notes: tuple[str, ...] = ()
-        folder = _within(folder)
-        parts = {path: _words(path) & PARTS for path in _folders(folder)}
-        train = [path for path, words in parts.items() if words & TRAIN]
-        is_root = len(train) < sum(map(bool, parts.values()))  # a part besides those to train on
-        if parts and ((is_root and train) or all(parts.values())):
-            names = ", ".join(path.name for path in parts)
-            if len(train) != 1 or not _folders(train[0]):
+        super().__init__()
+        what, folder = f"dataset = {str(folder)!r}", _within(folder)
+        self.notes: list[str] = []
+        words = {path: set(re.split(r"[^a-z]+", path.name.lower())) for path in _visible(folder)}
+        train = [path for path in words if words[path] & TRAIN]
+        parts = [path for path in words if words[path] & PARTS]
+        if parts and (len(parts) == len(words) or len(parts) > len(train) > 0):
+            names = ", ".join(path.name for path in words)
+            if len(train) != 1 or not _visible(train[0]):
                 raise InputError(
                     f"{what}: it holds {names}, which are parts of a dataset, not classes; give "
                     f"the folder that holds one folder per class"
                 )
-            self.notes = (f"of {names} only {train[0].name} was read",)
+            self.notes.append(f"of {names} only {train[0].name} was read")
             folder = _within(train[0])
-        self.classes = [path.name for path in _folders(folder)]
-        self._files: list[tuple[Path, int]] = []
+        self.classes = [path.name for path in _visible(folder)]
+        if not self.classes:
+            raise InputError(f"{what}: it must hold a folder of images for each class")
         kinds = Image.registered_extensions().items()
         endings = {ending for ending, kind in kinds if kind in Image.OPEN and kind not in NOT_READ}
         for number, name in enumerate(self.classes):
             paths = [path for path in _visible(folder / name, "**/*") if path.is_file()]
-            of_class = [(path, number) for path in paths if path.suffix.lower() in endings]
-            if not of_class:
+            images = [path for path in paths if path.suffix.lower() in endings]
+            if not images:
                 raise InputError(f"{what}: no image in {name}; each folder in it is a class")
-            self._files += of_class
-        if not self.classes:
-            raise InputError(f"{what}: it must hold a folder of images for each class")
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self._files[index]
-        try:
-            with Image.open(path) as picture:
-                return read_picture(picture), label
-        except Exception as error:  # a damaged file raises many kinds
-            raise InputError(f"{path}: no picture: {type(error).__name__}: {error}") from error
+            self += [(path, number) for path in images]
 
 
 def _within(folder: Path) -> Path:
     """The folder, or the only one in it that has folders, as unpacking leaves it."""
-    inner = _folders(folder)
-    return _within(inner[0]) if len(inner) == 1 and _folders(inner[0]) else folder
+    inner = _visible(folder)
+    return _within(inner[0]) if len(inner) == 1 and _visible(inner[0]) else folder
 
 
-def _words(path: Path) -> set[str]:
-    return set(re.split(r"[^a-z]+", path.name.lower()))
-
-
-def _folders(folder: Path) -> list[Path]:
-    return [path for path in _visible(folder, "*") if path.is_dir()]
-
-
-def _visible(folder: Path, pattern: str) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.glob(pattern)
-        if not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-    )
+def _visible(folder: Path, pattern: str = "*/") -> list[Path]:
+    """What is not hidden in a folder; by default its folders."""
+    found = sorted(folder.glob(pattern))
+    return [p for p in found if not re.search(r"(^|/)(\.|__)", p.relative_to(folder).as_posix())]
 
 
 def read_picture(picture: Any) -> Tensor:
@@ -122,14 +100,10 @@ def as_bytes(pictures: Sequence[Tensor]) -> list[Tensor]:
     It reaches from 0, or the least value if that is negative, to the largest of all.
     """
     deep = [picture for picture in pictures if picture.is_floating_point()]
-    if not deep:
-        return [*pictures]
-    low = min(0.0, *(float(picture.min()) for picture in deep))
-    top = max(float(picture.max()) for picture in deep)
+    low = min([0.0, *(float(picture.min()) for picture in deep)])
+    top = max((float(picture.max()) for picture in deep), default=low)
     scale = 255 / (top - low or 1.0)
     return [
-        ((picture - low) * scale).round().to(torch.uint8)
-        if picture.is_floating_point()
-        else picture
-        for picture in pictures
+        ((each - low) * scale).round().to(torch.uint8) if each.is_floating_point() else each
+        for each in pictures
     ]

@@ -2,11 +2,10 @@
 
 **Who races.** By McCandlish et al. (2018), section 2.3, B examples per update need `1 + B / B_crit`
 times the fewest examples to get equally far, each batch size at its best rate; they expect `B_crit`
-to be near the noise scale. A device processes a number of examples per second at each size. So the
-time that a size needs is, up to a factor, `(1 + B / noise scale) / examples per second`. Of the
-sizes within `NEAR` of the least time, the one nearest to the usual size races, since very small
-batches are delicate in their rate and in batch norm; and another size far from it, and the usual
-setting: 128 at the optimizer's usual rate, or the nearest that fits.
+to be near the noise scale. So the time that a size needs is, up to a factor, `(1 + B / noise scale)
+/ examples per second`. Of the sizes within `NEAR` of the least time, the one nearest to the usual
+size races, since very small batches are delicate in their rate and in batch norm; and another size
+far from it, and the usual setting: 128 at the optimizer's usual rate, or the nearest that fits.
 
 **How.** Successive halving: after each round the worse half stops, the rest goes on for as long
 again. The lowest validation loss so far judges, smoothed over three looks. Turns are short and
@@ -19,6 +18,8 @@ Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic best arm i
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from operator import attrgetter
 from time import perf_counter
 from typing import Any
 
@@ -63,15 +64,11 @@ def candidates(costs: pd.DataFrame, noise_scale: float, accumulate: bool) -> pd.
 
 def choose(open_to_choice: pd.DataFrame) -> Any:
     """Of the `candidates` near the least time, the one nearest to the usual size."""
-    return _nearest_usual(open_to_choice[open_to_choice["time"] <= NEAR])
+    return nearest_usual(open_to_choice[open_to_choice["time"] <= NEAR])
 
 
-def usual_row(costs: pd.DataFrame) -> Any:
-    """The row of the batch size nearest to the usual one, as a named tuple."""
-    return _nearest_usual(costs[costs["accumulation_steps"] == 1])
-
-
-def _nearest_usual(costs: pd.DataFrame) -> Any:
+def nearest_usual(costs: pd.DataFrame) -> Any:
+    """The row of the size nearest to the usual one, as a named tuple."""
     nearest = np.log(costs["effective_batch_size"] / USUAL).abs().idxmin()
     return next(costs.loc[[nearest]].itertuples())
 
@@ -81,11 +78,10 @@ def entrants(
 ) -> list[Setting]:
     """Who races: two to four settings, the usual one first.
 
-    The size that `choose` picks races at the best of the `trial_rates` and at the next lower rate,
+    The size that `choose` picks races at the best of the `trial_rates` and at the next lower one,
     since rates that win short trials tend to be too high for longer ones. Another size, at least
-    four times larger or smaller, races at a rate scaled by the square root of the size: the lower
-    one if larger, the best if smaller. Where memory is the limit (`bounded`), that other size is an
-    accumulated one, so that the race tells what accumulation is worth.
+    four times larger or smaller, races at the best (if smaller) or lower rate times the square root
+    of the size; where memory is the limit (`bounded`), it is an accumulated one.
     """
     first, sizes = choose(open_to_choice), open_to_choice["effective_batch_size"]
     learnt = rates[rates["outcome"] == "learnt"].sort_values("validation_loss")
@@ -100,23 +96,20 @@ def entrants(
     accumulated = open_to_choice[open_to_choice["accumulation_steps"] > 1]
     if bounded and len(accumulated) and first.accumulation_steps == 1:
         others = accumulated
-    other = [(row, scaled(row)) for row in others.sort_values("time").head(1).itertuples()]
-    wanted = [(usual, recipe.usual_rate), (first, best), *other, (first, lower)]
-    settings = [
-        Setting(int(row.batch_size), int(row.accumulation_steps), rate)
-        for row, rate in [*wanted, (usual, scaled(usual))]
-    ]
+    wanted = [(usual, recipe.usual_rate), (first, best)]
+    wanted += [(row, scaled(row)) for row in others.sort_values("time").head(1).itertuples()]
+    wanted += [(first, lower), (usual, scaled(usual))]
+    settings = [Setting(row.batch_size, row.accumulation_steps, rate) for row, rate in wanted]
     return list(dict.fromkeys(settings))[:4]
 
 
 def run_race(task: Task, settings: list[Setting], seconds: float) -> tuple[Setting, pd.DataFrame]:
     """Let the settings of `entrants` race, for `SHORTEST` updates each whatever the time.
 
-    Returns the winner, and one row per look at a validation loss: `setting`, `start`, `seconds` of
-    training, `updates`, `validation_loss`, `validation_accuracy`.
+    Returns the winner, and a row per look: `setting`, `start`, `seconds` of training, `updates`,
+    `validation_loss`.
     """
-    racers = [Trial(task, setting) for setting in settings]
-    usual, begun = racers[0], perf_counter()
+    racers, begun = [Trial(task, setting) for setting in settings], perf_counter()
     for racer in racers:
         racer.look(MOST_JUDGED)
     if not any(racer.finite for racer in racers):
@@ -133,30 +126,31 @@ def run_race(task: Task, settings: list[Setting], seconds: float) -> tuple[Setti
     most = min(max(judged, FEWEST_JUDGED), MOST_JUDGED)
     bar = tqdm(desc="race", unit="turn", leave=False, disable=no_progress())
 
-    def turns(running: list[Trial], begin: float, end: float) -> None:
+    def turns(running: Sequence[Trial], begin: float, end: float) -> None:
         for turn in range(1, TURNS + 1):
             for racer in running:
                 racer.go(begin + (end - begin) * turn / TURNS, most)
                 bar.update()
 
-    running, end = racers, 0.0
+    running, end, usual, lowest = racers, 0.0, racers[0], attrgetter("lowest")
     for number in range(rounds):
         begin, end = end, first * 2**number
         turns(running, begin, end)
-        running = sorted(running, key=lambda racer: racer.lowest)[: math.ceil(len(running) / 2)]
+        running = sorted(running, key=lowest)[: math.ceil(len(running) / 2)]
     turns([usual], usual.seconds, end)
-    best = min(running[0], usual, key=lambda racer: racer.lowest)
-    rival = min(racers[1:], key=lambda racer: racer.lowest) if best is usual else usual
+    best = min(running[0], usual, key=lowest)
+    rival = min(racers[1:], key=lowest) if best is usual else usual
+    duels = [(best, rival)]
     for start in range(1, starts):
-        pair = [Trial(task, each.setting, start) for each in (best, rival)]
+        pair = Trial(task, best.setting, start), Trial(task, rival.setting, start)
         for racer in pair:
             racer.look(most)
         turns(pair, 0.0, end)
+        duels.append(pair)
         racers += pair
     bar.close()
-    lowest = {(racer.setting, racer.start): racer.lowest for racer in racers}
-    points = pd.DataFrame([point for racer in racers for point in racer.points])
-    return _better(task.data.train.number, lowest, best.setting, rival.setting), points
+    points = [point for racer in racers for point in racer.points]
+    return _better(duels), pd.DataFrame(points)
 
 
 def _plan(racers: list[Trial], seconds: float, rounds: int) -> tuple[float, int]:
@@ -173,16 +167,17 @@ def _plan(racers: list[Trial], seconds: float, rounds: int) -> tuple[float, int]
     return max(first, SHORTEST * max(per_update)), starts
 
 
-def _better(
-    number: int, lowest: dict[tuple[Setting, int], float], winner: Setting, rival: Setting
-) -> Setting:
-    """The one of lower mean loss over the starts that both trained from.
+def _better(duels: list[tuple[Trial, Trial]]) -> Setting:
+    """The winner or its rival, whichever has the lower mean loss over their starts.
 
     One that makes fewer updates than the other, and fewer than 50 per epoch or than a fifth of the
     other's, wins only by every start of two or more.
     """
-    starts = [start for setting, start in lowest if setting == rival and (winner, start) in lowest]
-    ahead = [lowest[rival, start] - lowest[winner, start] for start in starts]
+    (winner, rival), number = (
+        (trial.setting for trial in duels[0]),
+        duels[0][0].task.data.train.number,
+    )
+    ahead = [rival.lowest - winner.lowest for winner, rival in duels]
     times = winner.effective_batch_size / rival.effective_batch_size
     few = times > 1 and (number / winner.effective_batch_size < 50 or times > 5)
     if few and (len(ahead) < 2 or min(ahead) <= 0):
@@ -201,11 +196,11 @@ def time_saved(points: pd.DataFrame, winner: str, usual: str) -> tuple[float, fl
         return 0.0, math.nan, math.nan
     logs = []
     for _, of_start in points.groupby("start"):
-        mine, other = (smooth(of_start[of_start["setting"] == name]) for name in (winner, usual))
-        target = max(mine["validation_loss"].min(), other["validation_loss"].min())
-        times = [time_to(each, target) for each in (mine, other)]
-        if 0 < min(times) <= max(times) < math.inf:  # else one did not learn, or did not start
-            logs.append(math.log(times[0] / times[1]))
+        both = [smooth(of_start[of_start["setting"] == name]) for name in (winner, usual)]
+        target = max(each["validation_loss"].min() for each in both)
+        mine, other = (time_to(each, target) for each in both)
+        if 0 < min(mine, other) <= max(mine, other) < math.inf:  # else one did not learn or start
+            logs.append(math.log(mine / other))
     mean, (low, high) = np.mean(logs) if logs else math.nan, mean_interval(logs)
     return 1 - math.exp(mean), 1 - math.exp(high), 1 - math.exp(low)
 

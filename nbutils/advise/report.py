@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import matplotlib as mpl
 import pandas as pd
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from IPython.core.pylabtools import print_figure
 from matplotlib.figure import Figure
 
 from nbutils.advise.task import HALF, ClassLosses, Task
@@ -31,90 +30,72 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-def template(name: str) -> jinja2.Template:
-    """One of the templates beside this file."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nbutils.advise", "."),
-        autoescape=name.endswith("html.jinja"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"seconds": format_seconds, "memory": format_memory}
-    return environment.get_template(name)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("nbutils.advise", "."),
+    autoescape=lambda name: str(name).endswith("html.jinja"),
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+TEMPLATES.filters |= {"seconds": format_seconds, "memory": format_memory}
 
 
 def words(name: str, advice: Advice, **facts: Any) -> str:
     """A macro of `words.jinja`."""
-    return getattr(template("words.jinja").make_module({"a": advice, **facts}), name)()
+    template = TEMPLATES.get_template("words.jinja")
+    return getattr(template.make_module({"a": advice, **facts}), name)()
 
 
-def sentences(task: Task, advice: Advice, bounded: bool, left_out: list[str]) -> dict[str, Any]:
-    """The fields of `Advice` that are words, from its other fields."""
-
-    def lines(name: str) -> list[str]:
-        text = words(name, advice, task=task, bounded=bounded, left_out=left_out)
-        return [line.strip() for line in text.splitlines() if line.strip()]
-
+def sentences(advice: Advice, **facts: Any) -> dict[str, Any]:
+    """The fields of `Advice` that are words, from its other fields and what `words.jinja` needs."""
+    lines = {}
+    for name in ("largest", "accumulation", "reasons", "warnings", "not_checked"):
+        text = words(name, advice, **facts)
+        lines[name] = [line.strip() for line in text.splitlines() if line.strip()]
     questions = {
-        "What do I lose if I take the largest batch that fits?": " ".join(lines("largest")),
-        "Is accumulation worth it here?": " ".join(lines("accumulation")),
+        "What do I lose if I take the largest batch that fits?": " ".join(lines.pop("largest")),
+        "Is accumulation worth it here?": " ".join(lines.pop("accumulation")),
     }
-    names = "reasons", "warnings", "not_checked"
-    return {"questions": questions} | {name: lines(name) for name in names}
+    return {"questions": questions, **lines}
 
 
 def loop(task: Task, setting: Setting) -> str:
     """The training loop to paste, as source."""
-    own, cast, output = task.losses, "", ""
-    if isinstance(own, ClassLosses):
-        images = task.data.train.first(2).items[0]
+    own, cast, output = None, "", ""
+    if isinstance(task.losses, ClassLosses):
+        own, images = task.losses, task.data.train.items[0][:2]
         given = torch.float32 if own.scaling else images.dtype
         cast = str(own.dtype) if given.is_floating_point and given != own.dtype else ""
-        output = own.found(task.make(task.device), images.to(task.device))[0]
+        output = own.logits(task.make(task.device), images.to(task.device))[0]
     module, _, name = task.losses_name.partition(":")
     dotted = f"{module}.{name}".split(".")
     is_importable = all(map(str.isidentifier, dotted)) and module not in ("__main__", "builtins")
-    return template("loop.py.jinja").render(
-        task=task,
-        own=own if isinstance(own, ClassLosses) else None,
-        device=task.device,
-        setting=setting,
-        cast=cast,
-        output=output,
-        half=HALF,
-        module=module,
-        name=name,
-        root=name.partition(".")[0] if is_importable else "",
-    )
+    root = name.partition(".")[0] if is_importable else ""
+    facts = {"task": task, "setting": setting, "own": own, "cast": cast, "output": output}
+    names = {"module": module, "name": name, "root": root}
+    template = TEMPLATES.get_template("loop.py.jinja")
+    return template.render(**facts, **names, device=task.device, half=HALF)
 
 
 def pictures(advice: Advice) -> dict[str, bytes]:
     """The figures as PNG: "race", "sizes", "rates", and "noise" where it was measured."""
-    made: dict[str, Figure] = {}
-
-    def axes(name: str, columns: int = 1, width: float = 8.0) -> Any:
-        made[name] = Figure(figsize=(width, 4.0), layout="constrained")
-        return made[name].subplots(1, columns)
-
+    widths = {"race": 10, "sizes": 14, "rates": 8} | ({"noise": 8} if advice.noise else {})
+    size, rates_at, noun = advice.effective_batch_size, advice.rates_at, advice.noun
+    race, costs, rates = (pd.DataFrame(t) for t in (advice.race, advice.costs, advice.rates))
     with mpl.rc_context():
         use_style()
-        plot_race(axes("race", width=10), pd.DataFrame(advice.race), advice.setting, advice.usual)
-        costs, size = pd.DataFrame(advice.costs), advice.effective_batch_size
-        plot_sizes(axes("sizes", 3, 14), costs, size, advice.noun)
-        rates, same = pd.DataFrame(advice.rates), advice.rates_at == size
-        plot_rates(axes("rates"), rates, advice.learning_rate, advice.rates_at, same)
+        made = {name: Figure((width, 4), layout="constrained") for name, width in widths.items()}
+        plot_race(made["race"].subplots(), race, advice.setting, advice.usual)
+        plot_sizes(made["sizes"].subplots(1, 3), costs, size, noun)
+        rate, same = advice.learning_rate, rates_at == size
+        plot_rates(made["rates"].subplots(), rates, rate, rates_at, same)
         if advice.noise:
-            plot_noise(axes("noise"), pd.DataFrame(advice.noise), advice.noun)
-        files = {name: io.BytesIO() for name in made}
-        for name, figure in made.items():
-            FigureCanvasAgg(figure).print_png(files[name])
-        return {name: file.getvalue() for name, file in files.items()}
+            plot_noise(made["noise"].subplots(), pd.DataFrame(advice.noise), noun)
+        return {name: print_figure(figure, bbox_inches=None) for name, figure in made.items()}
 
 
 def html(advice: Advice) -> str:
     """The report, a page that needs no other file."""
-    head = "data:image/png;base64,"
-    shown = {name: head + base64.b64encode(png).decode() for name, png in pictures(advice).items()}
-    return template("report.html.jinja").render(advice=advice, pictures=shown)
+    shown = {name: base64.b64encode(png).decode() for name, png in pictures(advice).items()}
+    return TEMPLATES.get_template("report.html.jinja").render(advice=advice, pictures=shown)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nbutils.accumulation.window import accumulate_gradient, windows
-from nbutils.advise.examples import Examples
-from nbutils.advise.task import ClassLosses, Losses, Task, readers_errors, seeded, weighted
+from nbutils.advise.own_data import CPU, Examples, told
+from nbutils.advise.task import Task, seeded, weighted
 from nbutils.training.setup import generator_for
+
+CAUSE = "the model cannot be trained: "
 
 
 class Setting(NamedTuple):
@@ -44,65 +46,78 @@ class Trial:
         self.updates, self.seconds = 0, 0.0  # that were made, and that they took
         self.finite = True  # the losses, where they were looked at
         self.points: list[dict[str, Any]] = []  # a row for each look at the validation loss
-        self._windows = self._endless()
         self._optimizer = task.recipe.optimizer(self.model.parameters(), lr=setting.learning_rate)
+        number, generator = task.data.train.number, generator_for(CPU, start, "order of a trial")
+        orders = (torch.randperm(number, generator=generator) for _ in itertools.count())
+        epochs = (windows(order, *setting[:2], "drop") for order in orders)
+        self._windows = itertools.chain.from_iterable(epochs)
 
-    def _endless(self) -> Iterator[tuple[Tensor, ...]]:
-        generator = generator_for(torch.device("cpu"), self.start, "order of a trial")
-        sizes = self.setting.batch_size, self.setting.accumulation_steps
-        while True:
-            order = torch.randperm(self.task.data.train.number, generator=generator)
-            yield from windows(order, *sizes, "drop")
+    def _weighted(self, chosen: Tensor, examples: Examples | None = None) -> Any:
+        batch = (examples or self.task.data.train).batch(chosen, self.task.device)
+        return weighted(self.task.losses(self.model, batch), len(chosen))
+
+    def losses(self, *parts: Tensor, examples: Examples | None = None) -> Tensor:
+        """Losses of the training or other examples, each times its weight over the mean weight."""
+        found = [torch.stack(self._weighted(part, examples)) for part in parts]
+        each, weights = torch.cat(found, dim=1)
+        return each * weights / weights.mean().detach()
+
+    def update(self, window: Sequence[Tensor]) -> Tensor:
+        """Make an update from a window of indices, each example by its weight; the mean loss.
+
+        The weights are known only after the passes, so the gradient is divided by them at the end.
+        """
+        totals: list[Tensor] = []
+
+        def weighed(chosen: Tensor) -> Tensor:
+            each, weights = self._weighted(chosen)
+            if not self.task.weighted:
+                return each
+            totals.append(weights.detach().sum())
+            return each * weights
+
+        self._optimizer.zero_grad()
+        loss = accumulate_gradient(self.model, window, weighed, weight=len, check_finite=False)
+        if totals:
+            scale = sum(map(len, window)) / torch.stack(totals).sum()
+            loss *= scale
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        self._optimizer.step()
+        return loss
 
     def train(self, updates: int) -> bool:
         """Make some updates; whether all losses that were looked at, the last ones, are finite."""
         if updates < 1:
             return self.finite
-        task, started = self.task, perf_counter()
-        with readers_errors(), seeded(task.device, "updates of a trial", self.updates):
+        started = perf_counter()
+        with told(CAUSE), seeded(self.task.device, "updates of a trial", self.updates):
             for _ in range(updates):
-                self._optimizer.zero_grad()
-                given = task.losses, task.data.train, next(self._windows), task.device
-                loss = window_gradient(self.model, *given)
-                self._optimizer.step()
+                loss = self.update(next(self._windows))
             self.finite &= bool(loss.isfinite())  # waits for a GPU
         self.seconds += perf_counter() - started
         self.updates += updates
         return self.finite
 
-    def judge(self, most: int) -> tuple[Tensor, float]:
-        """Losses of at most `most` validation examples, and the share of right answers or NaN.
-
-        The losses are float64, shape (n,), each times its weight over the mean weight.
-        """
-        task, examples = self.task, self.task.data.validation
+    def judge(self, most: int) -> Tensor:
+        """The `losses` of at most `most` validation examples, float64, shape (n,)."""
+        examples, device = self.task.data.validation, self.task.device
         number = min(most, examples.number)
         chosen = torch.arange(number) * examples.number // number
-        losses, right = [], 0
         self.model.eval()
-        with readers_errors(), torch.no_grad(), seeded(task.device, "judging"):
-            for part in chosen.split(min(250, self.setting.batch_size)):
-                batch = examples.batch(part, task.device)
-                if isinstance(task.losses, ClassLosses):
-                    logits = task.losses.logits(self.model, batch[0])
-                    right += int((logits.argmax(1) == batch[1]).sum())
-                    each, weights = F.cross_entropy(logits, batch[1], reduction="none"), None
-                else:
-                    each, weights = weighted(task.losses(self.model, batch))
-                weights = torch.ones_like(each) if weights is None else weights
-                losses.append(torch.stack([each, weights]).double().cpu())
+        with told(CAUSE), torch.no_grad(), seeded(device, "judging"):
+            parts = chosen.split(min(250, self.setting.batch_size))
+            losses = self.losses(*parts, examples=examples)
         self.model.train()
-        each, weights = torch.cat(losses, dim=1)
-        return each * weights / weights.mean(), right / number if task.data.classes else math.nan
+        return losses.double().cpu()
 
     def look(self, most: int) -> None:
-        """Note the loss of at most `most` validation examples."""
-        losses, accuracy = self.judge(most)
-        loss = losses.mean().item()
+        """Note the mean loss of at most `most` validation examples."""
+        loss = self.judge(most).mean().item()
         self.finite &= math.isfinite(loss)
         point = {"setting": str(self.setting), "start": self.start, "seconds": self.seconds}
-        point |= {"updates": self.updates, "validation_loss": loss, "validation_accuracy": accuracy}
-        self.points.append(point)
+        self.points.append(point | {"updates": self.updates, "validation_loss": loss})
 
     def go(self, until: float, most: int) -> None:
         """Train until so many seconds of training in all, at least one update, and look."""
@@ -123,29 +138,3 @@ def smooth(points: pd.DataFrame) -> pd.DataFrame:
     """With the mean loss of each look and the two before, so that no lucky look decides."""
     losses = points["validation_loss"].astype(float).replace(math.inf, math.nan)
     return points.assign(validation_loss=losses.rolling(3, min_periods=1).mean())
-
-
-def window_gradient(
-    model: nn.Module, losses: Losses, data: Examples, window: Sequence[Tensor], device: torch.device
-) -> Tensor:
-    """Set the gradient of the window's mean loss, each example by its weight; the mean loss.
-
-    The weights are known only after the passes, so the gradient is divided by them at the end.
-    """
-    totals: list[Tensor] = []
-
-    def weighed(chosen: Tensor) -> Tensor:
-        each, weights = weighted(losses(model, data.batch(chosen, device)))
-        if weights is None:
-            return each
-        totals.append(weights.detach().sum())
-        return each * weights
-
-    loss = accumulate_gradient(model, window, weighed, weight=len, check_finite=False)
-    if not totals:
-        return loss
-    scale = sum(map(len, window)) / torch.stack(totals).sum()
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad.mul_(scale)
-    return loss * scale

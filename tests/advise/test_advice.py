@@ -20,11 +20,11 @@ from nbutils.__main__ import main
 from nbutils.accumulation.window import windows
 from nbutils.advise import measurements, race
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
-from nbutils.advise.examples import Examples
 from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
+from nbutils.advise.own_data import Examples
 from nbutils.advise.report import format_seconds, html, loop, words
 from nbutils.advise.task import RECIPES, read_task
-from nbutils.advise.trials import Setting, Trial, window_gradient
+from nbutils.advise.trials import Setting, Trial
 from nbutils.measure.cost import Cost
 from nbutils.measure.process import OutOfMemory
 from nbutils.paths import data_folder
@@ -92,7 +92,7 @@ def racing(costs, scale, *rates, accumulate=True, bounded=False):
     tried = pd.DataFrame({"learning_rate": rates, "validation_loss": range(len(rates))})
     may_race = race.candidates(costs, scale, accumulate)
     tried["outcome"] = "learnt"
-    usual = race.usual_row(costs)
+    usual = race.nearest_usual(costs[costs["accumulation_steps"] == 1])
     return list(map(str, race.entrants(may_race, usual, tried, RECIPES["adam"], bounded)))
 
 
@@ -155,10 +155,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_also_with_weights():
     task = read_task(lambda: nn.Linear(3, 1), data, losses)
     gradients = []
     for cuts in ([16], [5, 5, 6]):
-        model = task.make(CPU)
-        window = torch.arange(16).split(cuts)
-        window_gradient(model, losses, task.data.train, window, CPU)
-        gradients.append(model.weight.grad)
+        trial = Trial(task, Setting(16, 1, 0.0))
+        trial.update(torch.arange(16).split(cuts))
+        gradients.append(trial.model.weight.grad)
+    model = task.make(CPU)
     each, weights = losses(model, task.data.train.batch(torch.arange(16)))
     expected = torch.autograd.grad((each * weights).sum() / weights.sum(), model.weight)[0]
     assert torch.allclose(gradients[0], expected, rtol=1e-5)
@@ -250,9 +250,9 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
     assert "learning rates" not in words("reasons", hasty, task=task)
     assert html(hasty).count("data:image/png") == 3
     trial = Trial(task, Setting(32, 1, 0.0))
-    before = trial.judge(100)[0].mean()
+    before = trial.judge(100).mean()
     run_loop(advice.code, trial.model, TensorDataset(*few_digits.train))
-    assert trial.judge(100)[0].mean() < before
+    assert trial.judge(100).mean() < before
 
 
 def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out(few_digits):
@@ -310,20 +310,18 @@ def test_the_loop_runs_as_pasted_and_makes_the_updates_of_the_trials(steps, weig
     ]
     task = read_task(lambda: nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).to(weights), data)
     code = loop(task, Setting(16, steps, 1e-2))
-    model, mine = task.make(CPU), task.make(CPU)
+    raw = Examples((pixels, labels))
+    task = replace(task, data=task.data._replace(train=raw))
+    model, mine = task.make(CPU), Trial(task, Setting(16, steps, 1e-2))
     space = {}
     exec(code, space)
     space["DataLoader"] = lambda data, shuffle, **options: DataLoader(data, **options)
     space["train"](model, data, 1)
-    order, optimizer = torch.arange(52), torch.optim.Adam(mine.parameters(), lr=1e-2)
-    raw = Examples((pixels, labels))
-    for window in windows(order, 16, steps):
-        optimizer.zero_grad()
-        window_gradient(mine, task.losses, raw, window, CPU)
-        optimizer.step()
+    for window in windows(torch.arange(52), 16, steps):
+        mine.update(window)
     # Where rounding turns the sign of a gradient, Adam's first steps go apart by twice the rate.
     tolerance = 5e-2 if weights == torch.bfloat16 else 1e-5
-    assert torch.allclose(model[1].weight, mine[1].weight, rtol=tolerance, atol=tolerance)
+    assert torch.allclose(model[1].weight, mine.model[1].weight, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -338,7 +336,6 @@ def test_from_the_command_a_language_model_with_padding_is_advised(tmp_path, cap
     advice = load_advice(tmp_path / "advice.json")
     assert advice.answer in capsys.readouterr().out
     assert (advice.memory_budget, advice.noun) == (10**9, "examples")
-    assert all(row["validation_accuracy"] is None for row in advice.race)
     assert "from own_language import token_losses as losses" in advice.code
     run_loop(
         advice.code, own_language.model(), own_language.sentences(), collate=own_language.padded

@@ -192,7 +192,7 @@ def trial_rates(task: Task, cost: Any, seconds: float) -> tuple[pd.DataFrame, li
     recipe, sizes = task.recipe, (cost.batch_size, cost.accumulation_steps)
     share, end, took = seconds / len(recipe.rates), perf_counter() + seconds, 0.0
     judged = int(min(max(share * cost.images_per_second / 2, FEWEST_JUDGED), MOST_JUDGED))
-    at_start = Trial(task, Setting(*sizes, 0.0)).judge(judged).mean().item()
+    at_start = Trial(task, Setting(*sizes, 0.0)).judge(judged)[0].mean().item()
     updates = max(SHORTEST, EPOCHS * task.data.train.number // math.prod(sizes))
     order = sorted(recipe.rates, key=lambda rate: abs(math.log(rate / recipe.usual_rate)))
     rows: list[tuple[float, ...]] = []
@@ -205,7 +205,7 @@ def trial_rates(task: Task, cost: Any, seconds: float) -> tuple[pd.DataFrame, li
             trial.train(SHORTEST // 2)
         updates = updates if rows else max(SHORTEST, trial.updates)
         finite = trial.train(updates - trial.updates)
-        losses = trial.judge(judged).numpy()
+        losses = trial.judge(judged)[0].numpy()
         loss = losses.mean() if finite else math.nan
         rows.append((rate, updates, loss, *mean_interval(losses)))
         took = max(took, perf_counter() - begun)

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nbutils.accumulation.window import accumulate_gradient, windows
 from nbutils.advise.own_data import CPU, Examples, told
-from nbutils.advise.task import Task, seeded, weighted
+from nbutils.advise.task import ClassLosses, Task, seeded, weighted
 from nbutils.training.setup import generator_for
 
 CAUSE = "the model cannot be trained: "
@@ -100,24 +101,36 @@ class Trial:
         self.updates += updates
         return self.finite
 
-    def judge(self, most: int) -> Tensor:
-        """The `losses` of at most `most` validation examples, float64, shape (n,)."""
-        examples, device = self.task.data.validation, self.task.device
+    def judge(self, most: int) -> tuple[Tensor, float]:
+        """The `losses` of at most `most` validation examples, float64, shape (n,).
+
+        And the share that a classifier gets right, NaN of another training.
+        """
+        task, examples = self.task, self.task.data.validation
         number = min(most, examples.number)
         chosen = torch.arange(number) * examples.number // number
+        parts, right = chosen.split(min(250, self.setting.batch_size)), math.nan
         self.model.eval()
-        with told(CAUSE), torch.no_grad(), seeded(device, "judging"):
-            parts = chosen.split(min(250, self.setting.batch_size))
-            losses = self.losses(*parts, examples=examples)
+        with told(CAUSE), torch.no_grad(), seeded(task.device, "judging"):
+            if isinstance(task.losses, ClassLosses):
+                batches = [examples.batch(part, task.device) for part in parts]
+                logits = torch.cat([task.losses.logits(self.model, x)[1] for x, _ in batches])
+                labels = torch.cat([labels for _, labels in batches])
+                losses = F.cross_entropy(logits, labels, reduction="none")
+                right = (logits.argmax(1) == labels).double().mean().item()
+            else:
+                losses = self.losses(*parts, examples=examples)
         self.model.train()
-        return losses.double().cpu()
+        return losses.double().cpu(), right
 
     def look(self, most: int) -> None:
         """Note the mean loss of at most `most` validation examples."""
-        loss = self.judge(most).mean().item()
+        losses, accuracy = self.judge(most)
+        loss = losses.mean().item()
         self.finite &= math.isfinite(loss)
         point = {"setting": str(self.setting), "start": self.start, "seconds": self.seconds}
-        self.points.append(point | {"updates": self.updates, "validation_loss": loss})
+        point |= {"updates": self.updates, "validation_loss": loss}
+        self.points.append(point | {"validation_accuracy": accuracy})
 
     def go(self, until: float, most: int) -> None:
         """Train until so many seconds of training in all, at least one update, and look."""

@@ -233,6 +233,7 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
     assert advice.peak_memory <= advice.memory_budget
     assert {advice.setting, advice.usual} <= {row["setting"] for row in advice.race}
     assert len(advice.reasons) >= 2
+    assert any("of the validation images right" in reason for reason in advice.reasons)
     assert all(advice.questions.values())
     assert "nbutils" not in advice.code
 
@@ -250,9 +251,9 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
     assert "learning rates" not in words("reasons", hasty, task=task)
     assert html(hasty).count("data:image/png") == 3
     trial = Trial(task, Setting(32, 1, 0.0))
-    before = trial.judge(100).mean()
+    before = trial.judge(100)[0].mean()
     run_loop(advice.code, trial.model, TensorDataset(*few_digits.train))
-    assert trial.judge(100).mean() < before
+    assert trial.judge(100)[0].mean() < before
 
 
 def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out(few_digits):
@@ -336,6 +337,7 @@ def test_from_the_command_a_language_model_with_padding_is_advised(tmp_path, cap
     advice = load_advice(tmp_path / "advice.json")
     assert advice.answer in capsys.readouterr().out
     assert (advice.memory_budget, advice.noun) == (10**9, "examples")
+    assert all(row["validation_accuracy"] is None for row in advice.race)
     assert "from own_language import token_losses as losses" in advice.code
     run_loop(
         advice.code, own_language.model(), own_language.sentences(), collate=own_language.padded

@@ -63,17 +63,17 @@ class Explorer(Playground):
     def __init__(self, runs: pd.DataFrame) -> None:
         self.runs = name_settings(runs)
 
-        def several(options: Any, most: int) -> widgets.SelectMultiple:
-            rows = {"rows": min(most, len(options)), "layout": WIDE}
-            return widgets.SelectMultiple(options=list(options), value=list(options), **rows)
+        def several(options: list[Any], most: int) -> widgets.SelectMultiple:
+            rows = min(most, len(options))
+            return widgets.SelectMultiple(options=options, value=options, rows=rows, layout=WIDE)
 
         metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
-        self.settings = several(self.runs["setting"].unique(), most=9)
+        self.settings = several(self.runs["setting"].unique().tolist(), most=9)
         self.seeds = several(sorted(self.runs["seed"].unique().tolist()), most=10)
         self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE)
         self.against = widgets.Dropdown(options=get_args(Progress), layout=WIDE)
         self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
-        controls: dict[str, Any] = {
+        controls = {
             "settings (Ctrl or Shift and a click chooses several)": self.settings,
             "seeds (likewise)": self.seeds,
             "metric": self.metric,
@@ -125,9 +125,8 @@ class LiveCurves(Playground):
     def plot(self, ax: Axes) -> None:
         """Draw the curves so far."""
         for size, curve in sorted(self.curves.items()):
-            colour = self.colours[size]
-            ax.plot(curve["seconds"], curve["accuracy"], color=colour, label=str(size))
-        style.stretch_towards_one(ax, pd.concat(list(self.curves.values()))["accuracy"].to_numpy())
+            ax.plot(curve["seconds"], curve["accuracy"], color=self.colours[size], label=f"{size}")
+        style.stretch_towards_one(ax, pd.concat(self.curves)["accuracy"].to_numpy())
         ax.set(xlabel="seconds of training", ylabel="validation accuracy")
         ax.set_title("Which batch size learns most in the time?")
         style.label_ends(ax)

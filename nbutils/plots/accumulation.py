@@ -27,8 +27,7 @@ COSTS = {
 def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
     """The windows of an epoch: one row of blocks per update, one block per micro-batch.
 
-    Blocks are as wide as their images are many. What differs from the first block, or is less than
-    the first window, is red and hatched. The axes should be about 0.5 inches high for each row.
+    What is not as large as the first is red and hatched. A row should be about 0.5 inches high.
     """
     rows = [(f"update {update:,}", window) for update, window in enumerate(sizes, start=1)]
     usual, whole = sizes[0][0], sum(sizes[0])
@@ -62,27 +61,25 @@ def plot_windows(ax: Axes, sizes: Sequence[Sequence[int]]) -> None:
 def plot_gradient_sum(
     axes: Sequence[Axes], micro: ArrayLike, total: ArrayLike, large: ArrayLike
 ) -> None:
-    """What the gradients of micro-batches add up to (upper axes), beside that of one large batch.
+    """Gradients of micro-batches (upper axes), their sum, and that of one large batch (lower axes).
 
     Filters are drawn as small images, first channel only: purple is negative, orange positive.
-    `micro` are the gradients of the mean loss of each micro-batch, shape (micro-batches, filters,
-    channels, height, width), `total` is what they accumulate to, `large` that of one batch.
+    `micro` are of the mean loss of each micro-batch, shape (micro-batches, filters, channels,
+    height, width); `total` is what they accumulate to.
     """
     mean, whole = np.asarray(total), np.asarray(large)
-    difference = mean - whole
-    apart = np.abs(difference).max() / np.abs(whole).max()
+    apart = np.abs(mean - whole).max() / np.abs(whole).max()
     upper = {f"micro-batch {n}": piece for n, piece in enumerate(np.asarray(micro), start=1)}
     lower = {
         "their mean:\naccumulated": mean,
         "one batch of\nall images": whole,
-        f"difference: at most\n{apart:.0e} of the largest": difference,
+        f"difference: at most\n{apart:.0e} of the largest": mean - whole,
     }
     for ax, gradients in zip(axes, (upper, lower), strict=True):
         limit = max(np.abs(gradient).max() for gradient in gradients.values())
         for place, (name, gradient) in enumerate(gradients.items()):
             tiles = _tiles(gradient[:, 0])
-            height, width = tiles.shape
-            side = max(tiles.shape)
+            (height, width), side = tiles.shape, max(tiles.shape)
             left = 1.25 * side * place
             extent = (left, left + width, height, 0)
             ax.imshow(tiles, cmap="PuOr_r", vmin=-limit, vmax=limit, extent=extent)
@@ -115,10 +112,7 @@ def plot_ladder(ax: Axes, table: pd.DataFrame, limits: Mapping[str, float]) -> N
 
 
 def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
-    """How the weights of two trainings drift apart: one line per precision and optimizer.
-
-    `table` is from `accumulation.equivalence.drift`, with columns `precision` and `optimizer`.
-    """
+    """How weights drift apart in `equivalence.drift`, with columns `precision` and `optimizer`."""
     dashes = ["-", "--", ":"][: table["optimizer"].nunique()]
     ax.set_prop_cycle(cycler(color=[style.PURPLE, "#2d9e8f", "#8a8a00"]) * cycler(linestyle=dashes))
     for (precision, optimizer), rows in table.groupby(["precision", "optimizer"], sort=False):
@@ -129,10 +123,9 @@ def plot_drift(ax: Axes, table: pd.DataFrame) -> None:
 
 
 def plot_damage(axes: Sequence[Axes], damage: pd.DataFrame) -> None:
-    """What each wrong loop does to the gradient (left) and to the test error (right).
+    """What each wrong loop of `pitfalls.measure_damage` does to the gradient and the test error.
 
-    `damage` is from `pitfalls.measure_damage`; its first loop, the right one, is red. The test
-    error is shown as the difference to that loop with the same start, with its 95 % interval.
+    The first loop, the right one, is red. Test errors are differences to it with the same start.
     """
     left, right = axes
     errors = 100 * (1 - damage.pivot_table("accuracy", "seed", "loop", sort=False))

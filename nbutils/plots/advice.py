@@ -9,15 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from nbutils.plots.style import (
-    GREEN,
-    PURPLE,
-    RED,
-    errorbar,
-    fixed_ticks,
-    legend_beside,
-    plain_log_ticks,
-)
+from nbutils.plots import style
+from nbutils.plots.style import GREEN, PURPLE, RED
 
 FLOOR = 1e-3  # of the largest loss: lower ones are drawn there
 
@@ -50,8 +43,8 @@ def plot_race(ax: Axes, race: pd.DataFrame, advised: str, usual: str) -> None:
     first = trained.groupby(["setting", "start"])["validation_loss"].first().max()
     if 0 < low < first:
         ax.set_ylim(low * 0.9, first * 1.05)
-        fixed_ticks(ax.yaxis, _round_ticks(low, first))
-    legend_beside(ax, title="images per update, rate")
+        style.fixed_ticks(ax.yaxis, _round_ticks(low, first))
+    style.legend_beside(ax, title="images per update, rate")
 
 
 def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: str) -> None:
@@ -67,19 +60,19 @@ def plot_sizes(axes: Sequence[Axes], costs: pd.DataFrame, advised: int, noun: st
         look: dict[str, Any] = {"color": PURPLE, "ls": "-", "label": "one micro-batch"}
         if accumulated:
             look = {"color": GREEN, "ls": "--", "label": "accumulated"}
-        errorbar(axes[0], size, part, fmt="o", **look)
+        style.errorbar(axes[0], size, part, fmt="o", **look)
         axes[1].plot(size, part["memory"], "o", **look)
         axes[2].plot(size, part["relative_time"], "o", **look)
     axes[0].set(ylabel=f"{noun} per second", ylim=(0, None), title="Speed")
     axes[1].set(ylabel="peak memory (MB)", yscale="log", title="Memory")
     axes[2].set(ylabel="time, advised = 1", ylim=(0, None), title="Time to get equally far")
-    fixed_ticks(axes[1].yaxis, _round_ticks(memory.min(), memory.max()))
+    style.fixed_ticks(axes[1].yaxis, _round_ticks(memory.min(), memory.max()))
     sizes = sorted(costs["effective_batch_size"].unique())
     for ax in axes:
         ax.set(xscale="log", xlabel=f"{noun} per update")
         ax.axvline(advised, color="0.5", linestyle=":", label="advised")
-        fixed_ticks(ax.xaxis, sizes[::2] if len(sizes) > 6 else sizes)
-    legend_beside(axes[2])
+        style.fixed_ticks(ax.xaxis, sizes[::2] if len(sizes) > 6 else sizes)
+    style.legend_beside(axes[2])
 
 
 def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, same: bool) -> None:
@@ -91,7 +84,7 @@ def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, sam
     rates = rates.astype({"value": float, "low": float, "high": float})
     diverged = rates["outcome"] == "diverged"
     learnt, best = rates[~diverged], rates[~diverged & rates["best"]]
-    errorbar(ax, learnt["learning_rate"], learnt, fmt="o-", color=PURPLE, capsize=4)
+    style.errorbar(ax, learnt["learning_rate"], learnt, fmt="o-", color=PURPLE, capsize=4)
     ring: dict[str, Any] = {"mfc": "none", "color": GREEN, "ms": 12, "label": "lowest here"}
     ax.plot(best["learning_rate"], best["value"], "o", **ring)
     where = "advised" if same else "advised, at another size"
@@ -103,7 +96,7 @@ def plot_rates(ax: Axes, rates: pd.DataFrame, advised: float, rates_at: int, sam
     ax.set(xscale="log", xlabel="learning rate", ylabel="validation loss")
     ax.set_ylim(min(0.0, 1.1 * learnt["low"].min()), 1.05 * top)
     ax.set_title(f"Learning rates at {rates_at} per update")
-    legend_beside(ax)
+    style.legend_beside(ax)
 
 
 def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:
@@ -115,8 +108,8 @@ def plot_noise(ax: Axes, noise: pd.DataFrame, noun: str) -> None:
     ax.plot(noise["update"], ends["value"], "o-", color=PURPLE)
     ax.set(yscale="log", ylim=(bottom, top), xlabel="updates", title="Noise scale")
     ax.set_ylabel(f"noise scale ({noun})")
-    fixed_ticks(ax.xaxis, noise["update"])
-    plain_log_ticks(ax.yaxis, "{:g}", 1, 3)
+    style.fixed_ticks(ax.xaxis, noise["update"])
+    style.plain_log_ticks(ax.yaxis, "{:g}", 1, 3)
 
 
 def _round_ticks(low: float, high: float) -> list[float]:

@@ -14,7 +14,6 @@ from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes, setting_name
 from nbutils.plots import style
 
-Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
 Progress = Literal["epoch", "updates", "seconds"]
 Scale = Literal["accuracy", "error"]
 
@@ -32,23 +31,22 @@ BAR_SEEDS = 3
 def plot_accuracy(
     ax: Axes,
     runs: pd.DataFrame,
-    metric: Metric,
+    metric: str,
     against: Progress = "epoch",
     scale: Scale = "accuracy",
 ) -> None:
-    """How a metric of the runs of `load_runs` develops: one line per setting, its mean over seeds.
+    """How one of `METRIC_NAMES` develops in runs of `load_runs`: the mean over seeds by setting.
 
     The darker a line, the more images per update; accumulated settings are dashed. Marks with
-    95 % intervals (from `BAR_SEEDS` seeds on) take turns at the epochs. Seconds are those of the
-    fastest seed at each epoch.
+    95 % intervals take turns at the epochs. Seconds are those of the fastest seed at each epoch.
     """
-    runs = name_settings(runs)
-    runs["value"] = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
+    runs, metrics = name_settings(runs), list(METRIC_NAMES)
+    if scale == "error":
+        runs[metrics] = 100 * (1 - runs[metrics])
     settings = runs.groupby("setting", sort=False)
     colours = style.batch_size_colours(runs["effective_batch_size"])
-    shown = ["value", "low", "high"]
-    if settings["seed"].nunique().min() < BAR_SEEDS:
-        shown = ["value"]
+    bars = settings["seed"].nunique().min() >= BAR_SEEDS
+    shown = ["value", "low", "high"] if bars else ["value"]
     for number, (setting, rows) in enumerate(settings):
         epochs = rows.groupby("epoch")
         size, steps = rows[["effective_batch_size", "accumulation_steps"]].iloc[0]
@@ -57,15 +55,13 @@ def plot_accuracy(
         look |= {"marker": style.MARKERS[number % len(style.MARKERS)], "elinewidth": 1.2}
         look |= {"markevery": turn, "errorevery": turn}
         look["linestyle"] = "-" if steps == 1 else style.ACCUMULATED
-        style.errorbar(ax, epochs[against].min(), _intervals(epochs["value"])[shown], **look)
-    # The limits come from all metrics, so that panels side by side have one scale.
-    accuracies = runs[list(METRIC_NAMES)].to_numpy()
+        style.errorbar(ax, epochs[against].min(), _intervals(epochs[metric])[shown], **look)
+    values = runs[metrics].to_numpy()  # of all metrics, so that panels side by side have one scale
     if scale == "accuracy":
-        style.stretch_towards_one(ax, accuracies)
+        style.stretch_towards_one(ax, values)
     else:
-        errors = 100 * (1 - accuracies)
-        lowest = errors.min(initial=100, where=errors > 0)
-        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
+        lowest = values.min(initial=100, where=values > 0)
+        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(values, 0.98)))
         style.plain_log_ticks(ax.yaxis, "{:g} %", 1, 2, 5)
     _progress_axis(ax, against, runs[against])
     ax.set(ylabel=scale, title=METRIC_NAMES[metric].replace("accuracy", scale))
@@ -78,9 +74,9 @@ def plot_accuracy(
 def plot_overlay(
     ax: Axes, histories: Mapping[str, pd.DataFrame], against: Progress = "epoch"
 ) -> None:
-    """Validation accuracy of a few runs, one over the other, so that equal ones can be seen.
+    """Validation accuracy of a few runs, of which equal ones can be seen: "8 x 128" is drawn thin.
 
-    `histories` are `RunResult.history` by name; what has a name like "8 x 128" is dashed and thin.
+    `histories` are `RunResult.history` by name.
     """
     metric = "validation_accuracy"
     style.cycle_looks(ax, style.shades(len(histories), 0.3))
@@ -136,7 +132,7 @@ def _intervals(groups: Any) -> pd.DataFrame:
 def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
     """A value in [0, 1] of each run (one row each): pale dots, and each setting's mean, interval.
 
-    A setting's mark is a circle without accumulation and a diamond with it.
+    Diamonds are accumulated settings.
     """
     table = name_settings(runs.assign(value=values))
     settings = table.groupby("setting", sort=False)

@@ -36,9 +36,9 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
     shares = {}
     for name in ("train", "validation", "test"):
         labels = getattr(data, name).labels.numpy()
-        if images := len(labels):
+        if len(labels):
             counts = np.bincount(labels, minlength=len(data.class_names))
-            shares[f"{name} ({images:,} images)"] = 100 * counts / images
+            shares[f"{name} ({len(labels):,} images)"] = 100 * counts / len(labels)
     colours: Any = ["#31688e", "#35b779", "#c8c8c8"]
     pd.DataFrame(shares, data.class_names).plot.bar(ax=ax, width=0.8, rot=0, color=colours)
     ax.grid(axis="x", visible=False)
@@ -47,11 +47,10 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
 
 
 def plot_network(ax: Axes, layers: pd.DataFrame) -> None:
-    """A network as a drawing: what each layer gives, from the image to the classes.
+    """What each layer of a network gives, from the image to the classes.
 
-    `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14", drawn as
-    some sheets, or "10", as a column) and `weights`, how many it learns. The axes should be four
-    times as wide as high.
+    `layers` are rows by name: `activations` ("16 x 14 x 14", drawn as some sheets, or "10", as a
+    column) and the number of `weights`. The axes should be four times as wide as high.
     """
     side, left, gap = 28, 0.0, 16.8
     parts = [("image", f"1 x {side} x {side}", "")]
@@ -87,11 +86,10 @@ def plot_misread(
     """The `MISREAD` images that most networks get wrong, with label and commonest wrong guess.
 
     Shapes: `images` (n, 1, height, width), dark is high; `labels` (n,); `predictions` (networks,
-    n). They are drawn in rows of six that should be 1.6 inches high.
+    n). Rows of six images should be 1.6 inches high.
     """
     pictures, right, guesses = np.asarray(images), np.asarray(labels), np.asarray(predictions)
-    wrong = guesses != right
-    times_wrong = wrong.sum(0)
+    times_wrong = (guesses != right).sum(0)
     worst = [n for n in np.argsort(-times_wrong, kind="stable")[:MISREAD] if times_wrong[n]]
     height, width = pictures.shape[-2:]
     columns = min(6, max(1, len(worst)))
@@ -99,13 +97,13 @@ def plot_misread(
         left, top = 1.7 * width * (place % columns), 1.75 * height * (place // columns)
         extent = (left, left + width, top + height, top)
         ax.imshow(pictures[number, 0], cmap="gray_r", extent=extent)
-        times = np.bincount(guesses[wrong[:, number], number])
-        caption = f"{class_names[int(right[number])]}, read as {class_names[int(times.argmax())]}\n"
+        label, guessed = int(right[number]), guesses[:, number]
+        times = np.bincount(guessed[guessed != label])
+        caption = f"{class_names[label]}, read as {class_names[int(times.argmax())]}\n"
         caption += f"by {times.max()} of {len(guesses)}"
         ax.text(left + width / 2, top + 1.05 * height, caption, ha="center", va="top", size=9)
-    rows = -(-len(worst) // columns)
-    right_end = (1.7 * columns - 0.35) * width
-    ax.set(xlim=(-0.35 * width, right_end), ylim=(1.75 * height * rows, -2))
+    rows, gap = -(-len(worst) // columns), 0.35 * width
+    ax.set(xlim=(-gap, 1.7 * width * columns - gap), ylim=(1.75 * height * rows, -2))
     count = int((times_wrong > len(guesses) / 2).sum())
     ax.set_title(f"{count} of {len(right):,} images are misread by most of {len(guesses)} networks")
     ax.set_axis_off()

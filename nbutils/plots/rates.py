@@ -99,11 +99,10 @@ def plot_noise_scale(ax: Axes, table: pd.DataFrame) -> None:
     known = table.assign(value=table["value"].where(table["value"] < top))
     for number, (optimizer, measured) in enumerate(known.groupby("optimizer")):
         colour, dashes = ((style.GREEN, "-"), (style.PURPLE, "--"))[number]
-        for place, (_, seed) in enumerate(measured.groupby("seed")):
-            x = seed["update"] * 1.06 ** (place + number / 2)
-            low, high = seed["low"].clip(lower=bottom), seed["high"].clip(upper=top)
-            ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
-            ax.plot(x, seed["value"], style.MARKERS[number], color=colour, ms=4, alpha=0.7)
+        x = measured["update"] * 1.06 ** (measured.groupby("seed").ngroup() + number / 2)
+        low, high = measured["low"].clip(lower=bottom), measured["high"].clip(upper=top)
+        ax.vlines(x, low, high, color=colour, linewidth=1, alpha=0.5)
+        ax.plot(x, measured["value"], style.MARKERS[number], color=colour, ms=4, alpha=0.7)
         medians = measured.groupby("update")["value"].median()
         ax.plot(medians, dashes, color=colour, linewidth=2.5, label=str(optimizer))
     style.plain_log_ticks(ax.xaxis, "{:,g}", 1, 3)
@@ -133,10 +132,10 @@ def plot_updates_to_target(
     highest = max(fastest["updates"].max(), least + perfect[0])
     ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))
     ax.set(xlabel="images per update", ylabel="updates to the target")
-    along = ax.get_xaxis_transform()
-    if len(missing):
-        places = list(missing), [0.04] * len(missing)
-        ax.plot(*places, "x", color=style.RED, transform=along, label="not reached")
+    along: dict[str, Any] = {"transform": ax.get_xaxis_transform()}  # y is a share of the height
+    if missing:
+        low = [0.04] * len(missing)
+        ax.plot(missing, low, "x", color=style.RED, label="not reached", **along)
     band = max(critical.low, x[0]), min(critical.high, x[-1])
     ax.axvspan(*band, color="0.9", zorder=0, label="critical batch size, 95 %")
     ax.axvline(critical.value, ymax=0.86, color="0.5", linewidth=1)
@@ -147,7 +146,7 @@ def plot_updates_to_target(
     for name, (left, right) in zip(REGIMES, pairwise(edges), strict=True):
         if right > left:
             place, text = np.sqrt(left * right), name.replace(" ", "\n")
-            ax.text(place, 0.98, text, transform=along, ha="center", va="top", size=10)
+            ax.text(place, 0.98, text, ha="center", va="top", size=10, **along)
     style.fixed_ticks(ax.xaxis, sizes)
     style.plain_log_ticks(ax.yaxis, "{:,g}", 1, 2, 5)
     style.label_ends(ax, "fit", "fewest updates")

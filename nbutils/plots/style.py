@@ -18,8 +18,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator
 
-RED, BLUE = "#d1495b", "#2d708e"
-PURPLE, GREEN = "#440154", "#29af7f"  # two of viridis
+RED, BLUE, PURPLE, GREEN = "#d1495b", "#2d708e", "#440154", "#29af7f"  # all but red of viridis
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 ACCUMULATED = (0, (4, 1.5))  # the dashes of accumulated settings
 ACCURACY_TICKS = (
@@ -39,13 +38,11 @@ def use_style() -> None:
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write `<folder>/<name>.svg`, the same bytes on every machine, and return its path.
 
-    Processors differ in the last bits of coordinates, from which matplotlib derives names of parts:
-    so numbers are rounded to 6 digits, and names become running numbers.
+    So numbers are rounded to 6 digits, and parts, whose names are random, are numbered.
     """
     path = Path(folder, f"{name}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": "nbutils"}):
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = path.read_text()
     for number, part in enumerate(dict.fromkeys(re.findall(r'id="(\w*[0-9a-f]{10})"', text))):
         text = text.replace(part, f"part{number}")
@@ -84,9 +81,9 @@ def errorbar(ax: Axes, x: Any, table: pd.DataFrame, **look: Any) -> None:
 def label_ends(ax: Axes, *only: str) -> None:
     """Write the name of each labelled line (or of those in `only`) beside its end, without overlap.
 
-    The limits and scales of the axes must not change any more.
+    The limits and scales of the axes must not change afterwards.
     """
-    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # fixes what is still automatic
     labels = []
     for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
         line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle

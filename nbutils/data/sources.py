@@ -34,8 +34,7 @@ SHA256 = {
     "MNIST": ("ba891046e650", "65a50cbbf4e9", "0fa7898d5092", "ff7bcfd416de"),
     "FashionMNIST": ("c59f468a2f67", "bad3541b69d9", "5b4141f0afba", "0402a96d92fd"),
 }
-"""The first digits of those of the decompressed `FILES`. Of KMNIST, torchvision has the MD5 of the
-compressed ones."""
+"""First digits, of the decompressed `FILES`. KMNIST: torchvision has MD5 of the compressed ones."""
 
 
 def load_dataset(name: str) -> Dataset:

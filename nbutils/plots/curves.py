@@ -24,8 +24,7 @@ METRIC_NAMES = {
 }
 
 SETTINGS = "images per update; accumulated: steps x micro-batch"
-BAR_SEEDS = 3
-"""Seeds from which on curves have intervals: those of two are 13 standard errors wide."""
+BAR_SEEDS = 3  # from which on curves have intervals: those of two are 13 standard errors wide
 
 
 def plot_accuracy(

@@ -27,13 +27,13 @@ def plot_rate_map(ax: Axes, table: pd.DataFrame) -> None:
     edges = _log_edges(grid.columns.to_numpy(float)), _log_edges(grid.index.to_numpy(float))
     ax.pcolormesh(*edges, 1 - grid.to_numpy(), cmap=colours, norm=shade_of, edgecolor="white")
     for _, row in table.iterrows():
-        text, size = row["outcome"], 8
+        accuracy, text, size = row["validation_accuracy"], row["outcome"], 8
         if text == "learnt":
-            text, size = f"{100 * row['validation_accuracy']:.1f}", 10
-        shade = float(shade_of(1 - row["validation_accuracy"]))
-        look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": size, "zorder": 4}
+            text, size = f"{100 * accuracy:.1f}", 10
+        shade = float(shade_of(1 - accuracy))
+        look: dict[str, Any] = {"ha": "center", "va": "center", "size": size, "zorder": 4}
         look["color"] = "black" if shade < 0.4 else "white"
-        look["fontweight"] = "bold" if row["within_noise"] else "normal"
+        look["weight"] = "bold" if row["within_noise"] else "normal"
         # The box hides what is drawn over the map behind the number.
         look["bbox"] = {"facecolor": colours(shade), "edgecolor": "none", "pad": 1.5}
         ax.text(row["effective_batch_size"], row["learning_rate"], text, **look)
@@ -115,23 +115,24 @@ def plot_updates_to_target(
 ) -> None:
     """The runs of `fastest_rates` against batch size, the fitted curve, and the three regimes.
 
-    Open dots reached the target in their first epoch, so they are upper bounds. The band is the
-    interval of the critical batch size; crosses are `missing` sizes, that never reached the target.
+    Open dots reached the target in their first epoch: upper bounds. Sizes that are `missing` never
+    did.
     """
     sizes = np.array([*fastest["effective_batch_size"], *missing], dtype=float)
     x = np.geomspace(sizes.min() / 2, sizes.max() * 3, 200)
     least, perfect = critical.fewest_updates, critical.fewest_images / x
     ax.plot(x, least + perfect, color=style.PURPLE, label="fit")
     ax.plot(x, np.full_like(x, least), color="0.5", linestyle="--", label="fewest updates")
+    # Free space above for the names of the regimes, below for the legend.
+    highest = max(fastest["updates"].max(), least + perfect[0])
+    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))
+    ax.set(xlabel="images per update", ylabel="updates to the target")
+    style.label_ends(ax)
     ax.plot(x, perfect, color="0.5", linestyle=":", label="perfect scaling")
     for first, runs in fastest.groupby(fastest["epochs"] <= 1):
         fill, label = ("white", "run, at most") if first else (style.GREEN, "run")
         points = runs["effective_batch_size"], runs["updates"]
         ax.plot(*points, "o", color=style.GREEN, mfc=fill, ms=6, label=label)
-    # Free space above for the names of the regimes, below for the legend.
-    highest = max(fastest["updates"].max(), least + perfect[0])
-    ax.set(xscale="log", yscale="log", xlim=(x[0], x[-1]), ylim=(least / 10, 4 * highest))
-    ax.set(xlabel="images per update", ylabel="updates to the target")
     along: dict[str, Any] = {"transform": ax.get_xaxis_transform()}  # y is a share of the height
     if missing:
         low = [0.04] * len(missing)
@@ -149,6 +150,5 @@ def plot_updates_to_target(
             ax.text(place, 0.98, text, ha="center", va="top", size=10, **along)
     style.fixed_ticks(ax.xaxis, sizes)
     style.plain_log_ticks(ax.yaxis, "{:,g}", 1, 2, 5)
-    style.label_ends(ax, "fit", "fewest updates")
-    handles, _ = ax.get_legend_handles_labels()
-    ax.legend(handles=handles[2:], loc="lower left", frameon=True, framealpha=1, edgecolor="none")
+    named = ax.get_legend_handles_labels()[0][2:]
+    ax.legend(handles=named, loc="lower left", frameon=True, framealpha=1, edgecolor="none")

@@ -78,8 +78,8 @@ def errorbar(ax: Axes, x: Any, table: pd.DataFrame, **look: Any) -> None:
     ax.errorbar(x, value, reach, **look)
 
 
-def label_ends(ax: Axes, *only: str) -> None:
-    """Write the name of each labelled line (or of those in `only`) beside its end, without overlap.
+def label_ends(ax: Axes) -> None:
+    """Write the name of each labelled line beside its end, without overlap.
 
     The limits and scales of the axes must not change afterwards.
     """
@@ -87,8 +87,6 @@ def label_ends(ax: Axes, *only: str) -> None:
     labels = []
     for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
         line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle
-        if only and name not in only:
-            continue
         points = line.get_xydata()
         for end in points[np.isfinite(points).all(axis=1)][-1:]:
             data = line.get_transform()

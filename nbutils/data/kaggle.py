@@ -136,8 +136,9 @@ def _first_fault(content: bytes, columns: Mapping[str, int]) -> str:
         names = next(rows)
         for place, (name, wanted) in enumerate(zip_longest(names, columns), start=1):
             if name != wanted:
+                found = "missing" if name is None else reprlib.repr(name)
                 return (
-                    f"line 1: column {place} is {reprlib.repr(name)}, but it must be {wanted!r}; "
+                    f"line 1: column {place} is {found}, but it must be {wanted!r}; "
                     f"the file has {len(names)} columns, and must have {len(columns)}, as UTF-8 "
                     f"text separated by commas"
                 )

@@ -1,6 +1,7 @@
 """Kaggle's files, read and written, and what follows where the test images' classes are unknown."""
 
 import gzip
+import io
 import math
 import zipfile
 from dataclasses import replace
@@ -62,8 +63,6 @@ def test_files_are_as_kaggles_and_are_read_back_bitwise(few_digits, folder):
 
 def zipped(content, name="train.csv"):
     """A zip of one file as macOS makes it."""
-    import io
-
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("__MACOSX/._train.csv", b"\0")

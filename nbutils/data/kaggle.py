@@ -9,10 +9,13 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import itertools
+import re
+import reprlib
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import zip_longest
 from lzma import LZMAError
 from pathlib import Path
 
@@ -56,13 +59,13 @@ def write_dataset(folder: str | Path, data: Dataset) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     images, labels = (torch.cat(parts) for parts in zip(data.train, data.validation, strict=True))
-    table = torch.cat([labels.unsqueeze(1), images.flatten(1)], 1)
-    for name, columns, values in (
-        ("train.csv", TRAIN_COLUMNS, table),
-        ("test.csv", TEST_COLUMNS, data.test.images.flatten(1)),
-    ):
-        frame = pd.DataFrame(values.numpy(), columns=list(columns))
-        frame.to_csv(folder / name, index=False, lineterminator="\n")
+    train, test = (
+        pd.DataFrame(pixels.flatten(1).numpy(), columns=list(TEST_COLUMNS))
+        for pixels in (images, data.test.images)
+    )
+    train.insert(0, "label", labels.numpy())
+    train.to_csv(folder / "train.csv", index=False, lineterminator="\n")
+    test.to_csv(folder / "test.csv", index=False, lineterminator="\n")
 
 
 def write_submission(path: str | Path, predictions: Tensor) -> Path:
@@ -70,7 +73,7 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
 
     `predictions`, whole numbers of shape (n,), n >= 1, are the classes of `test.csv`'s images.
     """
-    path, lines = Path(path), []
+    path, lines = Path(path), ["ImageId,Label\n"]
     for image, label in enumerate(predictions.tolist(), start=1):
         if type(label) is not int or not 0 <= label < CLASSES:
             raise InputError(
@@ -78,35 +81,29 @@ def write_submission(path: str | Path, predictions: Tensor) -> Path:
                 f"0 to {CLASSES - 1}"
             )
         lines.append(f"{image},{label}\n")
-    if not lines:
+    if len(lines) == 1:
         raise InputError("there are no predictions to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "".join(["ImageId,Label\n", *lines]).encode())
+    write_atomically(path, "".join(lines).encode())
     return path
 
 
 def _read(path: Path, columns: Mapping[str, int]) -> Tensor:
     """The values in a file: uint8, shape (rows, columns)."""
     path, content = _content(path)
-    try:
+    with suppress(ValueError, OverflowError):  # the hunt for the first fault says more
         table = pd.read_csv(io.BytesIO(content), dtype=np.int64, skip_blank_lines=False)
-        values = table.to_numpy()
         # Rows with more values than the header would give the table an index.
-        sound = list(table) == list(columns) and isinstance(table.index, pd.RangeIndex)
-        sound = sound and bool(((values >= 0) & (values <= list(columns.values()))).all())
-    except (ValueError, OverflowError):
-        sound = False
-    if not sound:
-        raise InputError(f"{path}, {_first_fault(content, columns)}")
-    if table.empty:
-        raise InputError(f"{path} has a line of column names, but no rows")
-    return torch.from_numpy(values.astype(np.uint8))
+        in_form = list(table) == list(columns) and isinstance(table.index, pd.RangeIndex)
+        if in_form and table.min().ge(0).all() and table.max().le(pd.Series(columns)).all():
+            return torch.from_numpy(table.to_numpy(np.uint8))
+    raise InputError(f"{path}, {_first_fault(content, columns)}")
 
 
 def _content(path: Path) -> tuple[Path, bytes]:
     """The file that holds the CSV file called `path`, and the CSV's bytes, decompressed."""
     names = (path.name, f"{path.name}.gz", f"{path.name}.zip", DOWNLOAD)
-    found = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    found = next((file for file in map(path.with_name, names) if file.is_file()), None)
     if found is None:
         reason = f"no file {path}" if path.parent.is_dir() else f"no folder {path.parent}"
         raise InputError(
@@ -128,39 +125,33 @@ def _content(path: Path) -> tuple[Path, bytes]:
         raise InputError(f"{found} holds no {path.name}; unpack it by hand") from None
     if not content:
         raise InputError(f"{found} is empty")
-    return found, content.removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n") + b"\n"
+    return found, content.rstrip(b"\r\n") + b"\n"
 
 
 def _first_fault(content: bytes, columns: Mapping[str, int]) -> str:
     """The line of the first fault in a file, and what it is."""
-    rows = csv.reader(io.StringIO(content.decode(errors="backslashreplace"), newline=""))
+    text = content.decode("utf-8-sig", errors="backslashreplace")
+    rows = csv.reader(io.StringIO(text, newline=""))
     try:
-        return _fault_of(rows, columns)
+        names = next(rows)
+        for place, (name, wanted) in enumerate(zip_longest(names, columns), start=1):
+            if name != wanted:
+                found = "missing" if name is None else reprlib.repr(name)
+                return (
+                    f"line 1: column {place} is {found}, but it must be {wanted!r}; "
+                    f"the file has {len(names)} columns, and must have {len(columns)}, as UTF-8 "
+                    f"text separated by commas"
+                )
+        for number, row in enumerate(rows, start=2):
+            if len(row) != len(columns):  # comes first: after a lost field all columns are wrong
+                return f"line {number}: it has {len(row)} values, and must have {len(columns)}"
+            for (name, largest), value in zip(columns.items(), row, strict=True):
+                if (
+                    not re.fullmatch(r"\s*0{0,99}\d{1,3}\s*", value, re.ASCII)
+                    or int(value) > largest
+                ):
+                    what = f"{reprlib.repr(value)} is not a whole number from 0 to {largest}"
+                    return f"line {number}, column {name}: {what}"
     except csv.Error as error:  # such as a quote that is never closed
         return f"line {rows.line_num}: it is no CSV: {error}"
-
-
-def _fault_of(rows: Iterable[list[str]], columns: Mapping[str, int]) -> str:
-    for number, row in enumerate(rows, start=1):
-        if number == 1:
-            for place, (name, wanted) in enumerate(itertools.zip_longest(row, columns), start=1):
-                if name != wanted:
-                    right = f"it must be {wanted!r}" if wanted else "must not be there"
-                    return (
-                        f"line 1: column {place} is {_shortened(name)}, but {right}; "
-                        f"the file has {len(row)} columns, and must have {len(columns)}, as UTF-8 "
-                        f"text separated by commas"
-                    )
-        elif len(row) != len(columns):  # comes first: after a lost field all columns are wrong
-            return f"line {number}: it has {len(row)} values, and must have {len(columns)}"
-        else:
-            for (name, largest), value in zip(columns.items(), row, strict=True):
-                whole = value.isascii() and value.strip().isdigit() and len(value) < 100
-                if not whole or int(value) > largest:
-                    what = f"{_shortened(value)} is not a whole number from 0 to {largest}"
-                    return f"line {number}, column {name}: {what}"
-    return "there are values that are not whole numbers"
-
-
-def _shortened(text: str | None) -> str:
-    return "missing" if text is None else repr(text if len(text) <= 20 else f"{text[:20]}...")
+    return "below the column names there must be rows of whole numbers"

@@ -27,27 +27,14 @@ SYLLABLES = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
 
 MNIST_5K_SHA256 = "1b845fda528288bf79346626fdf2fff6549f0170890dc9174bc1ef609807bbfa"
 
-FILES = (
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
+FILES = [
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+]
 SHA256 = {
-    "MNIST": (
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-    "FashionMNIST": (
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    ),
+    "MNIST": ("ba891046e650", "65a50cbbf4e9", "0fa7898d5092", "ff7bcfd416de"),
+    "FashionMNIST": ("c59f468a2f67", "bad3541b69d9", "5b4141f0afba", "0402a96d92fd"),
 }
-"""Of the decompressed `FILES`. Those of KMNIST are known compressed only, by torchvision's MD5."""
+"""First digits, of the decompressed `FILES`. KMNIST: torchvision has MD5 of the compressed ones."""
 
 
 def load_dataset(name: str) -> Dataset:
@@ -58,12 +45,10 @@ def load_dataset(name: str) -> Dataset:
       `data/`), else torchvision's download.
     - "mnist-kaggle": the 70,000 MNIST digits split by a fixed rule into 42,000 to train on and
       28,000 to test, the sizes of Kaggle's Digit Recognizer.
-    - "kaggle:FOLDER": Kaggle's own `train.csv` and `test.csv` in that folder. The classes of its
-      test images are unknown.
+    - "kaggle:FOLDER": Kaggle's own `train.csv` and `test.csv` in that folder, the test images
+      without their classes.
 
-    Raises:
-        InputError: The name is unknown, or the files are damaged or missing and cannot be
-            downloaded. The message says what to do.
+    InputError says what to do about an unknown name, or files that are damaged or missing.
     """
     if name.startswith(KAGGLE):
         (train, test), class_names = _kaggle(name.removeprefix(KAGGLE)), DIGITS
@@ -93,9 +78,8 @@ def _mnist_5k() -> tuple[Split, Split]:
 
 
 def _mnist_kaggle() -> tuple[Split, Split]:
-    images, labels = (torch.cat(tensors) for tensors in zip(*_idx("MNIST"), strict=True))
-    to_train = torch.arange(len(labels)) % 5 < 3
-    every = Split(images, labels)
+    every = Split(*(torch.cat(parts) for parts in zip(*_idx("MNIST"), strict=True)))
+    to_train = torch.arange(len(every.labels)) % 5 < 3
     return every.at(to_train), every.at(~to_train)
 
 
@@ -114,52 +98,22 @@ def _kaggle(folder: str) -> tuple[Split, Split]:
 
 def _idx(class_name: str) -> tuple[Split, Split]:
     """Training and test images of one of torchvision's datasets of MNIST's form."""
-    paths = _files(class_name)
-    train_images, train_labels, test_images, test_labels = (
-        _values(paths[name], class_name) for name in FILES
-    )
-    return (
-        Split(train_images.view(-1, 1, 28, 28), train_labels.long()),
-        Split(test_images.view(-1, 1, 28, 28), test_labels.long()),
-    )
+    values = [_values(class_name, name) for name in FILES]
+    images, labels = ([part.view(-1, 1, 28, 28) for part in values[::2]], values[1::2])
+    return Split(images[0], labels[0].long()), Split(images[1], labels[1].long())
 
 
-def _files(class_name: str) -> dict[str, Path]:
-    """The IDX files by name, decompressed or not; downloaded where they are missing."""
-    folder, reason = data_folder() / class_name / "raw", ""
-    forms = (".gz", "") if class_name in SHA256 else (".gz",)
-
-    def found() -> dict[str, Path]:
-        paths = [path for path in folder.glob("*-ubyte*") if path.suffix in forms]
-        return {path.stem: path for path in paths if path.stem in FILES}
-
-    if len(found()) < len(FILES):
-        from torchvision import datasets
-
-        try:
-            getattr(datasets, class_name)(data_folder(), download=True)
-        except (RuntimeError, OSError) as error:
-            reason = f"The download said: {' '.join(str(error).split())}"
-    if len(found()) < len(FILES):
-        raise InputError(
-            f"{class_name} is not in {folder} and cannot be downloaded. Two ways out: put its four "
-            f"files ({', '.join(f'{name}.gz' for name in FILES)}) there, or into "
-            f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no "
-            f"download. {reason}"
-        )
-    return found()
-
-
-def _values(path: Path, class_name: str) -> torch.Tensor:
-    """The values in an IDX file, after its checksum: uint8, flat."""
+def _values(class_name: str, name: str) -> torch.Tensor:
+    """The values in one of `FILES`, after its checksum: uint8, flat."""
+    path = _file(class_name, name)
     stored = path.read_bytes()
     try:
         content = gzip.decompress(stored) if path.suffix == ".gz" else stored
     except (OSError, EOFError, zlib.error):
         content = b""
     if class_name in SHA256:
-        known = SHA256[class_name][FILES.index(path.stem)]
-        official = hashlib.sha256(content).hexdigest() == known
+        known = SHA256[class_name][FILES.index(name)]
+        official = hashlib.sha256(content).hexdigest().startswith(known)
     else:
         from torchvision import datasets
 
@@ -169,8 +123,31 @@ def _values(path: Path, class_name: str) -> torch.Tensor:
             f"{path} is damaged or not the official file (its checksum differs); delete it to "
             f"have it downloaded again, or put the official file there"
         )
-    header = 16 if "images" in path.name else 8  # bytes
+    header = 16 if "images" in name else 8  # bytes
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
+
+
+def _file(class_name: str, name: str) -> Path:
+    """Where one of `FILES` is, decompressed or not; downloaded if it is missing."""
+    folder, reason = data_folder() / class_name / "raw", ""
+    forms = (".gz", "") if class_name in SHA256 else (".gz",)
+    paths = [folder / f"{name}{form}" for form in forms]
+    if not any(path.is_file() for path in paths):
+        from torchvision import datasets
+
+        try:
+            getattr(datasets, class_name)(data_folder(), download=True)
+        except (RuntimeError, OSError) as error:
+            reason = f"The download said: {' '.join(str(error).split())}"
+    for path in paths:
+        if path.is_file():
+            return path
+    raise InputError(
+        f"{class_name} is not in {folder} and cannot be downloaded. Two ways out: put its four "
+        f"files ({', '.join(f'{name}.gz' for name in FILES)}) there, or into "
+        f"$NBUTILS_DATA/{class_name}/raw; or use the dataset 'mnist-5k', which needs no "
+        f"download. {reason}"
+    )
 
 
 DATASETS: dict[str, tuple[Callable[[], tuple[Split, Split]], tuple[str, ...]]] = {

@@ -1,14 +1,17 @@
 """Figures from tidy tables: each function draws on the axes (`ax`) that it is given."""
 
 from nbutils.plots.accumulation import (
+    COSTS,
+    plot_cost,
+    plot_cost_map,
     plot_damage,
     plot_drift,
     plot_gradient_sum,
     plot_ladder,
+    plot_search,
     plot_windows,
 )
 from nbutils.plots.advice import plot_noise, plot_race, plot_rates, plot_sizes
-from nbutils.plots.cost import COSTS, plot_cost, plot_cost_map, plot_search
 from nbutils.plots.curves import (
     plot_accuracy,
     plot_final,

@@ -14,7 +14,6 @@ from nbutils.analysis.intervals import mean_interval
 from nbutils.analysis.outcomes import name_settings, outcomes, setting_name
 from nbutils.plots import style
 
-Metric = Literal["train_accuracy", "validation_accuracy", "test_accuracy"]
 Progress = Literal["epoch", "updates", "seconds"]
 Scale = Literal["accuracy", "error"]
 
@@ -25,48 +24,44 @@ METRIC_NAMES = {
 }
 
 SETTINGS = "images per update; accumulated: steps x micro-batch"
-BAR_SEEDS = 3
-"""Seeds from which on curves have intervals: those of two are 13 standard errors wide."""
+BAR_SEEDS = 3  # from which on curves have intervals: those of two are 13 standard errors wide
 
 
 def plot_accuracy(
     ax: Axes,
     runs: pd.DataFrame,
-    metric: Metric,
+    metric: str,
     against: Progress = "epoch",
     scale: Scale = "accuracy",
 ) -> None:
-    """How a metric of the runs of `load_runs` develops: one line per setting, its mean over seeds.
+    """How one of `METRIC_NAMES` develops in runs of `load_runs`: the mean over seeds by setting.
 
     The darker a line, the more images per update; accumulated settings are dashed. Marks with
-    95 % intervals (from `BAR_SEEDS` seeds on) take turns at the epochs. Seconds are those of the
-    fastest seed at each epoch.
+    95 % intervals take turns at the epochs. Seconds are those of the fastest seed at each epoch.
     """
-    runs = name_settings(runs)
-    runs["value"] = runs[metric] if scale == "accuracy" else 100 * (1 - runs[metric])
+    runs, metrics = name_settings(runs), list(METRIC_NAMES)
+    if scale == "error":
+        runs[metrics] = 100 * (1 - runs[metrics])
     settings = runs.groupby("setting", sort=False)
     colours = style.batch_size_colours(runs["effective_batch_size"])
     bars = settings["seed"].nunique().min() >= BAR_SEEDS
+    shown = ["value", "low", "high"] if bars else ["value"]
     for number, (setting, rows) in enumerate(settings):
         epochs = rows.groupby("epoch")
-        mean, spread = means_with_bars(epochs["value"])
         size, steps = rows[["effective_batch_size", "accumulation_steps"]].iloc[0]
-        turn = (number % len(mean), len(settings))
+        turn = (number % len(epochs), len(settings))
         look: dict[str, Any] = {"label": setting, "color": colours[size], "linewidth": 1.8}
-        look |= {"markevery": turn, "marker": style.MARKERS[number % len(style.MARKERS)]}
+        look |= {"marker": style.MARKERS[number % len(style.MARKERS)], "elinewidth": 1.2}
+        look |= {"markevery": turn, "errorevery": turn}
         look["linestyle"] = "-" if steps == 1 else style.ACCUMULATED
-        if bars:
-            look |= {"yerr": spread, "errorevery": turn, "elinewidth": 1.2}
-        ax.errorbar(epochs[against].min(), mean, **look)
-    # The limits come from all metrics, so that panels side by side have one scale.
-    accuracies = runs[list(METRIC_NAMES)].to_numpy()
+        style.errorbar(ax, epochs[against].min(), _intervals(epochs[metric])[shown], **look)
+    values = runs[metrics].to_numpy()  # of all metrics, so that panels side by side have one scale
     if scale == "accuracy":
-        style.stretch_towards_one(ax, accuracies)
+        style.stretch_towards_one(ax, values)
     else:
-        errors = 100 * (1 - accuracies)
-        lowest = errors.min(initial=100, where=errors > 0)
-        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(errors, 0.98)))
-        style.plain_log_ticks(ax.yaxis, "{:g} %", (1, 2, 5))
+        lowest = values.min(initial=100, where=values > 0)
+        ax.set(yscale="log", ylim=(lowest / 1.3, 1.3 * np.nanquantile(values, 0.98)))
+        style.plain_log_ticks(ax.yaxis, "{:g} %", 1, 2, 5)
     _progress_axis(ax, against, runs[against])
     ax.set(ylabel=scale, title=METRIC_NAMES[metric].replace("accuracy", scale))
     if against == "epoch" and len(settings) <= len(style.MARKERS):
@@ -78,19 +73,18 @@ def plot_accuracy(
 def plot_overlay(
     ax: Axes, histories: Mapping[str, pd.DataFrame], against: Progress = "epoch"
 ) -> None:
-    """Validation accuracy of a few runs, one over the other, so that equal ones can be seen.
+    """Validation accuracy of a few runs, of which equal ones can be seen: "8 x 128" is drawn thin.
 
-    `histories` are `RunResult.history` by name; what has a name like "8 x 128" is dashed and thin.
+    `histories` are `RunResult.history` by name.
     """
     metric = "validation_accuracy"
-    colours = style.shades(len(histories), 0.3)
-    for number, (name, history) in enumerate(histories.items()):
+    style.cycle_looks(ax, style.shades(len(histories), 0.3))
+    for name, history in histories.items():
         look: dict[str, Any] = {"linewidth": 4, "alpha": 0.7, "markersize": 8}
         if " x " in name:
             look = {"linewidth": 1.8, "linestyle": style.ACCUMULATED, "mfc": "white", "zorder": 3}
-        look |= {"color": colours[number], "marker": style.MARKERS[number], "label": name}
-        ax.plot(history[against], history[metric], **look)
-    _few_curves(ax, pd.concat(list(histories.values())), [metric], against)
+        ax.plot(history[against], history[metric], label=name, **look)
+    _few_curves(ax, against)
     ax.set_title(METRIC_NAMES[metric])
     if against == "epoch":
         style.label_ends(ax)
@@ -100,23 +94,23 @@ def plot_overlay(
 
 def plot_history(ax: Axes, history: pd.DataFrame) -> None:
     """Training, validation and, where it is known, test accuracy of a `RunResult.history`."""
-    for number, (metric, title) in enumerate(METRIC_NAMES.items()):
+    style.cycle_looks(ax, style.shades(3, 1, 0.25))
+    for metric, title in METRIC_NAMES.items():
         if history[metric].notna().all():
-            look = {"color": style.shades(3, 1, 0.25)[number], "marker": style.MARKERS[number]}
-            ax.plot(history["epoch"], history[metric], label=title.partition(" ")[0], **look)
-    _few_curves(ax, history, list(METRIC_NAMES), "epoch")
+            ax.plot(history["epoch"], history[metric], label=title.partition(" ")[0])
+    _few_curves(ax, "epoch")
     style.label_ends(ax)
 
 
-def _few_curves(ax: Axes, history: pd.DataFrame, metrics: list[str], against: Progress) -> None:
+def _few_curves(ax: Axes, against: Progress) -> None:
     """The axes of curves so few and short that they can show the lowest point."""
-    accuracies = history[metrics].to_numpy()
+    progress, accuracies = np.concatenate([line.get_xydata() for line in ax.lines]).T
     style.stretch_towards_one(ax, accuracies)
-    ax.set(ylim=(max(0.01, 1 - 1.1 * (1 - np.nanmin(accuracies))), None), ylabel="accuracy")
-    _progress_axis(ax, against, history[against])
+    ax.set(ylim=(max(0.01, 1 - 1.1 * (1 - accuracies.min())), None), ylabel="accuracy")
+    _progress_axis(ax, against, progress)
 
 
-def _progress_axis(ax: Axes, against: Progress, values: pd.Series) -> None:
+def _progress_axis(ax: Axes, against: Progress, values: Any) -> None:
     if against == "epoch":
         last = values.max()
         ax.set_xlim(1 - 0.02 * last, 1.02 * last)
@@ -124,35 +118,33 @@ def _progress_axis(ax: Axes, against: Progress, values: pd.Series) -> None:
         style.fixed_ticks(ax.xaxis, [1, *(step for step in steps if 1 < step <= last)])
     else:
         ax.set_xscale("log")
-        style.plain_log_ticks(ax.xaxis, "{:,g}", (1, 3))
+        style.plain_log_ticks(ax.xaxis, "{:,g}", 1, 3)
     ax.set_xlabel("seconds of training" if against == "seconds" else against)
 
 
-def means_with_bars(groups: Any) -> tuple[pd.Series, np.ndarray]:
-    """Means of a column grouped by something; how far 95 % intervals reach down and up (2, n)."""
-    mean = groups.mean()
-    low, high = np.transpose([mean_interval(values.tolist()) for _, values in groups])
-    return mean, np.array([mean - low, high - mean])
+def _intervals(groups: Any) -> pd.DataFrame:
+    """Mean (`value`) and 95 % interval (`low`, `high`) of each group of a column."""
+    rows = {name: (values.mean(), *mean_interval(values.tolist())) for name, values in groups}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["value", "low", "high"])
 
 
 def plot_final(ax: Axes, runs: pd.DataFrame, values: pd.Series) -> None:
     """A value in [0, 1] of each run (one row each): pale dots, and each setting's mean, interval.
 
-    A setting's mark is a circle without accumulation and a diamond with it.
+    Diamonds are accumulated settings.
     """
     table = name_settings(runs.assign(value=values))
     settings = table.groupby("setting", sort=False)
     colours = style.batch_size_colours(table["effective_batch_size"])
-    mean, spread = means_with_bars(settings["value"])
+    means = _intervals(settings["value"])
     for place, (_, rows) in enumerate(settings):
         size, steps = rows[["effective_batch_size", "accumulation_steps"]].iloc[0]
         look: dict[str, Any] = {"color": colours[size], "marker": "o" if steps == 1 else "D"}
         beside = place + 0.18 * np.linspace(-1, 1, len(rows))
         ax.plot(beside, rows["value"], linestyle="", alpha=0.35, ms=4, **look)
-        bar = spread[:, [place]]
-        ax.errorbar([place], [mean.iloc[place]], yerr=bar, capsize=4, ms=8, **look)
-    longest = max(map(len, mean.index))
-    ax.set_xticks(range(len(mean)), mean.index, rotation=0 if longest < 8 else 25)
+        style.errorbar(ax, [place], means.iloc[[place]], capsize=4, ms=8, **look)
+    longest = max(map(len, means.index))
+    ax.set_xticks(range(len(means)), means.index, rotation=0 if longest < 8 else 25)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.5g} %")
     ax.set(xlabel=SETTINGS, ylabel=None)
 
@@ -167,13 +159,11 @@ def plot_normalisations(ax: Axes, runs: pd.DataFrame, metric: str) -> None:
     final["value"] = 100 * (1 - final[metric]) if is_accuracy else final[metric]
     final["setting"] = final["batch_size"].combine(final["accumulation_steps"], setting_name)
     norms, places = final.groupby("norm"), pd.Index(final["setting"].unique())
-    colours = style.shades(len(norms))
+    style.cycle_looks(ax, style.shades(len(norms)), linestyle=["-", "--", "-.", ":"][: len(norms)])
     for number, (norm, rows) in enumerate(norms):
-        mean, spread = means_with_bars(rows.groupby("setting", sort=False)["value"])
-        beside = places.get_indexer(mean.index) + 0.12 * (number - (len(norms) - 1) / 2)
-        look: dict[str, Any] = {"label": norm, "ms": 7, "capsize": 4, "color": colours[number]}
-        look |= {"marker": style.MARKERS[number], "linestyle": ["-", "--", "-.", ":"][number]}
-        ax.errorbar(beside, mean, yerr=spread, **look)
+        means = _intervals(rows.groupby("setting", sort=False)["value"])
+        beside = places.get_indexer(means.index) + 0.12 * (number - (len(norms) - 1) / 2)
+        style.errorbar(ax, beside, means, label=norm, ms=7, capsize=4)
     ax.set_xticks(range(len(places)), places)
     name = metric.replace("_", " ").replace("accuracy", "error (%)")
     ax.set(xlabel=SETTINGS, ylabel=name)

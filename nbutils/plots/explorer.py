@@ -21,9 +21,9 @@ WIDE = {"width": "210px"}
 
 
 class Playground(widgets.HBox):
-    """Controls, by the text above each, beside the `figure` that the subclass's `plot` draws."""
+    """Controls, by the text above each, beside the `figure` that the subclass's `_plot` draws."""
 
-    plot: Callable[[Axes], None]
+    _plot: Callable[[Axes], None]
 
     def __init__(self, controls: dict[str, Any]) -> None:
         fits = {"width": "calc(100% - 240px)", "max_width": "760px", "height": "auto"}
@@ -33,7 +33,7 @@ class Playground(widgets.HBox):
             column += [widgets.HTML(f"<div style='line-height: 1.2'>{name}</div>"), control]
         left = widgets.VBox(column, layout={"width": "230px", "flex": "none"})
         super().__init__([left, self.picture])
-        self.draw()
+        self._draw()
 
     def __repr__(self) -> str:
         return "Run this cell in JupyterLab to choose what is drawn."
@@ -47,11 +47,10 @@ class Playground(widgets.HBox):
             del data["application/vnd.jupyter.widget-view+json"]
         return data
 
-    def draw(self, *_: Any) -> None:
-        """Show what `plot` draws now, in place of what was shown before."""
+    def _draw(self, *_: Any) -> None:
         self.figure, ax = plt.subplots(figsize=(7.6, 5.4), layout="constrained")
         plt.close(self.figure)  # it is shown here, and not once more at the end of the cell
-        self.plot(ax)
+        self._plot(ax)
         picture = BytesIO()
         self.figure.savefig(picture, format="png", dpi=100)
         self.picture.value = picture.getvalue()
@@ -61,31 +60,27 @@ class Explorer(Playground):
     """The curves of the runs of `load_runs`: which runs, axis, metric and scale is to choose."""
 
     def __init__(self, runs: pd.DataFrame) -> None:
+        def several(options: list[Any], most: int) -> widgets.SelectMultiple:
+            rows = min(most, len(options))
+            return widgets.SelectMultiple(options=options, value=options, rows=rows, layout=WIDE)
+
         self.runs = name_settings(runs)
-
-        def several(options: Any, most: int) -> widgets.SelectMultiple:
-            rows = {"rows": min(most, len(options)), "layout": WIDE}
-            return widgets.SelectMultiple(options=list(options), value=list(options), **rows)
-
+        settings, seeds = self.runs["setting"].unique(), self.runs["seed"].unique()
         metrics = [(name.partition(" (")[0], metric) for metric, name in METRIC_NAMES.items()]
-        self.settings = several(self.runs["setting"].unique(), most=9)
-        self.seeds = several(sorted(self.runs["seed"].unique().tolist()), most=10)
-        self.metric = widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE)
-        self.against = widgets.Dropdown(options=get_args(Progress), layout=WIDE)
-        self.scale = widgets.ToggleButtons(options=get_args(Scale), style={"button_width": "100px"})
-        controls: dict[str, Any] = {
-            "settings (Ctrl or Shift and a click chooses several)": self.settings,
-            "seeds (likewise)": self.seeds,
-            "metric": self.metric,
-            "against": self.against,
-            "scale": self.scale,
+        wide = {"button_width": "100px"}
+        controls = {
+            "settings (Ctrl or Shift and a click chooses several)": several(list(settings), 9),
+            "seeds (likewise)": several(sorted(seeds.tolist()), 10),
+            "metric": widgets.Dropdown(options=metrics, value="validation_accuracy", layout=WIDE),
+            "against": widgets.Dropdown(options=get_args(Progress), layout=WIDE),
+            "scale": widgets.ToggleButtons(options=get_args(Scale), style=wide),
         }
+        self.settings, self.seeds, self.metric, self.against, self.scale = controls.values()
         super().__init__(controls)
         for control in controls.values():
-            control.observe(self.draw, names="value")
+            control.observe(self._draw, names="value")
 
-    def plot(self, ax: Axes) -> None:
-        """Draw what the controls say."""
+    def _plot(self, ax: Axes) -> None:
         settings, seeds = self.settings.value, self.seeds.value
         chosen = self.runs[self.runs["setting"].isin(settings) & self.runs["seed"].isin(seeds)]
         if len(chosen):
@@ -107,27 +102,24 @@ class LiveCurves(Playground):
         self, train: Callable[[int], pd.DataFrame], sizes: Sequence[int], first: int
     ) -> None:
         self.train, self.curves = train, {first: train(first)}
-        self.colours = style.batch_size_colours(sizes)
         self.size = widgets.SelectionSlider(options=sizes, value=first, layout=WIDE)
         self.button = widgets.Button(description="Train", button_style="primary")
-        self.button.on_click(self.add)
+        self.button.on_click(self._add)
         super().__init__({"batch size": self.size, "": self.button})
 
-    def add(self, *_: Any) -> None:
-        """Train with the batch size of the slider, and show its curve."""
+    def _add(self, *_: Any) -> None:
         self.button.disabled = True
         try:
             self.curves[self.size.value] = self.train(self.size.value)
-            self.draw()
+            self._draw()
         finally:
             self.button.disabled = False
 
-    def plot(self, ax: Axes) -> None:
-        """Draw the curves so far."""
+    def _plot(self, ax: Axes) -> None:
+        colours = style.batch_size_colours(self.size.options)
         for size, curve in sorted(self.curves.items()):
-            colour = self.colours[size]
-            ax.plot(curve["seconds"], curve["accuracy"], color=colour, label=str(size))
-        style.stretch_towards_one(ax, pd.concat(list(self.curves.values()))["accuracy"].to_numpy())
+            ax.plot(curve["seconds"], curve["accuracy"], color=colours[size], label=f"{size}")
+        style.stretch_towards_one(ax, pd.concat(self.curves)["accuracy"].to_numpy())
         ax.set(xlabel="seconds of training", ylabel="validation accuracy")
         ax.set_title("Which batch size learns most in the time?")
         style.label_ends(ax)

@@ -21,13 +21,11 @@ MISREAD = 12  # images that `plot_misread` draws at most
 
 def plot_digits(ax: Axes, images: Split, class_names: Sequence[str], columns: int = 16) -> None:
     """The first images of each class, one row per class."""
-    rows = []
-    for label in range(len(class_names)):
-        examples = images.images[images.labels == label][:columns, 0].numpy()
-        rows.append(np.concatenate(list(examples), axis=1))
+    classes = range(len(class_names))
+    rows = [images.images[images.labels == label][:columns, 0].numpy() for label in classes]
+    ax.imshow(np.block([list(row) for row in rows]), cmap="gray_r", interpolation="nearest")
     height = images.images.shape[-2]
-    ax.imshow(np.concatenate(rows), cmap="gray_r", interpolation="nearest")
-    ax.set_yticks([height * (row + 0.5) for row in range(len(rows))], labels=list(class_names))
+    ax.set_yticks([height * (row + 0.5) for row in classes], labels=list(class_names))
     ax.set_xticks([])
     ax.grid(False)
     ax.spines[:].set_visible(False)
@@ -35,12 +33,12 @@ def plot_digits(ax: Axes, images: Split, class_names: Sequence[str], columns: in
 
 def plot_class_balance(ax: Axes, data: Dataset) -> None:
     """The share of each class in each split whose classes are known, in percent."""
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
     shares = {}
-    for name, split in splits.items():
-        if images := len(split.labels):
-            counts = np.bincount(split.labels.numpy(), minlength=len(data.class_names))
-            shares[f"{name} ({images:,} images)"] = 100 * counts / images
+    for name in ("train", "validation", "test"):
+        labels = getattr(data, name).labels.numpy()
+        if len(labels):
+            counts = np.bincount(labels, minlength=len(data.class_names))
+            shares[f"{name} ({len(labels):,} images)"] = 100 * counts / len(labels)
     colours: Any = ["#31688e", "#35b779", "#c8c8c8"]
     pd.DataFrame(shares, data.class_names).plot.bar(ax=ax, width=0.8, rot=0, color=colours)
     ax.grid(axis="x", visible=False)
@@ -49,37 +47,32 @@ def plot_class_balance(ax: Axes, data: Dataset) -> None:
 
 
 def plot_network(ax: Axes, layers: pd.DataFrame) -> None:
-    """A network as a drawing: what each layer gives, from the image to the classes.
+    """What each layer of a network gives, from the image to the classes.
 
-    `layers` has one row per layer, indexed by its name: `activations` ("16 x 14 x 14", drawn as
-    some sheets, or "10", as a column) and `weights`, how many it learns. The axes should be four
-    times as wide as high.
+    `layers` are rows by name: `activations` ("16 x 14 x 14", drawn as some sheets, or "10", as a
+    column) and the number of `weights`. The axes should be four times as wide as high.
     """
-    image = (1, 28, 28)
-    shapes: list[tuple[int, ...]] = [
-        image,
-        *(tuple(map(int, text.split(" x "))) for text in layers["activations"]),
-    ]
-    names = ["image", *map(str, layers.index)]
-    weights = ["", *(f"{number:,} weights" for number in layers["weights"])]
-    left, gap, largest = 0.0, 0.6 * image[-1], image[-1]
-    for number, (shape, colour) in enumerate(zip(shapes, style.shades(len(shapes)), strict=True)):
-        width, height, sheets = 3.0, 0.8 * largest, 1
-        if len(shape) == 3:
-            width = height = shape[-1]
-            sheets = min(shape[0], 2 + shape[0] // 8)
-        if number:
+    side, left, gap = 28, 0.0, 16.8
+    parts = [("image", f"1 x {side} x {side}", "")]
+    for name, shape, number in layers[["activations", "weights"]].itertuples():
+        parts.append((name, shape, f"{number:,} weights"))
+    for (name, shape, weights), colour in zip(parts, style.shades(len(parts)), strict=True):
+        width, height, sheets = 3.0, 0.8 * side, 1
+        channels, *area = map(int, shape.split(" x "))
+        if area:
+            width = height = area[-1]
+            sheets = min(channels, 2 + channels // 8)
+        if left:
             arrow = {"arrowstyle": "-|>", "mutation_scale": 12, "color": "0.4"}
             ax.annotate("", (left - 2, 0), (left - gap, 0), arrowprops=arrow)
         for sheet in reversed(range(sheets)):
             corner = left + 1.3 * sheet, -height / 2 + 1.3 * sheet
             ax.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor="white"))
         look: dict[str, Any] = {"ha": "center", "va": "top"}
-        text = " x ".join(map(str, shape)) + f"\n{weights[number]}"
-        ax.text(left + width / 2, -0.6 * largest, names[number], size=11, weight="bold", **look)
-        ax.text(left + width / 2, -0.75 * largest, text, size=10, **look)
+        ax.text(left + width / 2, -0.6 * side, name, size=11, weight="bold", **look)
+        ax.text(left + width / 2, -0.75 * side, f"{shape}\n{weights}", size=10, **look)
         left += width + 1.3 * sheets + gap + 2
-    ax.set(xlim=(-0.3 * largest, left), ylim=(-1.15 * largest, 0.95 * largest), aspect="equal")
+    ax.set(xlim=(-0.3 * side, left), ylim=(-1.15 * side, 0.95 * side), aspect="equal")
     ax.set_axis_off()
 
 
@@ -93,25 +86,24 @@ def plot_misread(
     """The `MISREAD` images that most networks get wrong, with label and commonest wrong guess.
 
     Shapes: `images` (n, 1, height, width), dark is high; `labels` (n,); `predictions` (networks,
-    n). They are drawn in rows of six that should be 1.6 inches high.
+    n). Rows of six images should be 1.6 inches high.
     """
     pictures, right, guesses = np.asarray(images), np.asarray(labels), np.asarray(predictions)
-    wrong = guesses != right
-    times_wrong = wrong.sum(0)
-    worst = [int(n) for n in np.argsort(-times_wrong, kind="stable")[:MISREAD] if times_wrong[n]]
+    times_wrong = (guesses != right).sum(0)
+    worst = [n for n in np.argsort(-times_wrong, kind="stable")[:MISREAD] if times_wrong[n]]
     height, width = pictures.shape[-2:]
     columns = min(6, max(1, len(worst)))
     for place, number in enumerate(worst):
         left, top = 1.7 * width * (place % columns), 1.75 * height * (place // columns)
         extent = (left, left + width, top + height, top)
-        ax.imshow(pictures[number].squeeze(0), cmap="gray_r", extent=extent)
-        times = np.bincount(guesses[wrong[:, number], number])
-        caption = f"{class_names[int(right[number])]}, read as {class_names[int(times.argmax())]}\n"
+        ax.imshow(pictures[number, 0], cmap="gray_r", extent=extent)
+        label, guessed = int(right[number]), guesses[:, number]
+        times = np.bincount(guessed[guessed != label])
+        caption = f"{class_names[label]}, read as {class_names[int(times.argmax())]}\n"
         caption += f"by {times.max()} of {len(guesses)}"
         ax.text(left + width / 2, top + 1.05 * height, caption, ha="center", va="top", size=9)
-    rows = -(-len(worst) // columns)
-    right_end = (1.7 * columns - 0.35) * width
-    ax.set(xlim=(-0.35 * width, right_end), ylim=(1.75 * height * rows, -2))
+    rows, gap = -(-len(worst) // columns), 0.35 * width
+    ax.set(xlim=(-gap, 1.7 * width * columns - gap), ylim=(1.75 * height * rows, -2))
     count = int((times_wrong > len(guesses) / 2).sum())
     ax.set_title(f"{count} of {len(right):,} images are misread by most of {len(guesses)} networks")
     ax.set_axis_off()

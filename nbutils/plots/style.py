@@ -1,9 +1,9 @@
-"""The house style: colours, marks, ticks, labels at the ends of lines, and saving a figure."""
+"""The house style: colours, marks, intervals, ticks, names at the ends of lines, saved figures."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,14 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.style
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator
 
-RED, PURPLE, GREEN = "#d1495b", "#440154", "#29af7f"  # one beside viridis, two of it
+RED, BLUE, PURPLE, GREEN = "#d1495b", "#2d708e", "#440154", "#29af7f"  # all but red of viridis
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 ACCUMULATED = (0, (4, 1.5))  # the dashes of accumulated settings
 ACCURACY_TICKS = (
@@ -26,7 +27,7 @@ ACCURACY_TICKS = (
     *(0.1, 0.7, 0.85, 0.97, 0.985, 0.993, 0.997),
     *(0.3, 0.4, 0.6, 0.75, 0.88, 0.92, 0.94, 0.96),
 )
-"""Possible ticks of an axis of accuracies, the roundest first; see `stretch_towards_one`."""
+"""Possible ticks of an axis of accuracies, the roundest first."""
 
 
 def use_style() -> None:
@@ -37,13 +38,11 @@ def use_style() -> None:
 def save_figure(figure: Figure, folder: str | Path, name: str) -> Path:
     """Write `<folder>/<name>.svg`, the same bytes on every machine, and return its path.
 
-    Processors differ in the last bits of coordinates, from which matplotlib derives names of parts:
-    so numbers are rounded to 6 digits, and names become running numbers.
+    So numbers are rounded to 6 digits, and parts, whose names are random, are numbered.
     """
     path = Path(folder, f"{name}.svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"svg.hashsalt": "nbutils"}):
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = path.read_text()
     for number, part in enumerate(dict.fromkeys(re.findall(r'id="(\w*[0-9a-f]{10})"', text))):
         text = text.replace(part, f"part{number}")
@@ -66,34 +65,44 @@ def batch_size_colours(effective_batch_sizes: Iterable[int]) -> dict[int, np.nda
     return dict(zip(sizes, shades(len(sizes)), strict=True))
 
 
-def label_ends(ax: Axes, *only: str) -> None:
-    """Write the name of each labelled line (or of those in `only`) beside its end, without overlap.
+def cycle_looks(ax: Axes, colours: Any, **looks: Sequence[Any]) -> None:
+    """Give the lines to come these colours, a mark each, and `looks`, such as `linestyle`."""
+    marks = np.resize(MARKERS, len(colours)).tolist()
+    ax.set_prop_cycle(color=list(colours), marker=marks, **looks)
 
-    The limits and scales of the axes must not change any more.
+
+def errorbar(ax: Axes, x: Any, table: pd.DataFrame, **look: Any) -> None:
+    """A line of the column `value`, with bars from `low` to `high` where these columns are."""
+    value = table["value"]
+    reach = [value - table["low"], table["high"] - value] if "low" in table else None
+    ax.errorbar(x, value, reach, **look)
+
+
+def label_ends(ax: Axes) -> None:
+    """Write the name of each labelled line beside its end, without overlap.
+
+    The limits and scales of the axes must not change afterwards.
     """
-    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # limits that are still to be found are found
-    ends, places = [], []
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # fixes what is still automatic
+    labels = []
     for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
-        if only and name not in only:
-            continue
         line: Any = handle[0] if isinstance(handle, ErrorbarContainer) else handle
         points = line.get_xydata()
-        for point in points[np.isfinite(points).all(axis=1)][-1:]:
-            to_axes = line.get_transform() + ax.transAxes.inverted()
-            ends.append((name, line, point))
-            places.append(float(np.clip(to_axes.transform(point)[1], 0, 1)))
+        for end in points[np.isfinite(points).all(axis=1)][-1:]:
+            data = line.get_transform()
+            place = 1.04, np.clip((data + ax.transAxes.inverted()).transform(end)[1], 0, 1)
+            arrow = {"arrowstyle": "-", "linewidth": 1, "shrinkA": 0, "shrinkB": 2}
+            arrow |= {"relpos": (0, 0.5), "color": line.get_color()}
+            look: dict[str, Any] = {"annotation_clip": False, "size": 10.5, "va": "center"}
+            labels.append(ax.annotate(name, end, place, data, "axes fraction", arrow, **look))
+    labels.sort(key=lambda label: label.get_position()[1])
     gap = 14 / 72 / (ax.bbox.height / ax.figure.dpi)  # a line of text, as a share of the axes
-    order = sorted(range(len(places)), key=lambda n: places[n])
     for _ in range(300):
-        for below, above in pairwise(order):
-            short = max(0.0, gap - (places[above] - places[below]))
-            places[below] -= short / 2
-            places[above] += short / 2
-    for (name, line, point), place in zip(ends, places, strict=True):
-        thin = {"arrowstyle": "-", "linewidth": 1, "shrinkA": 0, "shrinkB": 2, "relpos": (0, 0.5)}
-        look: dict[str, Any] = {"arrowprops": {**thin, "color": line.get_color()}, "size": 10.5}
-        look |= {"xycoords": line.get_transform(), "textcoords": "axes fraction", "va": "center"}
-        ax.annotate(name, point, (1.04, place), annotation_clip=False, **look)
+        for below, above in pairwise(labels):
+            low, high = below.get_position()[1], above.get_position()[1]
+            short = max(0.0, gap - (high - low))
+            below.set_y(low - short / 2)
+            above.set_y(high + short / 2)
 
 
 def legend_beside(ax: Axes, **settings: Any) -> None:
@@ -101,18 +110,18 @@ def legend_beside(ax: Axes, **settings: Any) -> None:
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), **settings)
 
 
-def plain_log_ticks(axis: Axis, text: str, steps: tuple[int, ...]) -> None:
+def plain_log_ticks(axis: Axis, text: str, *steps: int) -> None:
     """Ticks at the `steps` of each power of ten, written out by the format `text`."""
     axis.set_major_locator(LogLocator(subs=steps))
     axis.set_major_formatter(lambda value, _: text.format(value))
-    axis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
 
 
 def fixed_ticks(axis: Axis, values: Iterable[float]) -> None:
     """Ticks at `values` only, written out."""
     axis.set_major_locator(FixedLocator(sorted(set(values))))
     axis.set_major_formatter(lambda value, _: np.format_float_positional(value, trim="-"))
-    axis.set_minor_locator(NullLocator())
+    axis.minorticks_off()
 
 
 def stretch_towards_one(ax: Axes, accuracies: np.ndarray) -> None:

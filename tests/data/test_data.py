@@ -13,8 +13,6 @@ from nbutils.data.dataset import VALIDATION_EVERY
 from nbutils.data.sources import DATASETS
 from nbutils.paths import data_folder
 
-MNIST_FILES = 4
-
 
 def assert_splits_are_sound(data, train, validation, test):
     for split, images in ((data.train, train), (data.validation, validation), (data.test, test)):

@@ -24,7 +24,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from nbutils.accumulation.check.probe import BATCH_SIZE, Probe
+from nbutils.accumulation.check.probe import BATCH_SIZE, EPOCHS, Probe
 from nbutils.accumulation.check.watch import Run, watch, watch_schedule
 
 
@@ -38,9 +38,9 @@ class TrainerLoop:
         """Train the model of a probe and watch."""
         with watch(probe) as run:
             self.fit(run)
-        if len(run.returned) != probe.epochs:
+        if len(run.returned) != EPOCHS:
             raise ValueError(
-                f"the trainer ended {len(run.returned)} epochs, not {probe.epochs}: give it the "
+                f"the trainer ended {len(run.returned)} epochs, not {EPOCHS}: give it the "
                 f"callback of this run, or call run.end_epoch(loss) after each epoch"
             )
         return run

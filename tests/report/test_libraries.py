@@ -35,7 +35,7 @@ def test_the_record_has_every_library_and_probe():
         ("keras", "schedule", "each micro-batch"),
         ("fastai", "unequal micro-batches", "carried over"),
         ("poutyne", "clipping", "each micro-batch"),
-        ("torchtnt", "logged loss", "divided by the steps"),
+        ("pytorch-accelerated", "logged loss", "divided by the steps"),
     ],
 )
 def test_the_notes_say_what_is_in_the_record(library, probe, verdict):

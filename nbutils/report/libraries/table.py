@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,14 @@ def observe_all(folder: Path = FOLDER) -> Path:
     The record is `libraries.csv`, whose path is returned, and `versions.csv`. A library that fails
     is recorded with the reason; one that is not installed here keeps the rows recorded elsewhere.
     """
-    packages = list(dict.fromkeys(map(package_of, LIBRARIES)))
-    installed = [package for package in packages if _version(package) is not None]
-    if installed == [""]:
+    packages = {package_of(name): _version(package_of(name)) for name in LIBRARIES}
+    if not any(packages.values()):
         raise InputError("none of the libraries is installed: pip install -e '.[peers]'")
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(installed, pool.map(_observe_in_process, installed), strict=True))
     old_rows, old_versions = _read(folder)
     rows, versions = [], []
-    for package in packages:
-        if package in found:
-            one = {"version": _version(package), **found[package]}
+    for package, number in packages.items():
+        if number is not None:
+            one = {"version": number, **_observe_in_process(package)}
         elif package in old_versions.index:
             of_package = old_rows["library"].map(package_of) == package
             one = {**old_versions.loc[package], "rows": old_rows[of_package].to_dict("records")}
@@ -51,13 +47,13 @@ def observe_all(folder: Path = FOLDER) -> Path:
         versions.append({"package": package, **one})
     folder.mkdir(parents=True, exist_ok=True)
     columns = ["package", "version", "torch", "not_run"]
-    pd.DataFrame(versions).reindex(columns=columns).to_csv(folder / "versions.csv", index=False)
+    pd.DataFrame(versions, columns=columns).to_csv(folder / "versions.csv", index=False)
     pd.DataFrame(rows).to_csv(folder / "libraries.csv", index=False)
     return folder / "libraries.csv"
 
 
 def _version(package: str) -> str | None:
-    """The installed version; None where there is none."""
+    """The installed version; "" for this project, None where there is none."""
     try:
         return version(package) if package else ""
     except PackageNotFoundError:
@@ -88,13 +84,10 @@ def _observe_in_process(package: str) -> dict[str, Any]:
 
 def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The record: its rows, and the versions by package."""
-    try:
-        rows = pd.read_csv(folder / "libraries.csv")
-        versions = pd.read_csv(folder / "versions.csv", dtype=str).fillna("")
-    except FileNotFoundError:
-        rows = pd.DataFrame(columns=["library", "probe", "measured", "verdict"])
-        versions = pd.DataFrame(columns=["package", "version", "torch", "not_run"])
-    return rows, versions.set_index("package")
+    if not (folder / "versions.csv").exists():
+        return pd.DataFrame(columns=["library"]), pd.DataFrame()
+    versions = pd.read_csv(folder / "versions.csv", dtype=str).fillna("").set_index("package")
+    return pd.read_csv(folder / "libraries.csv"), versions
 
 
 def libraries_table(folder: Path = FOLDER) -> pd.DataFrame:
@@ -103,12 +96,12 @@ def libraries_table(folder: Path = FOLDER) -> pd.DataFrame:
     table = rows.assign(cell=rows.apply(_cell, axis=1)).pivot_table(
         index="library", columns="probe", values="cell", aggfunc="first", sort=False
     )
-    packages = {name: name.partition(",")[0] for name in table.index}
-    table.index = [  # such as "accelerate 1.15.0, loader not prepared"
-        name.replace(package, f"{package} {versions['version'][package_of(name)]}".strip())
-        for name, package in packages.items()
-    ]
-    return table[list(PROBES)].rename_axis(index="library", columns=None)
+
+    def with_version(name: str) -> str:  # such as "accelerate 1.15.0, loader not prepared"
+        package, comma, variant = name.partition(",")
+        return f"{package} {versions['version'][package_of(name)]}".strip() + comma + variant
+
+    return table[list(PROBES)].rename(index=with_version).rename_axis(columns=None)
 
 
 def _cell(row: pd.Series) -> str:

@@ -66,24 +66,16 @@ def _holds(gradient: Tensor, one: Backward) -> bool:
 class Update:
     """One step of an optimizer, and the backward passes since the last one.
 
-    Attributes:
-        gradient: What the optimizer used, shape (3, 24).
-        given: Whether it was the optimizer that the loop was given.
-        kept: The share of the gradient that the loop left before `GradScaler.unscale_`.
-        own: The backward passes of its own epoch; `images` are those in them, and `total` is what
-            they brought.
-        carried: The backward passes of an earlier epoch that are still in the gradient.
-        has_old: Whether the gradient of the window before was not cleared.
-        changed_inside: Whether anything but a backward pass changed the gradient in the window.
-        factors: By how much each of `images` was multiplied after its backward pass; 0 where it
-            was lost. None where the direction of the gradient changed, as clipping by value does.
+    `gradient` is what the optimizer used, shape (3, 24). `given`: whether it was the optimizer that
+    the loop was given. `kept`: the share of the gradient that the loop left before it was unscaled.
     """
 
     def __init__(
         self, backwards: list[Backward], gradient: Tensor, given: bool = True, kept: float = 1.0
     ) -> None:
-        self.backwards = passes = _that_count(backwards)
         self.gradient, self.given, self.kept = gradient, given, kept
+        self.backwards = passes = _that_count(backwards)
+        # Those of its own epoch, and those of an earlier one that are still in the gradient.
         self.own = own = [one for one in passes if one.epoch == passes[-1].epoch]
         before = own[0].before if own else torch.zeros_like(gradient)
         in_place = any(one.before.any() for one in own[1:])  # in `.grad`, from pass to pass
@@ -92,15 +84,19 @@ class Update:
             for one in passes[: len(passes) - len(own)]
             if _holds(gradient, one) and (not in_place or before[:, one.images].any())
         ]
+        # What its own epoch brought, and whether the gradient of the window before was there too.
         self.images = images_in(own)
         self.total = brought = sum((one.added for one in own), torch.zeros_like(gradient))
         self.has_old = False
-        if own and own[-1].after is not None and before.any() and not close(gradient, self.total):
+        if own and own[-1].after is not None and before.any() and not close(gradient, brought):
             self.has_old, brought = True, own[-1].after
+        # Whether anything but a backward pass changed the gradient in the window.
         self.changed_inside = any(
             bool(later.before.any()) and not close(later.before, earlier.before + earlier.added)
             for earlier, later in pairwise(own)
         )
+        # By how much each image's part was multiplied after its pass; 0 where it was lost. None
+        # where the direction of the gradient changed, as clipping by value does.
         used, brought = gradient[:, self.images], brought[:, self.images].double()
         each = (used * brought).sum(0) / (brought * brought).sum(0)
         same_direction = close(used, each * brought) and bool((each >= 0).all())

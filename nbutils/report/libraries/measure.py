@@ -6,10 +6,8 @@ weighed in it, is read off the gradient (`nbutils.accumulation.check.probe` says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +47,6 @@ Runs = Callable[[str], Run]
 """`runs(problem)`: a library's training on a problem."""
 
 
-SIZES = {2 / 3: "divided by a full window", 4: "mean of means", 3: "not divided", 2: "not divided"}
-"""Words for the weights of images."""
-
-
 def package_of(name: str) -> str:
     """The package of a library; "" for this project."""
     return name.partition(",")[0].replace("this project", "")
@@ -77,7 +71,6 @@ def observe(name: str) -> list[dict[str, object]]:
 
     One row per probe: `library`, `probe`, `measured` (None if it was not run), `verdict`.
     """
-
     train, answers = LIBRARIES[name]
 
     @cache
@@ -100,31 +93,26 @@ def observe(name: str) -> list[dict[str, object]]:
 def _word(value: float, words: Mapping[float, str]) -> str:
     """The word of the number that `value` equals; 1 is right."""
     words = {1: "right", **words}
-    near = (word for one, word in words.items() if abs(value - one) <= TOLERANCE * one)
-    return next(near, "other")
+    return next((words[one] for one in words if abs(value / one - 1) <= TOLERANCE), "other")
 
 
-def _window(
-    problem: str, first: int, measure: Callable[[Window], float], runs: Runs
-) -> tuple[float, str]:
-    """A measure of the first epoch's window that begins with the image `first`."""
+def _last_window(problem: str, runs: Runs) -> tuple[float, str]:
+    """The sum of the images' weights in the first epoch's last window.
+
+    Of "unequal" and "tokens" the weight of the only image, or token, in its last micro-batch,
+    relative to one of 4.
+    """
     run = runs(problem)
     for update in run.updates:
         passes = [one for one in update.backwards if one.epoch == 0]
-        if any(first in one.images for one in passes):
-            value = measure(Window(run, Update(passes, update.gradient)))
-            return value, "carried over" if update.carried else _word(value, SIZES)
+        if any(WINDOW in one.images for one in passes):
+            window = Window(run, Update(passes, update.gradient))
+            relative = (window.weights[-1] / window.weights[0]).item()
+            value = relative if problem in ("unequal", "tokens") else window.size
+            words = {2 / 3: "divided by a full window", 2: "not divided", 3: "not divided"}
+            words[BATCH_SIZE] = "mean of means"
+            return value, "carried over" if update.carried else _word(value, words)
     return 0.0, "dropped"
-
-
-def _size(window: Window) -> float:
-    """The sum of the images' weights."""
-    return window.size
-
-
-def _unequal(window: Window) -> float:
-    """The weight of the only image, or token, in a micro-batch, relative to one of 4."""
-    return (window.weights[-1] / window.weights[0]).item()
 
 
 def _clipping(runs: Runs) -> tuple[float, str]:
@@ -154,12 +142,11 @@ def _updates(runs: Runs) -> tuple[float, str]:
 
 def _logged_loss(runs: Runs) -> tuple[float, str]:
     """The loss reported for an epoch, relative to the mean over its images."""
-    for problem in ("full", "unequal"):
-        run = runs(problem)
+    for run in (runs("full"), runs("unequal")):
         images, labels = run.probe.batches.dataset.tensors
         losses = F.cross_entropy(run.probe.model(images), labels, reduction="none").detach()
         words = {1 / ACCUMULATION_STEPS: "divided by the steps"}
-        words |= {ACCUMULATION_STEPS: "multiplied by the steps"}
+        words[ACCUMULATION_STEPS] = "multiplied by the steps"
         for size, unit in ((BATCH_SIZE, "micro-batches"), (WINDOW, "updates")):
             means = torch.stack([part.mean() for part in losses.split(size)])
             words[(means.mean() / losses.mean()).item()] = f"mean of {unit}"
@@ -171,21 +158,13 @@ def _logged_loss(runs: Runs) -> tuple[float, str]:
 
 
 PROBES: dict[str, Callable[[Runs], tuple[float, str]]] = {
-    "full window": partial(_window, "full", 0, _size),
-    "short last window": partial(_window, "short", WINDOW, _size),
-    "unequal micro-batches": partial(_window, "unequal", WINDOW, _unequal),
-    "unequal tokens": partial(_window, "tokens", WINDOW, _unequal),
+    "full window": partial(_last_window, "full"),
+    "short last window": partial(_last_window, "short"),
+    "unequal micro-batches": partial(_last_window, "unequal"),
+    "unequal tokens": partial(_last_window, "tokens"),
     "clipping": _clipping,
     "schedule": _schedule,
     "updates per epoch": _updates,
     "logged loss": _logged_loss,
 }
 """What is measured, where 1 is right unless its function says otherwise."""
-
-
-def main(package: str, out: str) -> None:
-    """Observe what needs a package; write the rows as JSON to the file `out`."""
-    names = [name for name in LIBRARIES if package_of(name) == package]
-    number = torch.__version__.partition("+")[0]
-    found = {"torch": number, "rows": [row for name in names for row in observe(name)]}
-    Path(out).write_text(json.dumps(found))

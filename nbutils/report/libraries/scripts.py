@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nbutils.accumulation import accumulate_gradient, windows_of_batches
-from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, EPOCHS
+from nbutils.accumulation.check.probe import ACCUMULATION_STEPS as STEPS
+from nbutils.accumulation.check.probe import BATCH_SIZE, EPOCHS
 from nbutils.accumulation.check.watch import AnySchedule, Run
 from nbutils.accumulation.trainers import (
     keras_callback,
@@ -43,7 +44,7 @@ def this_project(run: Run, clip: float | None) -> None:
 
     for _ in range(EPOCHS):
         logged.clear()
-        for window in windows_of_batches(loader_of(run), ACCUMULATION_STEPS):
+        for window in windows_of_batches(loader_of(run), STEPS):
             optimizer.zero_grad()
             accumulate_gradient(model, window, losses, weight=count)
             if clip:
@@ -57,7 +58,7 @@ def accelerate(run: Run, clip: float | None, prepare: bool = True) -> None:
     """`Accelerator.accumulate`."""
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATION_STEPS)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=STEPS)
     model, optimizer = accelerator.prepare(run.probe.model, run.probe.optimizer())
     schedule = accelerator.prepare(watch_schedule(run, AnySchedule(optimizer.optimizer)))
     loader = accelerator.prepare(loader_of(run)) if prepare else loader_of(run)
@@ -87,7 +88,7 @@ def transformers(run: Run, clip: float | None, make: Callable[[nn.Module], nn.Mo
             output_dir=folder,
             use_cpu=True,
             per_device_train_batch_size=BATCH_SIZE,
-            gradient_accumulation_steps=ACCUMULATION_STEPS,
+            gradient_accumulation_steps=STEPS,
             num_train_epochs=EPOCHS,
             max_grad_norm=clip or 0.0,
             train_sampling_strategy="sequential",
@@ -169,7 +170,7 @@ def lightning(run: Run, clip: float | None) -> None:
 
     pl.Trainer(
         accelerator="cpu",
-        accumulate_grad_batches=ACCUMULATION_STEPS,
+        accumulate_grad_batches=STEPS,
         gradient_clip_val=clip,
         max_epochs=EPOCHS,
         callbacks=[lightning_callback(run)],
@@ -191,7 +192,7 @@ def keras(run: Run, clip: float | None) -> None:
     )
     model = keras.Sequential([keras.Input(shape), keras.layers.TorchModuleWrapper(run.probe.model)])
     model.compile(
-        keras.optimizers.SGD(rate, gradient_accumulation_steps=ACCUMULATION_STEPS, clipnorm=clip),
+        keras.optimizers.SGD(rate, gradient_accumulation_steps=STEPS, clipnorm=clip),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=IGNORED),
     )
     model.fit(loader_of(run), epochs=EPOCHS, verbose=0, callbacks=[keras_callback(run)])
@@ -204,7 +205,7 @@ def ignite(run: Run, _: float | None) -> None:
 
     trainer = create_supervised_trainer(
         *(run.probe.model, run.probe.optimizer(), F.cross_entropy),
-        gradient_accumulation_steps=ACCUMULATION_STEPS,
+        gradient_accumulation_steps=STEPS,
     )
     Average().attach(trainer, "loss")
     trainer.add_event_handler(
@@ -230,7 +231,7 @@ def fastai(run: Run, clip: float | None) -> None:
         def after_train(self) -> None:
             run.end_epoch(self.learn.smooth_loss.item())
 
-    accumulation = GradientAccumulation(ACCUMULATION_STEPS * BATCH_SIZE)
+    accumulation = GradientAccumulation(STEPS * BATCH_SIZE)
     callbacks = [accumulation, EndEpoch(), ParamScheduler({"lr": rate})]
     learner = Learner(
         DataLoaders(loader_of(run), loader_of(run)),
@@ -262,7 +263,7 @@ def poutyne(run: Run, clip: float | None) -> None:
     Model(run.probe.model, run.probe.optimizer(), F.cross_entropy).fit_generator(
         loader_of(run),
         epochs=EPOCHS,
-        batches_per_step=ACCUMULATION_STEPS,
+        batches_per_step=STEPS,
         callbacks=callbacks,
         verbose=False,
     )
@@ -282,7 +283,7 @@ def pytorch_accelerated(run: Run, clip: float | None) -> None:
         run.probe.batches.dataset,
         num_epochs=EPOCHS,
         per_device_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=ACCUMULATION_STEPS,
+        gradient_accumulation_steps=STEPS,
         gradient_clip_value=clip,
         create_scheduler_fn=lambda optimizer: watch_schedule(run, AnySchedule(optimizer)),
         train_dataloader_kwargs={"shuffle": False, "num_workers": 0},

@@ -12,9 +12,8 @@ logged:
     print(check_accumulation(TrainerLoop(fit)))
 
 Let the trainer accumulate 3 micro-batches for 2 epochs, keep the order of the batches, and use
-plain SGD at `run.probe.learning_rate`. There is a callback for Lightning, for transformers'
-Trainer, and for Keras on torch. A loop with Accelerate calls `watch_schedule(run, schedule)` before
-it begins, and `run.end_epoch(loss)` after each epoch.
+plain SGD at `run.probe.learning_rate`. A loop with Accelerate needs no callback: it calls
+`watch_schedule(run, schedule)` before it begins, and `run.end_epoch(loss)` after each epoch.
 """
 
 from __future__ import annotations

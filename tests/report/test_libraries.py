@@ -15,12 +15,8 @@ VERSIONS = pd.read_csv(libraries.FOLDER / "versions.csv", dtype=str, index_col="
 PACKAGES = sorted({*map(package_of, LIBRARIES)} - {""})
 
 
-def observed(package):
-    return in_own_process(partial(libraries._observe, package))
-
-
 def test_this_project_is_right_in_every_probe():
-    rows = observed("")
+    rows = measure.observe("this project")
     assert {row["probe"]: row["verdict"] for row in rows} == dict.fromkeys(measure.PROBES, "right")
 
 
@@ -60,7 +56,7 @@ def test_a_library_does_again_what_is_in_the_record(package):
         pytest.skip(f"{package} is not installed; it comes with the extra 'peers'")
     if installed != VERSIONS.loc[package, "version"]:
         pytest.skip(f"the record is of {package} {VERSIONS.loc[package, 'version']}")
-    rows = pd.DataFrame(observed(package))
+    rows = pd.DataFrame(in_own_process(partial(libraries._observe, package)))
     expected = RECORD[RECORD["library"].isin(rows["library"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(rows, expected, rtol=1e-4)
 

@@ -130,9 +130,9 @@ def _check_windows(run: Run, report: Report) -> None:
     by_hand = not updates and not run.weight.equal(run.start.to(run.weight))
     several = updates != expected and (0 in lengths or max(lengths, default=0) == 1)
     counted = f"{updates} updates in {expected} windows of {steps} micro-batches"
-    wrong = f"updates after {_listed(lengths)} micro-batches, not {steps}"
-    missed = [place + 1 for place in range(batches) if not any(place in one for one in inside)]
-    unused = f"micro-batches {_listed(missed)} of {batches} had no part in any update"
+    wrong = f"updates after {', '.join(map(str, lengths))} micro-batches, not {steps}"
+    missed = [str(n + 1) for n in range(batches) if not any(n in places for places in inside)]
+    unused = f"micro-batches {', '.join(missed)} of {batches} had no part in any update"
     report.first_of(
         ("optimizer", by_hand, "the weights changed, but not by optimizer.step()"),
         ("window length", not updates, "no update was made"),
@@ -141,10 +141,6 @@ def _check_windows(run: Run, report: Report) -> None:
         ("every image", missed, unused),
         ("window length", uneven, wrong),
     )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:

@@ -93,12 +93,11 @@ def _known(run: Run, epoch: int, loss: Loss) -> Known:
     counts = torch.tensor([len(batches), len(windows), count])
     totals = torch.stack([sums.sum(), means.sum(), updates.sum()])
     numbers = totals.outer(1 / torch.cat([counts, counts * k, torch.tensor([1 / k])])).flatten()
+    numbers = torch.cat([numbers, means[-1:] / k, updates[-1:] / k])
     of_means = "{:.4f} was logged, the mean of the micro-batches' means; the mean loss is {:.4f}"
     instead = "loss of {1:.4f} was logged as {0:.4f}"
     known = [("", one, one) for one in right] + [(of_means, means.mean(), mean)]
-    known += [
-        (f"a mean {instead}", one, mean) for one in (*numbers, means[-1] / k, updates[-1] / k)
-    ]
+    known += [(f"a mean {instead}", one, mean) for one in numbers]
     known += [(f"a micro-batch's {instead}", one, means) for one in (means / k, means * k, shares)]
     wrong = averaged, summed, summed / k, updates * k, updates / k, last / k
     return known + [(f"an update's {instead}", one, updates) for one in wrong]

@@ -12,9 +12,8 @@ logged:
     print(check_accumulation(TrainerLoop(fit)))
 
 Let the trainer accumulate 3 micro-batches for 2 epochs, keep the order of the batches, and use
-plain SGD at `run.probe.learning_rate`. There is a callback for Lightning, for transformers'
-Trainer, and for Keras on torch. A loop with Accelerate calls `watch_schedule(run, schedule)` before
-it begins, and `run.end_epoch(loss)` after each epoch.
+plain SGD at `run.probe.learning_rate`. A loop with Accelerate needs no callback: it calls
+`watch_schedule(run, schedule)` before it begins, and `run.end_epoch(loss)` after each epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from nbutils.accumulation.check.probe import BATCH_SIZE, Probe
+from nbutils.accumulation.check.probe import BATCH_SIZE, EPOCHS, Probe
 from nbutils.accumulation.check.watch import Run, watch, watch_schedule
 
 
@@ -38,9 +37,9 @@ class TrainerLoop:
         """Train the model of a probe and watch."""
         with watch(probe) as run:
             self.fit(run)
-        if len(run.returned) != probe.epochs:
+        if len(run.returned) != EPOCHS:
             raise ValueError(
-                f"the trainer ended {len(run.returned)} epochs, not {probe.epochs}: give it the "
+                f"the trainer ended {len(run.returned)} epochs, not {EPOCHS}: give it the "
                 f"callback of this run, or call run.end_epoch(loss) after each epoch"
             )
         return run

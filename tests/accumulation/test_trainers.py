@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from nbutils.accumulation import check_accumulation
-from nbutils.accumulation.check.probe import make_probe
+from nbutils.accumulation.check.probe import Probe
 from nbutils.accumulation.check.watch import watch, watch_schedule
 from nbutils.accumulation.trainers import TrainerLoop
 from nbutils.report.libraries.measure import LIBRARIES, package_of
-from nbutils.report.libraries.task import Task, this_project
 
 
 def test_a_right_trainer_breaks_no_rule():
-    assert check_accumulation(TrainerLoop(lambda run: this_project(Task(run)))).rules == []
+    train, _ = LIBRARIES["this project"]
+    assert check_accumulation(TrainerLoop(lambda run: train(run, None))).rules == []
 
 
 def test_steps_of_a_schedule_that_the_trainer_made_are_counted():
-    probe = make_probe("full")
+    probe = Probe("full")
     optimizer = torch.optim.SGD(probe.model.parameters(), probe.learning_rate)
     with watch(probe) as run:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -46,5 +46,5 @@ def test_the_mistakes_of_real_trainers_are_named(name, monkeypatch):
     if find_spec(package_of(name)) is None:
         pytest.skip(f"{package_of(name)} is not installed; it comes with the extra 'peers'")
     monkeypatch.setenv("KERAS_BACKEND", "torch")
-    train = LIBRARIES[name].loop
-    assert set(check_accumulation(TrainerLoop(lambda run: train(Task(run)))).rules) == RULES[name]
+    train, _ = LIBRARIES[name]
+    assert set(check_accumulation(TrainerLoop(lambda run: train(run, None))).rules) == RULES[name]

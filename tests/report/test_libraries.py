@@ -1,14 +1,17 @@
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import pandas as pd
 import pytest
 
 from nbutils.errors import InputError
-from nbutils.report.libraries import libraries_notes, libraries_table, measure, observe_all, table
+from nbutils.measure.process import in_own_process
+from nbutils.report import libraries
+from nbutils.report.libraries import libraries_notes, libraries_table, measure, observe_all
 from nbutils.report.libraries.measure import LIBRARIES, package_of
 
-RECORD = pd.read_csv(table.FOLDER / "libraries.csv")
-VERSIONS = pd.read_csv(table.FOLDER / "versions.csv", dtype=str, index_col="package")
+RECORD = pd.read_csv(libraries.FOLDER / "libraries.csv")
+VERSIONS = pd.read_csv(libraries.FOLDER / "versions.csv", dtype=str, index_col="package")
 PACKAGES = sorted({*map(package_of, LIBRARIES)} - {""})
 
 
@@ -35,7 +38,7 @@ def test_the_record_has_every_library_and_probe():
         ("keras", "schedule", "each micro-batch"),
         ("fastai", "unequal micro-batches", "carried over"),
         ("poutyne", "clipping", "each micro-batch"),
-        ("torchtnt", "logged loss", "divided by the steps"),
+        ("pytorch-accelerated", "logged loss", "divided by the steps"),
     ],
 )
 def test_the_notes_say_what_is_in_the_record(library, probe, verdict):
@@ -53,7 +56,7 @@ def test_a_library_does_again_what_is_in_the_record(package):
         pytest.skip(f"{package} is not installed; it comes with the extra 'peers'")
     if installed != VERSIONS.loc[package, "version"]:
         pytest.skip(f"the record is of {package} {VERSIONS.loc[package, 'version']}")
-    rows = pd.DataFrame(table._observe_in_process(package)["rows"])
+    rows = pd.DataFrame(in_own_process(partial(libraries._observe, package)))
     expected = RECORD[RECORD["library"].isin(rows["library"])].reset_index(drop=True)
     pd.testing.assert_frame_equal(rows, expected, rtol=1e-4)
 
@@ -68,13 +71,20 @@ def rows_of(package: str, verdict: str) -> list[dict[str, object]]:
 
 
 def test_a_crash_is_recorded_and_a_missing_library_keeps_its_rows(tmp_path, monkeypatch):
-    found = {
-        "": {"torch": "2.0", "rows": rows_of("", "right")},
-        "keras": {"torch": "2.0", "rows": rows_of("keras", "carried over")},
-        "lightning": {"torch": "2.0", "rows": rows_of("lightning", "divided by a full window")},
+    found: dict[str, object] = {
+        "": rows_of("", "right"),
+        "keras": rows_of("keras", "carried over"),
+        "lightning": rows_of("lightning", "divided by a full window"),
     }
-    monkeypatch.setattr(table, "_observe_in_process", lambda package: dict(found[package]))
-    monkeypatch.setattr(table, "_version", lambda package: "1.0" if package in found else None)
+
+    def work_of(work):
+        rows = found[work.args[0]]
+        if isinstance(rows, Exception):
+            raise rows
+        return rows
+
+    monkeypatch.setattr(libraries, "in_own_process", work_of)
+    monkeypatch.setattr(libraries, "_version", lambda package: "1.0" if package in found else None)
     observe_all(tmp_path)
     assert libraries_table(tmp_path).to_dict("index") == {
         "this project 1.0": dict.fromkeys(measure.PROBES, "✓"),
@@ -84,7 +94,7 @@ def test_a_crash_is_recorded_and_a_missing_library_keeps_its_rows(tmp_path, monk
     }
     assert "Not run: fastai, because it is not installed." in libraries_notes(tmp_path)
 
-    found["lightning"] = {"not_run": "ValueError: no CPU"}
+    found["lightning"] = InputError("ValueError: no CPU")
     del found["keras"]
     before = libraries_table(tmp_path)
     observe_all(tmp_path)
@@ -93,13 +103,7 @@ def test_a_crash_is_recorded_and_a_missing_library_keeps_its_rows(tmp_path, monk
 
 
 def test_without_any_library_the_record_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(table, "_version", lambda package: None if package else "")
+    monkeypatch.setattr(libraries, "_version", lambda package: None if package else "")
     with pytest.raises(InputError, match=r"pip install -e '\.\[peers\]'"):
         observe_all(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_package_is_observed_in_a_process_that_may_fail(monkeypatch):
-    monkeypatch.setattr(table, "_CHILD", "import sys; raise ValueError(sys.argv[1:])")
-    failed = table._observe_in_process("poutyne")
-    assert failed == {"not_run": "ValueError: ['poutyne', 'found.json']"}

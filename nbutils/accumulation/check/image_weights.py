@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -40,48 +40,41 @@ def mean_loss(loss: Loss | None) -> Loss:
     return mean
 
 
-class _OtherLossError(Exception):
-    pass
+class OtherLossError(Exception):
+    """The gradient of an image does not have the direction of the loss's."""
 
 
-@dataclass
 class Window:
-    """One update, as weights of images."""
+    """One update, as weights of images.
 
-    images: int
-    micro_batches: int
-    sizes: Tensor  # images in each micro-batch whose gradient was not lost
-    weights: Tensor  # of an image in each of them, relative to the right one
-    factors: Tensor | None  # of each micro-batch, as in `Update`; `weights` include them
+    Attributes:
+        images, micro_batches: How many there are.
+        factors: Of each micro-batch, as in `Update`.
+        sizes: The images in each micro-batch whose gradient was not lost.
+        weights: Of an image in each of these, relative to the right one; with `factors`.
+        size: Of the gradient, relative to the right one.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(self, run: Run, update: Update, loss: Loss = F.cross_entropy) -> None:
+        numbers, scale = update.images, run.probe.model.scale
+        logits = (update.own[0].weight[:, numbers] * scale).double().T.requires_grad_()
+        (truth,) = torch.autograd.grad(loss(logits, run.probe.labels[numbers]), logits)
+        seen, truth = update.total[:, numbers].double(), truth.T * scale
+        weights = (seen * truth).sum(0) / (truth * truth).sum(0)
+        _, batch, sizes = run.probe.places[numbers].unique(return_inverse=True, return_counts=True)
+
+        def of_batches(values: Tensor) -> Tensor:
+            return torch.zeros(len(sizes)).double().index_add_(0, batch, values.double()) / sizes
+
+        each = of_batches(weights)
+        if not close(seen, truth * each[batch]) or bool((each <= 0).any()):
+            raise OtherLossError
+        self.factors = None if update.factors is None else of_batches(update.factors)
+        if self.factors is not None:
+            each = each * self.factors
+        self.images, self.micro_batches = len(numbers), len(sizes)
+        self.sizes, self.weights = sizes[each > 0], each[each > 0]
         self.size = ((self.sizes * self.weights).sum() / self.sizes.sum()).item()
-        self.is_equal = constant(self.weights)
-
-
-def _near(value: float, other: float) -> bool:
-    return abs(value - other) <= 1e-3 * abs(other)
-
-
-def _weigh(run: Run, update: Update, loss: Loss) -> Window:
-    """Compares the gradient of each image with the true one; raises if it has another direction."""
-    numbers, scale = update.images, run.probe.model.scale
-    logits = (update.own[0].weight[:, numbers] * scale).double().T.requires_grad_()
-    (truth,) = torch.autograd.grad(loss(logits, run.probe.labels[numbers]), logits)
-    seen, truth = update.total[:, numbers].double(), truth.T * scale
-    weights = (seen * truth).sum(0) / (truth * truth).sum(0)
-    _, batch, sizes = run.probe.places[numbers].unique(return_inverse=True, return_counts=True)
-
-    def of_batches(values: Tensor) -> Tensor:
-        return torch.zeros(len(sizes)).double().index_add_(0, batch, values.double()) / sizes
-
-    each, factors = of_batches(weights), None
-    if not close(seen, truth * each[batch]) or bool((each <= 0).any()):
-        raise _OtherLossError
-    if update.factors is not None:
-        factors = of_batches(update.factors)
-        each = each * factors
-    return Window(len(numbers), len(sizes), sizes[each > 0], each[each > 0], factors)
 
 
 def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
@@ -90,23 +83,23 @@ def check_image_weights(runs: Mapping[str, Run], loss: Loss | None, report: Repo
     try:
         for name, run in runs.items():
             whole = [u for u in run.updates if u.own and u.gradient.any() and not u.carried]
-            windows[name] = [_weigh(run, update, mean_loss(loss)) for update in whole]
-    except _OtherLossError:
+            windows[name] = [Window(run, update, mean_loss(loss)) for update in whole]
+    except OtherLossError:
         what = "the one given as loss=" if loss else "plain cross-entropy of model(images)"
         report.cannot_check(
             f"the loop's loss is not {what}. Pass the loss, a mean: "
             f"check_accumulation(loop, loss=lambda logits, labels: ...)."
         )
         return
-    for window in (window for some in windows.values() for window in some):
-        if not window.is_equal:
+    for window in chain.from_iterable(windows.values()):
+        if not constant(window.weights):
             report.broken("equal weight", _unequal(window.weights, window.sizes))
     factors = [window.factors for window in windows["full"]]
     if any(one is None or factors[0] is None or not close(one, factors[0]) for one in factors):
         report.cannot_check(
             "before the update the loop changes the whole of it by more than a fixed factor."
         )
-    elif all(window.is_equal for window in windows["full"]):
+    elif all(constant(window.weights) for window in windows["full"]):
         for some in windows.values():
             _check_sizes(some, report)
 
@@ -125,8 +118,8 @@ def _check_sizes(windows: list[Window], report: Report) -> None:
     full = [window.size for window in windows if window.images == FULL]
     reasons = {ACCUMULATION_STEPS: ", the sum of the micro-batches' means", FULL: ", never divided"}
     for size in full:
-        reason = next((text for times, text in reasons.items() if _near(size, times)), "")
         if not _near(size, 1):
+            reason = next((text for times, text in reasons.items() if _near(size, times)), "")
             wrong = f"times too large{reason}" if size > 1 else "of its right size"
             report.broken("division", f"a gradient {size:.3g} {wrong}")
     for window in windows if full else ():
@@ -139,3 +132,7 @@ def _check_sizes(windows: list[Window], report: Report) -> None:
         if not _near(window.size, full[0]) and not _near(window.size, right):
             seen = f"a gradient {window.size / right:.3g} of its right size"
             report.broken("short window", f"{window.images} images in a window for {FULL}: {seen}")
+
+
+def _near(value: float, other: float) -> bool:
+    return abs(value - other) <= 1e-3 * abs(other)

@@ -20,13 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.check.image_weights import Loss, check_image_weights, mean_loss
 from nbutils.accumulation.check.logged_loss import check_logged_loss
-from nbutils.accumulation.check.probe import (
-    ACCUMULATION_STEPS,
-    PROBES,
-    Batch,
-    Batches,
-    make_probe,
-)
+from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, EPOCHS, PROBES, Batch, Probe, cut
 from nbutils.accumulation.check.report import Report
 from nbutils.accumulation.check.watch import (
     AnySchedule,
@@ -72,14 +66,13 @@ def check_accumulation(
     if model is not None:
         _check_batch_norm(step_function, model, example, report)
     run_on = getattr(step_function, "run_on", None) or partial(run_loop, step_function)
-    _judge({name: run_on(make_probe(name)) for name in PROBES}, loss, report)
+    _judge({name: run_on(Probe(name)) for name in PROBES}, loss, report)
     return report
 
 
 def _judge(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
     small = {name: run for name, run in runs.items() if name != "large"}
     every = [update for run in small.values() for update in run.updates]
-    passes = [one for update in every for one in update.backwards]
     _check_clipping(runs["full"], runs["large"], report)
     for run in small.values():  # a loop may leave out updates of large gradients
         steps, updates = len(run.schedule), len(run.updates)
@@ -87,15 +80,14 @@ def _judge(runs: Mapping[str, Run], loss: Loss | None, report: Report) -> None:
             ("schedule", steps > updates, f"{steps} steps of the schedule for {updates} updates"),
             ("schedule", 0 in run.schedule, "the schedule was stepped before the first update"),
         )
-    if every and not passes:
+    if every and not any(update.backwards for update in every):
         report.cannot_check("no backward pass through model(images) was seen.")
         return
     if not all(map(_takes_whole_batches, small.values())):
         report.cannot_check("the loop mixes images, or takes the loss of some only.")
         return
     _check_windows(runs["full"], report)
-    moved = [p for update in every for p in update.own if not p.weight.equal(update.own[0].weight)]
-    if moved:
+    if any(not one.weight.equal(update.own[0].weight) for update in every for one in update.own):
         report.broken("still weights", "they changed between two micro-batches of a window")
     first = {"one update", "window length", "every image", "still weights"}
     if not every or first & set(report.rules):
@@ -123,39 +115,32 @@ def _takes_whole_batches(run: Run) -> bool:
 
 def _check_windows(run: Run, report: Report) -> None:
     """Two full windows in an epoch: an update after each, and every micro-batch in it."""
-    batches, steps = len(run.probe.batches), run.probe.accumulation_steps
-    updates, expected = len(run.updates), run.probe.epochs * batches // steps
+    batches, steps, updates = len(run.probe.batches), ACCUMULATION_STEPS, len(run.updates)
     inside = [run.micro_batches(update.backwards) for update in run.updates]
     lengths = [len(places) for places in inside]
-    missed = sorted(set(range(batches)).difference(*inside))
-    several = updates != expected and (0 in lengths or max(lengths, default=0) == 1)
-    wrong = f"updates after {_listed(lengths)} micro-batches, not {steps}"
-    numbers = _listed([place + 1 for place in missed])
-    if updates > expected and set(lengths) == {steps}:
+    expected, uneven = EPOCHS * batches // steps, set(lengths) != {steps}
+    if updates > expected and not uneven:
         report.cannot_check(
-            f"it made {updates // run.probe.epochs} updates of {steps} micro-batches in an epoch "
-            f"of {batches}; it must train one epoch."
+            f"it made {updates // EPOCHS} updates of {steps} micro-batches in an epoch of "
+            f"{batches}; it must train one epoch."
         )
         return
-    by_hand = not updates and not run.weight.equal(run.start.to(run.weight))
     if not all(update.given for update in run.updates):
         report.broken("optimizer", "an optimizer that the loop made itself made the updates")
+    by_hand = not updates and not run.weight.equal(run.start.to(run.weight))
+    several = updates != expected and (0 in lengths or max(lengths, default=0) == 1)
+    counted = f"{updates} updates in {expected} windows of {steps} micro-batches"
+    wrong = f"updates after {', '.join(map(str, lengths))} micro-batches, not {steps}"
+    missed = [str(n + 1) for n in range(batches) if not any(n in places for places in inside)]
+    unused = f"micro-batches {', '.join(missed)} of {batches} had no part in any update"
     report.first_of(
         ("optimizer", by_hand, "the weights changed, but not by optimizer.step()"),
         ("window length", not updates, "no update was made"),
-        (
-            "one update",
-            several,
-            f"{updates} updates in {expected} windows of {steps} micro-batches",
-        ),
-        ("window length", updates != expected and set(lengths) != {steps}, wrong),
-        ("every image", missed, f"micro-batches {numbers} of {batches} had no part in any update"),
-        ("window length", set(lengths) != {steps}, wrong),
+        ("one update", several, counted),
+        ("window length", updates != expected and uneven, wrong),
+        ("every image", missed, unused),
+        ("window length", uneven, wrong),
     )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:
@@ -180,20 +165,14 @@ def _check_clipping(small_run: Run, large_run: Run, report: Report) -> None:
 
 def _check_whole(update: Update, report: Report) -> None:
     """Whether the gradient is that of the window's backward passes, nothing lost, nothing old."""
-    if update.carried:
-        seen = f"{len(update.carried)} micro-batches of one epoch were in an update of the next"
-        report.broken("one epoch", seen)
-        return
-    lost = update.factors is not None and bool((update.factors == 0).any())
-    seen_lost = "the gradient of the window's earlier micro-batches was lost before the update"
+    carried = f"{len(update.carried)} micro-batches of one epoch were in an update of the next"
+    old = "an update had the gradient of the window before it too"
+    lost = "the gradient of the window's earlier micro-batches was lost before the update"
     report.first_of(
-        (
-            "whole gradient",
-            update.has_old,
-            "an update had the gradient of the window before it too",
-        ),
+        ("one epoch", update.carried, carried),
+        ("whole gradient", update.has_old, old),
         ("whole gradient", not update.gradient.any(), "an update had no gradient at all"),
-        ("whole gradient", lost, seen_lost),
+        ("whole gradient", update.factors is not None and (update.factors == 0).any(), lost),
     )
 
 
@@ -203,17 +182,13 @@ def _check_batch_norm(
     """Run the loop for one window of a reader's model and look at its BatchNorm layers."""
     if not callable(step_function):
         raise ValueError("model: batch norm can be looked at only with a loop that is a function")
-    if example is None or len(example[1]) < 2 * ACCUMULATION_STEPS:
+    least = 2 * ACCUMULATION_STEPS
+    if example is None or len(example[1]) < least:
         raise ValueError(
-            f"to look at a model, give an example of its images and labels, at least "
-            f"{2 * ACCUMULATION_STEPS}"
+            f"to look at a model, give an example of its images and labels, at least {least}"
         )
     model = copy.deepcopy(model)
-    size = len(example[1]) // ACCUMULATION_STEPS
-    tensors = map(torch.as_tensor, example)
-    images, labels = (part[: size * ACCUMULATION_STEPS].split(size) for part in tensors)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     coupled: list[nn.Module] = []
 
     def after_forward(layer: nn.Module, *_: Any) -> None:
@@ -222,9 +197,12 @@ def _check_batch_norm(
 
     for layer in layers:
         layer.register_forward_hook(after_forward)
+    size = len(example[1]) // ACCUMULATION_STEPS
+    images, labels = (torch.as_tensor(part)[: size * ACCUMULATION_STEPS] for part in example)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with undisturbed():
-        batches = Batches(zip(images, labels, strict=True))
-        step_function(model, optimizer, AnySchedule(optimizer), batches, ACCUMULATION_STEPS)
+        given = model, optimizer, AnySchedule(optimizer), cut(images, labels, size)
+        step_function(*given, ACCUMULATION_STEPS)
     passes = max(map(coupled.count, layers), default=0)
     if passes > 1:
         name = type(coupled[0]).__name__

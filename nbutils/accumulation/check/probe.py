@@ -7,8 +7,6 @@ update.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,15 +15,15 @@ from torch.utils.data import TensorDataset
 Batch = tuple[Tensor, Tensor]
 """Images and labels of a micro-batch."""
 
-ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, PIXELS = 3, 4, 3, 24
+ACCUMULATION_STEPS, BATCH_SIZE, CLASSES, EPOCHS, PIXELS = 3, 4, 3, 2, 24
 PROBES = {
-    "full": ((4, 4, 4, 4, 4, 4), 2.0**-20),
-    "unequal": ((4, 4, 4, 4, 4, 1), 2.0**-20),
-    "short": ((4, 4, 4, 4, 4), 2.0**-20),
-    "large": ((4, 4, 4, 4, 4, 4), 2.0**20),
+    "full": (24, 2.0**-20),
+    "unequal": (21, 2.0**-20),  # one image in the last micro-batch
+    "short": (20, 2.0**-20),  # two micro-batches in the last window
+    "large": (24, 2.0**20),
 }
-"""Each probe: images in the micro-batches of an epoch, and the size of the gradient. No usual
-clipping acts on a small gradient, any usual clipping acts on a large one."""
+"""Each probe: images in an epoch, and the size of the gradient. No usual clipping acts on a small
+gradient, any usual clipping acts on a large one."""
 
 
 class Table(nn.Module):
@@ -78,37 +76,36 @@ class Batches(list[Batch]):
         return TensorDataset(torch.cat(images), torch.cat(labels))
 
 
-@dataclass
+def cut(images: Tensor, labels: Tensor, size: int = BATCH_SIZE) -> Batches:
+    """Micro-batches of `size` images."""
+    return Batches(zip(images.split(size), labels.split(size), strict=True))
+
+
 class Probe:
-    """A tiny problem: train `model` on `batches` for `epochs` epochs, with plain SGD.
+    """A tiny problem of `PROBES`: train `model` on `batches` for 2 epochs, with plain SGD.
 
     Images are float64 of shape (n, 1, 24, 1). An update hardly changes the logits.
     """
 
-    model: Table
-    batches: Batches
-    learning_rate: float
-    epochs: int = 2
-    accumulation_steps: int = ACCUMULATION_STEPS
+    def __init__(self, name: str) -> None:
+        count, scale = PROBES[name]
+        images = torch.eye(PIXELS, dtype=torch.float64)[:count].reshape(-1, 1, PIXELS, 1)
+        self.batches = cut(images, torch.arange(count) % CLASSES)
+        self.model = Table(scale)
+        self.learning_rate = 1e-10 / scale**2
+
+    def optimizer(self) -> torch.optim.SGD:
+        """A new one."""
+        return torch.optim.SGD(self.model.parameters(), self.learning_rate)
 
     @property
     def labels(self) -> Tensor:
         """Of all images, shape (images,)."""
-        return torch.cat([labels for _, labels in self.batches])
+        return self.batches.dataset.tensors[1]
 
     @property
     def places(self) -> Tensor:
         """The micro-batch of each column of the table, from 0, shape (24,); -1 without an image."""
-        places = torch.full((PIXELS,), -1)
-        sizes = torch.tensor([len(labels) for _, labels in self.batches])
-        places[: int(sizes.sum())] = torch.arange(len(sizes)).repeat_interleave(sizes)
+        places = torch.arange(PIXELS) // BATCH_SIZE
+        places[len(self.labels) :] = -1
         return places
-
-
-def make_probe(name: str) -> Probe:
-    """The probe of that name in `PROBES`, untrained."""
-    sizes, scale = PROBES[name]
-    images = torch.eye(PIXELS, dtype=torch.float64)[: sum(sizes)].reshape(-1, 1, PIXELS, 1)
-    labels = torch.arange(len(images)) % CLASSES
-    batches = Batches(zip(images.split(sizes), labels.split(sizes), strict=True))
-    return Probe(Table(scale), batches, learning_rate=1e-10 / scale**2)

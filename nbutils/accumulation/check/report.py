@@ -38,17 +38,14 @@ CHANGES = {
     "logged loss": "log the sum of the images' undivided losses over the number of images",
     "batch norm": "use GroupNorm, or freeze the layer with eval()",
 }
-LINE = 95  # characters that fit the page of a notebook
 
 
 @dataclass
 class Report:
     """What `check_accumulation` found; print it.
 
-    Attributes:
-        seen: What was seen, by the broken rule: the first sight, so that no later probe hides it.
-        notes: What else the reader should know, such as what cannot be checked.
-        complete: Whether every rule about the gradient could be checked.
+    `seen` tells what was seen, by the broken rule: the first sight, so that no later probe hides
+    it. `complete`: whether every rule about the gradient could be checked.
     """
 
     seen: dict[str, str] = field(default_factory=dict)
@@ -82,14 +79,14 @@ class Report:
         self.note(f"The gradient cannot be checked: {why}")
 
     def __str__(self) -> str:
-        lines = []
+        none = "This loop breaks no rule of accumulation."
+        if not self.complete:
+            none = "No broken rule was seen, but not every rule could be checked."
+        lines = [] if self.rules else [none]
         for rule in self.rules:
             lines += [f"Broken: {RULES[rule]}", f"  Seen: {self.seen[rule]}."]
             lines += [f"  Change: {CHANGES[rule]}."]
-        if not lines:
-            unsure = "No broken rule was seen, but not every rule could be checked."
-            lines = ["This loop breaks no rule of accumulation." if self.complete else unsure]
         lines += [f"Note: {note}" for note in self.notes]
-        return "\n".join(
-            fill(line, LINE, subsequent_indent="    ", break_on_hyphens=False) for line in lines
-        )
+        width = 95  # characters that fit the page of a notebook
+        shape: dict[str, Any] = {"subsequent_indent": "    ", "break_on_hyphens": False}
+        return "\n".join(fill(line, width, **shape) for line in lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -23,14 +23,14 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from nbutils.accumulation.check.probe import Batches, Probe
+from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, EPOCHS, Batches, Probe
 from nbutils.accumulation.vectors import close, relative_difference
 
 StepFunction = Callable[..., Any]
 """`step_function(model, optimizer, scheduler, batches, accumulation_steps)`; trains one epoch."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Backward:
     """One backward pass that reached the weight; gradients have shape (3, 24)."""
 
@@ -42,15 +42,18 @@ class Backward:
     after: Tensor | None = None  # None where `torch.autograd.grad` was called
 
 
+def images_in(passes: Sequence[Backward]) -> Tensor:
+    """The numbers of their images, sorted, each once."""
+    return torch.cat([torch.tensor([]).long(), *(one.images for one in passes)]).unique()
+
+
 def _that_count(passes: list[Backward]) -> list[Backward]:
     """Without gradients that were only looked at, or computed anew, as in SAM, after a clearing."""
     passes = [one for one in passes if one.after is not None] or passes
     cleared = max((n for n, one in enumerate(passes) if not one.before.any()), default=0)
-    again = {image for one in passes[cleared:] for image in one.images.tolist()}
     first = [one for one in passes[:cleared] if one.epoch == passes[-1].epoch]
-    if all(again.issuperset(one.images.tolist()) for one in first):
-        return [one for one in passes if not any(one is other for other in first)]
-    return passes
+    anew = torch.isin(images_in(first), images_in(passes[cleared:])).all()
+    return [one for one in passes if one not in first] if anew else passes
 
 
 def _holds(gradient: Tensor, one: Backward) -> bool:
@@ -60,77 +63,63 @@ def _holds(gradient: Tensor, one: Backward) -> bool:
     return bool(share != 0) and relative_difference(found, share * added) < 0.1
 
 
-@dataclass
 class Update:
     """One step of an optimizer, and the backward passes since the last one.
 
-    Attributes:
-        gradient: What the optimizer used, shape (3, 24).
-        given: Whether it was the optimizer that the loop was given.
-        kept: The share of the gradient that the loop left before `GradScaler.unscale_`.
-        own: The backward passes of its own epoch; `images` are those in them, sorted, and `total`
-            is what they brought.
-        carried: The backward passes of an earlier epoch that are still in the gradient.
-        has_old: Whether the gradient of the window before was not cleared.
-        changed_inside: Whether anything but a backward pass changed the gradient in the window.
-        factors: By how much each of `images` was multiplied after its backward pass; 0 where it
-            was lost. None where the direction of the gradient changed, as clipping by value does.
+    `gradient` is what the optimizer used, shape (3, 24). `given`: whether it was the optimizer that
+    the loop was given. `kept`: the share of the gradient that the loop left before it was unscaled.
     """
 
-    backwards: list[Backward]
-    gradient: Tensor
-    given: bool
-    kept: float
-
-    def __post_init__(self) -> None:
-        self.backwards = passes = _that_count(self.backwards)
-        used = self.gradient
+    def __init__(
+        self, backwards: list[Backward], gradient: Tensor, given: bool = True, kept: float = 1.0
+    ) -> None:
+        self.gradient, self.given, self.kept = gradient, given, kept
+        self.backwards = passes = _that_count(backwards)
+        # Those of its own epoch, and those of an earlier one that are still in the gradient.
         self.own = own = [one for one in passes if one.epoch == passes[-1].epoch]
-        old = passes[: len(passes) - len(own)]
-        kept = any(one.before.any() for one in own[1:])  # in `.grad`, from pass to pass
+        before = own[0].before if own else torch.zeros_like(gradient)
+        in_place = any(one.before.any() for one in own[1:])  # in `.grad`, from pass to pass
         self.carried = [
             one
-            for one in old
-            if _holds(used, one) and (not kept or own[0].before[:, one.images].any())
+            for one in passes[: len(passes) - len(own)]
+            if _holds(gradient, one) and (not in_place or before[:, one.images].any())
         ]
-        self.images = torch.tensor(sorted({i for one in own for i in one.images.tolist()})).long()
-        self.total = sum((one.added for one in own), torch.zeros_like(used))
-        was_there = bool(own) and own[0].after is not None and bool(own[0].before.any())
-        self.has_old = was_there and not close(used, self.total)
+        # What its own epoch brought, and whether the gradient of the window before was there too.
+        self.images = images_in(own)
+        self.total = brought = sum((one.added for one in own), torch.zeros_like(gradient))
+        self.has_old = False
+        if own and own[-1].after is not None and before.any() and not close(gradient, brought):
+            self.has_old, brought = True, own[-1].after
+        # Whether anything but a backward pass changed the gradient in the window.
         self.changed_inside = any(
             bool(later.before.any()) and not close(later.before, earlier.before + earlier.added)
             for earlier, later in pairwise(own)
         )
-        brought = own[-1].after if self.has_old else self.total
-        self.factors: Tensor | None = None
-        if brought is not None:
-            used, brought = used[:, self.images], brought[:, self.images].double()
-            each = (used * brought).sum(0) / (brought * brought).sum(0)
-            if close(used, each * brought) and bool((each >= 0).all()):
-                self.factors = each
+        # By how much each image's part was multiplied after its pass; 0 where it was lost. None
+        # where the direction of the gradient changed, as clipping by value does.
+        used, brought = gradient[:, self.images], brought[:, self.images].double()
+        each = (used * brought).sum(0) / (brought * brought).sum(0)
+        same_direction = close(used, each * brought) and bool((each >= 0).all())
+        self.factors = each if same_direction else None
 
 
-@dataclass
 class Run:
     """What was seen of a loop on one probe. `watch` fills it."""
 
-    probe: Probe
-    optimizer: Optimizer | None = None  # that the loop is given; None if every one may be it
-    updates: list[Update] = field(default_factory=list)
-    schedule: list[int] = field(default_factory=list)  # updates made before each of its steps
-    returned: list[Any] = field(default_factory=list)  # by the loop, one value per epoch
-
-    def __post_init__(self) -> None:
-        self.weight = self.probe.model.weight
+    def __init__(self, probe: Probe, optimizer: Optimizer | None = None) -> None:
+        self.probe, self.weight = probe, probe.model.weight
+        self.optimizer = optimizer  # that the loop is given; None if every one may be it
         self.start = self.weight.detach().clone()
+        self.updates: list[Update] = []
+        self.schedule: list[int] = []  # updates made before each of its steps
+        self.returned: list[Any] = []  # by the loop, one value per epoch
         self._open: list[Backward] = []  # backward passes since the last update
         self._kept, self._given = 1.0, False  # of the next update
         self._depth = 0  # an optimizer that wraps another calls the other's `step`
 
     def micro_batches(self, passes: Sequence[Backward]) -> list[int]:
         """The numbers of the micro-batches in some backward passes, from 0."""
-        places = self.probe.places
-        return sorted({place for one in passes for place in places[one.images].tolist()})
+        return self.probe.places[images_in(passes)].unique().tolist()
 
     def end_epoch(self, returned: Any = None) -> None:
         """Tell that an epoch has ended, and the loss that was logged for it, if any."""
@@ -154,9 +143,8 @@ class Run:
     def before_adding(self, added: Tensor) -> None:
         """A backward pass is about to add to the gradient."""
         reached = self.probe.model.reached
-        weight, added = self.weight.detach().clone(), added.detach().clone()
-        place = len(self.returned), reached.nonzero().flatten()
-        self._open.append(Backward(*place, weight, self._gradient(), added))
+        place = len(self.returned), reached.nonzero().flatten(), self.weight.detach().clone()
+        self._open.append(Backward(*place, self._gradient(), added.detach().clone()))
         reached.zero_()
 
     def after_adding(self, _: Tensor) -> None:
@@ -175,10 +163,9 @@ class Run:
             return
         closure = any(map(callable, (*args[1:], *kwargs.values())))
         self._used = None if closure or self.weight.grad is None else self._gradient()
-        if self._depth == 0:
-            self._given = False
+        given_before = self._given and self._depth > 0
+        self._given = given_before or self.optimizer in (None, optimizer)
         self._depth += 1
-        self._given |= self.optimizer is None or optimizer is self.optimizer
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
         """An update is recorded when the outermost `step` is over."""
@@ -215,8 +202,8 @@ def watch(probe: Probe, optimizer: Optimizer | None = None) -> Iterator[Run]:
             hook.remove()
 
 
-def watch_schedule(run: Run, schedule: Any) -> None:
-    """Record the steps of a torch schedule."""
+def watch_schedule(run: Run, schedule: Any) -> Any:
+    """Record the steps of a torch schedule, which is returned."""
     kind: Any = type(schedule)
 
     class Recorded(kind):
@@ -226,6 +213,7 @@ def watch_schedule(run: Run, schedule: Any) -> None:
             kind.step(self, *args, **kwargs)
 
     schedule.__class__ = Recorded  # not in `__dict__`, which is the schedule's saved state
+    return schedule
 
 
 class AnySchedule(LambdaLR):
@@ -241,13 +229,12 @@ class AnySchedule(LambdaLR):
 
 def run_loop(step_function: StepFunction, probe: Probe) -> Run:
     """Run a loop on a probe and watch it; the state of torch's random numbers is kept."""
-    optimizer = torch.optim.SGD(probe.model.parameters(), lr=probe.learning_rate)
-    schedule = AnySchedule(optimizer)
+    optimizer = probe.optimizer()
     with watch(probe, optimizer) as run, undisturbed():
-        watch_schedule(run, schedule)
-        for _ in range(probe.epochs):
+        schedule = watch_schedule(run, AnySchedule(optimizer))
+        for _ in range(EPOCHS):
             given = probe.model, optimizer, schedule, Batches(probe.batches)
-            found = step_function(*given, probe.accumulation_steps)
+            found = step_function(*given, ACCUMULATION_STEPS)
             run.end_epoch(list(found) if isinstance(found, Iterator) else found)  # may `yield`
     return run
 

@@ -27,6 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nbutils.accumulation.batch import place
+
 
 class Ranks:
     """The `number` of processes that train a model together; 1 if it is not distributed."""
@@ -64,20 +66,38 @@ class Ranks:
             stack.enter_context(part.no_sync())
         return stack
 
+    def total_weight(self, weights: list[float], update: int | None) -> float:
+        """The total weight of the windows of all ranks; NaN if a rank does not know its own.
+
+        All ranks see the same numbers, so either all go on or all refuse windows that do not match.
+        """
+        told = self._gather([len(weights), sum(weights), -1 if update is None else update])
+        steps, sums, updates = zip(*told, strict=True)
+        if 0 in steps:
+            whose = f" of rank {steps.index(0)}" if len(told) > 1 else ""
+            raise ValueError(f"{place(update)}the window{whose} is empty")
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"the ranks are at updates {[int(each) for each in updates]}, so they have unequal "
+                f"numbers of windows; give every rank the same number"
+            )
+        if sum(sums) == 0:
+            raise ValueError(f"{place(update)}the losses of the window weigh nothing")
+        return sum(sums)
+
     @torch.no_grad()
     def average_parameters_outside(self) -> None:
         """Average the gradients of parameters that no `DistributedDataParallel` holds."""
         if not self._outside:
             return
-        used = torch.tensor([p.grad is not None for p in self._outside], device=self._device).int()
-        dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
-        for parameter, on_any_rank in zip(self._outside, used.tolist(), strict=True):
-            if on_any_rank:
+        used = zip(*self._gather([p.grad is not None for p in self._outside]), strict=True)
+        for parameter, on_ranks in zip(self._outside, used, strict=True):
+            if any(on_ranks):
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 dist.all_reduce(gradient, group=self._group)
                 parameter.grad = gradient.div_(self.number)
 
-    def gather(self, values: list[float]) -> list[list[float]]:
+    def _gather(self, values: list[float]) -> list[list[float]]:
         """The values of every rank, in the order of ranks."""
         if not self._parts:
             return [values]

@@ -16,6 +16,7 @@ and the schedule come once per window, when its gradient is complete.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -108,30 +109,57 @@ def accumulate_gradient(
             are then cleared, so that no part of one can be stepped; weights are as before.
     """
     batch.check_choice("on_oom", on_oom, "stop", "split")
+    attempt = partial(_attempt, model, weight, backward, update, check_finite)
     if on_oom == "split":
-        options: dict[str, Any] = {"weight": weight, "backward": backward, "update": update}
-        again = partial(accumulate_gradient, check_finite=check_finite, **options)
-        return until_it_fits(again, model, batch.listed(window), losses, weight)
+        return until_it_fits(attempt, model, batch.listed(window), losses, weight)
+    return attempt(window, losses)
+
+
+def _attempt(
+    model: nn.Module,
+    weight: Callable[[Any], float | Tensor] | None,
+    backward: Callable[[Tensor], Any],
+    update: int | None,
+    check_finite: bool,
+    window: Iterable[Any],
+    losses: Callable[[Any], Tensor],
+) -> Tensor:
+    """`accumulate_gradient` with micro-batches that fit the memory.
+
+    If the total weight is not known before the passes, losses are divided by an estimate; just
+    before the last backward pass the gradient so far is multiplied by estimate / total.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         where = batch.place(update)
         raise ValueError(f"{where}the model has no parameters that require a gradient")
+    earlier: dict[Tensor, Tensor | None] = {}
     try:
         micro_batches, ranks = batch.listed(window), Ranks(model)
-        total = batch.TotalWeight(micro_batches, weight, ranks, parameters, update)
-        loss_sums = []
+        weights = batch.weights_of(micro_batches, weight)
+        total = ranks.total_weight(weights, update)
+        known, loss_sums = not math.isnan(total), []
         for number, micro_batch in enumerate(micro_batches, start=1):
-            with nullcontext() if number == len(micro_batches) else ranks.no_sync():
+            last = number == len(micro_batches)
+            with nullcontext() if last else ranks.no_sync():
                 each = losses(micro_batch)
-                divisor = total.after(each, micro_batch)
+                where = batch.place(update, number, len(micro_batches))
+                batch.check_losses(each, micro_batch, weights[number - 1] if weight else None, where)
+                if not known:
+                    weights[number - 1] = each.numel()
+                    batch.copy_gradients([*parameters, *batch.reached(each)], earlier)
+                    total = estimate = max(1, weights[0]) * len(micro_batches) * ranks.number
+                    if last:
+                        total = ranks.total_weight(weights, update)
+                        batch.rescale(earlier, estimate / total)
                 loss_sum = each.sum()
                 # DistributedDataParallel averages over ranks, so each counts `ranks.number` times.
-                backward(loss_sum / divisor * ranks.number)
+                backward(loss_sum / total * ranks.number)
             loss_sums.append(loss_sum.detach())
         ranks.average_parameters_outside()
         if check_finite:
             batch.check_finite(loss_sums, model, backward is Tensor.backward, update)
     except BaseException:  # also Ctrl-C
-        batch.clear(parameters)
+        batch.clear([*parameters, *earlier])
         raise
-    return torch.stack(loss_sums).sum() / total.of_this_rank
+    return torch.stack(loss_sums).sum() / sum(weights)

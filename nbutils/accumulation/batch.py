@@ -1,4 +1,4 @@
-"""What `window.py` needs around a micro-batch: counting its losses, and the checks of arguments."""
+"""What `window.py` needs around a micro-batch: its weight, its gradients, and checks of both."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+Weight = Callable[[Any], float | Tensor]
+"""What the losses of a micro-batch weigh in all."""
+
 LONGEST = 4096  # micro-batches of a window; an iterator that gives more is taken for endless
-DEPTH = 4  # how deep `lengths` looks into a micro-batch
-WEIGHT_LINE = "weight=lambda batch: (batch[1] != -100).sum()"
 
 
-def weights_of(
-    micro_batches: Sequence[Any], weight: Callable[[Any], float | Tensor] | None
-) -> list[float]:
+def weights_of(micro_batches: Sequence[Any], weight: Weight | None) -> list[float]:
     """What the losses of each micro-batch weigh; NaN where only their number will tell."""
     if weight is None:
         # `check_losses` makes sure that a tensor gets as many losses as it is long.
@@ -32,15 +31,15 @@ def weights_of(
     return weights
 
 
-def reached(losses: Tensor) -> list[nn.Parameter]:
-    """The parameters that a backward pass will reach."""
+def reached(losses: Tensor) -> Iterator[Tensor]:
+    """The tensors to whose gradients a backward pass will add."""
     seen: set[Any] = {None}
     todo: set[Any] = {losses.grad_fn} - seen
     while todo:
+        ends = (getattr(node, "variable", None) for node in todo)
+        yield from (leaf for leaf in ends if isinstance(leaf, Tensor))
         seen |= todo
         todo = {node for one in todo for node, _ in one.next_functions} - seen
-    ends = (getattr(node, "variable", None) for node in seen)
-    return [parameter for parameter in ends if isinstance(parameter, nn.Parameter)]
 
 
 def copy_gradients(parameters: Iterable[Tensor], earlier: dict[Tensor, Tensor | None]) -> None:
@@ -52,7 +51,7 @@ def copy_gradients(parameters: Iterable[Tensor], earlier: dict[Tensor, Tensor | 
 
 @torch.no_grad()
 def rescale(earlier: Mapping[Tensor, Tensor | None], factor: float) -> None:
-    """Multiply what was added to each parameter's gradient since the earlier one was copied."""
+    """Multiply what was added to the gradients since the earlier ones were copied."""
     for parameter, gradient in earlier.items():
         if parameter.grad is not None and factor != 1:
             parameter.grad.mul_(factor)
@@ -60,18 +59,12 @@ def rescale(earlier: Mapping[Tensor, Tensor | None], factor: float) -> None:
                 parameter.grad.add_(gradient, alpha=1 - factor)
 
 
-def clear(parameters: Iterable[Tensor]) -> None:
-    """Take the gradients away."""
-    for parameter in parameters:
-        parameter.grad = None
-
-
 def couples_images(layer: nn.Module) -> bool:
     """Whether a layer is BatchNorm that normalises by the statistics of its micro-batch."""
     return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
-def lengths(batch: Any, depth: int = DEPTH) -> Iterator[int]:
+def lengths(batch: Any, depth: int = 4) -> Iterator[int]:
     """The lengths of everything in a micro-batch; the number of images is one of them."""
     parts: Iterable[Any] = ()
     if isinstance(batch, Mapping):
@@ -106,7 +99,7 @@ def check_losses(losses: Any, micro_batch: Any, weight: float | None, where: str
         raise ValueError(
             f"{where}losses have shape {tuple(losses.shape)}, {wrong}. If tokens, pixels or "
             f"several labels count, pass also what the losses of a micro-batch weigh, such as "
-            f"{WEIGHT_LINE}"
+            f"weight=lambda batch: (batch[1] != -100).sum()"
         )
 
 
@@ -118,18 +111,19 @@ def check_finite(
     values = [grad.coalesce().values() if grad.is_sparse else grad for _, grad in named]
     flags = [tensor.isfinite().all() for tensor in (*losses, *values)]
     finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
-    first = finite.index(False) if False in finite else len(finite)
+    if all(finite):
+        return
+    first = finite.index(False)
     if first < len(losses):
         raise ValueError(
             f"{place(update, first + 1, len(losses))}the loss is {losses[first].item()}; the "
             f"learning rate may be too large, or an input not finite"
         )
-    if first < len(finite):
-        raise ValueError(
-            f"{place(update)}the gradient of {named[first - len(losses)][0]} is not finite "
-            f"although the losses are: look for a division by zero, the root of zero or an "
-            f"overflow in the model or its loss"
-        )
+    raise ValueError(
+        f"{place(update)}the gradient of {named[first - len(losses)][0]} is not finite although "
+        f"the losses are: look for a division by zero, the root of zero or an overflow in the "
+        f"model or its loss"
+    )
 
 
 def listed(window: Iterable[Any]) -> list[Any]:
@@ -138,10 +132,9 @@ def listed(window: Iterable[Any]) -> list[Any]:
         raise TypeError(
             f"the window is of type {type(window).__name__}, but it must be a list of micro-batches"
         )
-    if hasattr(window, "__len__"):
-        return list(window)
-    micro_batches = list(islice(window, LONGEST + 1))
-    if len(micro_batches) > LONGEST:
+    sized = hasattr(window, "__len__")
+    micro_batches = list(window if sized else islice(window, LONGEST + 1))
+    if not sized and len(micro_batches) > LONGEST:
         raise ValueError(
             f"the window is an iterator of more than {LONGEST} micro-batches, perhaps an endless "
             f"one; pass a list, or cut it with windows_of_batches"

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nbutils.accumulation import batch
+from nbutils.accumulation.batch import Weight, couples_images
 from nbutils.accumulation.distributed import Ranks
 
 Result = TypeVar("Result")
@@ -56,20 +56,26 @@ def retry_smaller(attempt: Callable[[], Result], shrink: Callable[[Exception], N
 
 
 def until_it_fits(
-    attempt: Callable[..., Tensor],
+    attempt: Callable[[list[Any], Callable[[Any], Tensor]], Tensor],
     model: nn.Module,
     window: list[Any],
     losses: Callable[[Any], Tensor],
-    weight: Callable[[Any], float | Tensor] | None,
+    weight: Weight | None,
 ) -> Tensor:
     """Call `attempt(micro_batches, losses)` with the window cut until it fits the memory.
 
-    The size that fits is remembered for the model, and a change of it is warned of.
-
-    Raises:
-        ValueError: Smaller micro-batches would change the update, or cannot be cut.
+    The size that fits is remembered for the model, and a change of it is warned of. Raises a
+    `ValueError` if smaller micro-batches would change the update, or cannot be cut.
     """
-    _check(model)
+    if Ranks(model).number > 1:
+        raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
+    for name, layer in model.named_modules():
+        if couples_images(layer):
+            raise ValueError(
+                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
+                f"normalises each image with the others of its micro-batch; use GroupNorm, or "
+                f"freeze the layer"
+            )
     before, earlier = FITTING.get(model), [(p, copy.deepcopy(p.grad)) for p in model.parameters()]
 
     def pieces() -> list[Any]:
@@ -84,8 +90,8 @@ def until_it_fits(
             )
         return each
 
-    def attempt_on_pieces() -> Tensor:
-        for parameter, gradient in earlier:  # a failed attempt took it away
+    def from_the_start() -> Tensor:
+        for parameter, gradient in earlier:  # which a failed attempt took away
             parameter.grad = copy.deepcopy(gradient)
         return attempt(pieces(), counted)
 
@@ -95,7 +101,7 @@ def until_it_fits(
             raise error
         FITTING[model] = largest // 2
 
-    loss = retry_smaller(attempt_on_pieces, shrink)
+    loss = retry_smaller(from_the_start, shrink)
     if FITTING.get(model) != before:
         warnings.warn(
             f"a micro-batch of {images_in(window[0])} images does not fit the memory, so it is cut "
@@ -105,25 +111,13 @@ def until_it_fits(
     return loss
 
 
-def _check(model: nn.Module) -> None:
-    if Ranks(model).number > 1:
-        raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
-    for name, layer in model.named_modules():
-        if batch.couples_images(layer):
-            raise ValueError(
-                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
-                f"normalises each image with the others of its micro-batch; use GroupNorm, or "
-                f"freeze the layer"
-            )
-
-
 def images_in(micro_batch: Any) -> int:
     """The number of images: the length of the first tensor or array in a micro-batch."""
     for length in _lengths(micro_batch):
         return length
     raise ValueError(
-        f'on_oom = "split" cannot cut a micro-batch of type {type(micro_batch).__name__} '
-        f"without a tensor that has one row per image"
+        f'on_oom = "split" cannot cut a micro-batch of type {type(micro_batch).__name__} without a '
+        f"tensor that has one row per image"
     )
 
 
@@ -135,9 +129,7 @@ def _lengths(part: Any) -> Iterator[int]:
             yield from _lengths(each)
 
 
-def _cut(
-    micro_batch: Any, size: int | None, weight: Callable[[Any], float | Tensor] | None
-) -> list[Any]:
+def _cut(micro_batch: Any, size: int | None, weight: Weight | None) -> list[Any]:
     """The micro-batch in pieces of at most `size` images each; None leaves it whole."""
     if size is None or (images := images_in(micro_batch)) <= size:
         return [micro_batch]
@@ -161,10 +153,10 @@ def _cut(
 def _rows(part: Any, images: int, rows: slice) -> Any:
     """These rows of everything in a micro-batch that has one per image."""
     texts = type(part) in (list, tuple) and len(part) == images and not any(_lengths(part))
-    if texts or getattr(part, "shape", ()):
+    if getattr(part, "shape", ()) or texts:
         return part[rows]
-    if isinstance(part, MutableMapping):
-        piece = copy.copy(part)
+    if isinstance(part, Mapping):
+        piece: Any = copy.copy(part)
         piece.update({key: _rows(value, images, rows) for key, value in part.items()})
         return piece
     if isinstance(part, (list, tuple)):

@@ -1,7 +1,8 @@
 """Windows, and the gradient of one window summed over its micro-batches.
 
 An update should follow the mean loss of all images in its window. So each micro-batch adds the
-*sum* of its losses, divided by the number of images in the whole window:
+*sum* of its losses, divided by the number of images in the whole window. What comes once per
+window comes when the gradient is complete:
 
     for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
         optimizer.zero_grad()
@@ -9,9 +10,6 @@ An update should follow the mean loss of all images in its window. So each micro
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-
-`losses(micro_batch)` returns the loss of each image. Clipping, the optimizer's step, weight decay
-and the schedule come once per window, when its gradient is complete.
 """
 
 from __future__ import annotations
@@ -117,7 +115,7 @@ def accumulate_gradient(
 
 def _attempt(
     model: nn.Module,
-    weight: Callable[[Any], float | Tensor] | None,
+    weight: batch.Weight | None,
     backward: Callable[[Tensor], Any],
     update: int | None,
     check_finite: bool,
@@ -144,7 +142,8 @@ def _attempt(
             with nullcontext() if last else ranks.no_sync():
                 each = losses(micro_batch)
                 where = batch.place(update, number, len(micro_batches))
-                batch.check_losses(each, micro_batch, weights[number - 1] if weight else None, where)
+                given = weights[number - 1] if weight else None
+                batch.check_losses(each, micro_batch, given, where)
                 if not known:
                     weights[number - 1] = each.numel()
                     batch.copy_gradients([*parameters, *batch.reached(each)], earlier)
@@ -160,6 +159,7 @@ def _attempt(
         if check_finite:
             batch.check_finite(loss_sums, model, backward is Tensor.backward, update)
     except BaseException:  # also Ctrl-C
-        batch.clear([*parameters, *earlier])
+        for parameter in (*parameters, *earlier):
+            parameter.grad = None
         raise
     return torch.stack(loss_sums).sum() / sum(weights)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -74,11 +75,10 @@ def drift(
     All copies see the images in the same order, a new one each epoch; the last update of an epoch
     may have fewer. Copies that accumulate may have other losses.
 
-    Returns:
-        One row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
-        `update` and `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the
-        norm of the difference from the copy with large batches, relative to the norm of that
-        copy. After the first update gradients are taken at weights that already differ.
+    Returns one row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
+    `update` and `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the norm of
+    the difference from the copy with large batches, relative to that copy's. After the first update
+    gradients are taken at weights that already differ.
     """
 
     def training(size: int, losses: Losses) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -115,26 +115,18 @@ def ladder(
 ) -> pd.DataFrame:
     """`drift` of every model (by its norm), optimizer and setting, after more and more updates.
 
-    `cuts` has the sizes of the micro-batches for each effective batch size. Columns: the
-    differences of the "first gradient", and of the weights after "one update", "one epoch" and
-    "{epochs} epochs".
+    `cuts` has the sizes of the micro-batches for each effective batch size. The columns are the
+    "first gradient", and the weights after "one update", "one epoch" and "{epochs} epochs".
     """
-    keys = ["norm", "optimizer", "setting"]
-    table = pd.concat(
-        drift(model, optimizer, losses, images, size, sizes, epochs).assign(
-            norm=name, optimizer=optimizer
-        )
-        for name, model in models.items()
-        for optimizer in OPTIMIZERS
-        for size, sizes in cuts.items()
-    )
-    groups = table.groupby(keys, sort=False)
-    in_first_epoch = table[table["epoch"] == 1].groupby(keys, sort=False)
-    return pd.DataFrame(
-        {
-            "first gradient": groups["gradient"].first(),
-            "one update": groups["weights"].first(),
-            "one epoch": in_first_epoch["weights"].last(),
-            f"{epochs} epochs": groups["weights"].last(),
-        }
-    )
+    rungs = {}
+    for name, optimizer, size in product(models, OPTIMIZERS, cuts):
+        table = drift(models[name], optimizer, losses, images, size, cuts[size], epochs)
+        for setting, rows in table.groupby("setting", sort=False):
+            rungs[name, optimizer, setting] = {
+                "first gradient": rows["gradient"].iloc[0],
+                "one update": rows["weights"].iloc[0],
+                "one epoch": rows["weights"][rows["epoch"] == 1].iloc[-1],
+                f"{epochs} epochs": rows["weights"].iloc[-1],
+            }
+    table = pd.DataFrame.from_dict(rungs, orient="index")
+    return table.rename_axis(["norm", "optimizer", "setting"])

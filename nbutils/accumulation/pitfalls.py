@@ -17,11 +17,9 @@ from nbutils.accumulation.check.watch import AnySchedule, StepFunction, undistur
 from nbutils.accumulation.equivalence import small_cnn
 from nbutils.accumulation.vectors import flat_gradient, relative_difference
 
+# 75 micro-batches: nine windows of eight and one of three, whose last has 6 images.
 IMAGES, BATCH_SIZE, ACCUMULATION_STEPS = 1_190, 16, 8
-"""75 micro-batches: nine windows of eight and one of three, whose last has 6 images."""
-
-LAST = 2 * ACCUMULATION_STEPS + 3
-"""Of these the gradients are compared: two full windows and the short one."""
+LAST = 2 * ACCUMULATION_STEPS + 3  # their gradients are compared: two full windows, the short one
 
 
 def gradient_errors(
@@ -62,10 +60,9 @@ def measure_damage(
     A small network is trained on 1,190 images of `data`, an `nbutils.Dataset`, in micro-batches of
     16, 8 to a window, by SGD with momentum at a rate that falls to zero.
 
-    Returns:
-        One row per loop and seed: `loop`, `seed`, `gradient_error` (the largest of the updates of
-        two epochs of the last 294 images, at the initial weights, relative to the true gradient)
-        and `accuracy` on the test images after training, in [0, 1].
+    Returns one row per loop and seed: `loop`, `seed`, `gradient_error` (the largest of the updates
+    of two epochs of the last 294 images, at the initial weights, relative to the true gradient) and
+    `accuracy` on the test images after training, in [0, 1].
     """
     cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(data.train.labels), generator=generator)[:IMAGES]

@@ -3,10 +3,8 @@
 At fixed weights, let G be the mean gradient over all images and Sigma the covariance of one
 image's gradient. The gradient of B images has the expected squared length |G|^2 + tr(Sigma) / B,
 whose second term is noise. Both terms are equal at the *simple noise scale* tr(Sigma) / |G|^2: an
-update of far fewer images is mostly noise, one of far more is hardly better.
-
-Source: McCandlish, Kaplan, Amodei et al. (2018), "An Empirical Model of Large-Batch Training",
-section 2.2 and appendix A.1.
+update of far fewer images is mostly noise, one of far more is hardly better (McCandlish, Kaplan,
+Amodei et al. 2018, "An Empirical Model of Large-Batch Training", section 2.2 and appendix A.1).
 """
 
 from __future__ import annotations
@@ -26,16 +24,15 @@ from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.window import MicroBatch
 from nbutils.errors import InputError
 
-FEWEST = 3
-"""Batches of an estimate: its interval leaves out one and needs two that remain."""
+FEWEST = 3  # batches of an estimate: its interval leaves out one and needs two that remain
 
 
 @dataclass(frozen=True)
 class NoiseScale:
     """An estimate of the simple noise scale; it and its interval are in images.
 
-    The value is infinite where |G|^2 is estimated as not positive: then the images were too few to
-    find the mean gradient among the noise. `high` is where |G| = 0 is compatible with the images.
+    The value is infinite where |G|^2 is estimated as not positive, and `high` where |G| = 0 is
+    compatible with the images: they were too few to find the mean gradient among the noise.
     """
 
     value: float
@@ -65,12 +62,11 @@ def noise_scale(
 
     Args:
         model: A model without batch norm in training mode; else `noise_scale_of_batches`.
-        window: At least `FEWEST` micro-batches, of at least one image each.
+        window: At least `FEWEST` micro-batches.
         losses: Returns the loss of every image of a micro-batch, not reduced, shape (images,).
         confidence: Coverage of the interval, in (0, 1).
 
-    Raises:
-        InputError: An argument is not so, or gradients are not finite or all zero.
+    Raises an `InputError` if an argument is not so, or gradients are not finite or all zero.
     """
     for name, module in model.named_modules():
         if couples_images(module):

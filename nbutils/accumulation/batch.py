@@ -31,21 +31,17 @@ def weights_of(micro_batches: Sequence[Any], weight: Weight | None) -> list[floa
     return weights
 
 
-def reached(losses: Tensor) -> Iterator[Tensor]:
-    """The tensors to whose gradients a backward pass will add."""
+def copy_gradients(
+    parameters: Sequence[Tensor], losses: Tensor, earlier: dict[Tensor, Tensor | None]
+) -> None:
+    """Copy the gradients of parameters into `earlier`, also of others that `losses` reach."""
     seen: set[Any] = {None}
     todo: set[Any] = {losses.grad_fn} - seen
     while todo:
-        ends = (getattr(node, "variable", None) for node in todo)
-        yield from (leaf for leaf in ends if isinstance(leaf, Tensor))
         seen |= todo
         todo = {node for one in todo for node, _ in one.next_functions} - seen
-
-
-def copy_gradients(parameters: Iterable[Tensor], earlier: dict[Tensor, Tensor | None]) -> None:
-    """Copy the gradients of parameters that `earlier` lacks into it."""
-    for parameter in parameters:
-        if parameter not in earlier:
+    for parameter in (*parameters, *(getattr(node, "variable", None) for node in seen)):
+        if isinstance(parameter, Tensor) and parameter not in earlier:
             earlier[parameter] = copy.deepcopy(parameter.grad)
 
 
@@ -121,8 +117,7 @@ def check_finite(
         )
     raise ValueError(
         f"{place(update)}the gradient of {named[first - len(losses)][0]} is not finite although "
-        f"the losses are: look for a division by zero, the root of zero or an overflow in the "
-        f"model or its loss"
+        f"the losses are: look for a division by zero, the root of zero or an overflow"
     )
 
 

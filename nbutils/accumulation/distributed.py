@@ -8,8 +8,7 @@ What cannot work:
 
 - Unequal numbers of updates: a rank that makes more waits for the others until the process group's
   timeout. An empty window, and with `update=` also a wrong number, is refused on all ranks at once.
-- `with model.join():`, which is refused: the ranks compare their windows in messages of their own.
-- `DistributedDataParallel(static_graph=True)`, which torch refuses in the first window.
+- `with model.join():` and `DistributedDataParallel(static_graph=True)`, which are refused.
 - Parameters that the losses reach but the model does not hold: they are not averaged.
 - An error of one rank, such as running out of memory: the others wait for it.
 - Passing the plain model inside of the module that `losses` calls: its ranks are not seen.
@@ -35,8 +34,7 @@ class Ranks:
         bases = {base.__name__ for module in modules for base in type(module).__mro__}
         if bases & {"FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(
-                "FullyShardedDataParallel is not supported, only DistributedDataParallel: images "
-                "of different ranks would not weigh the same"
+                "FullyShardedDataParallel is not supported, only DistributedDataParallel"
             )
         self._model, self.number = model, 1
         self._parts = [m for m in modules if isinstance(m, DistributedDataParallel)]
@@ -48,8 +46,8 @@ class Ranks:
             raise ValueError("parts of the model are in different process groups")
         if any(part._join_config.enable for part in self._parts):
             raise ValueError(
-                "the model is in a join() context, which does not work with accumulate_gradient; "
-                "give every rank the same number of windows, as DistributedSampler does"
+                "the model is in a join() context; instead give every rank as many windows, as "
+                "DistributedSampler does"
             )
 
     def no_sync(self) -> ExitStack:
@@ -71,8 +69,8 @@ class Ranks:
             raise ValueError(f"{place(update)}the window{whose} is empty")
         if len(set(updates)) > 1:
             raise ValueError(
-                f"the ranks are at updates {[int(each) for each in updates]}, so they have unequal "
-                f"numbers of windows; give every rank the same number"
+                f"the ranks are at updates {[int(each) for each in updates]}; give every rank the "
+                f"same number of windows"
             )
         if sum(sums) == 0:
             raise ValueError(f"{place(update)}the losses of the window weigh nothing")

@@ -19,7 +19,7 @@ from nbutils.accumulation.distributed import Ranks
 
 Result = TypeVar("Result")
 
-NAMES = (
+NAMES = (  # in errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -27,7 +27,6 @@ NAMES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-"""Texts of errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS."""
 
 FITTING: MutableMapping[nn.Module, int] = WeakKeyDictionary()
 """Images in a micro-batch that fit the memory, for each model that was too large for its own."""
@@ -72,9 +71,8 @@ def until_it_fits(
     for name, layer in model.named_modules():
         if couples_images(layer):
             raise ValueError(
-                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
-                f"normalises each image with the others of its micro-batch; use GroupNorm, or "
-                f"freeze the layer"
+                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} normalises'
+                " each image with the others of its micro-batch; use GroupNorm, or freeze the layer"
             )
     before, earlier = FITTING.get(model), [(p, copy.deepcopy(p.grad)) for p in model.parameters()]
 

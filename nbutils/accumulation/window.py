@@ -98,13 +98,11 @@ def accumulate_gradient(
             `backward` only losses are checked: a scaler skips updates with infinite gradients.
         on_oom: "split" cuts micro-batches that do not fit the memory; the update stays the same.
 
-    Returns:
-        The mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
+    Returns the mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
 
-    Raises:
-        ValueError, TypeError: The model has no parameters, the window is empty or weighs nothing,
-            losses are reduced or not one per image, or a loss or gradient is not finite. Gradients
-            are then cleared, so that no part of one can be stepped; weights are as before.
+    Raises a `ValueError` or `TypeError` if the model has no parameters, the window is empty or
+    weighs nothing, losses are reduced or not one per image, or a loss or gradient is not finite.
+    After any error the gradients are cleared, so that no part of one can be stepped.
     """
     batch.check_choice("on_oom", on_oom, "stop", "split")
     attempt = partial(_attempt, model, weight, backward, update, check_finite)
@@ -124,8 +122,8 @@ def _attempt(
 ) -> Tensor:
     """`accumulate_gradient` with micro-batches that fit the memory.
 
-    If the total weight is not known before the passes, losses are divided by an estimate; just
-    before the last backward pass the gradient so far is multiplied by estimate / total.
+    Where the total weight is known only after the last forward pass, losses are divided by an
+    estimate; before the last backward pass the gradient is multiplied by estimate / total.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -146,7 +144,7 @@ def _attempt(
                 batch.check_losses(each, micro_batch, given, where)
                 if not known:
                     weights[number - 1] = each.numel()
-                    batch.copy_gradients([*parameters, *batch.reached(each)], earlier)
+                    batch.copy_gradients(parameters, each, earlier)
                     total = estimate = max(1, weights[0]) * len(micro_batches) * ranks.number
                     if last:
                         total = ranks.total_weight(weights, update)

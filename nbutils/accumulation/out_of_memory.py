@@ -74,7 +74,8 @@ def until_it_fits(
                 f'on_oom = "split" would change the update: the BatchNorm layer {name!r} normalises'
                 " each image with the others of its micro-batch; use GroupNorm, or freeze the layer"
             )
-    before, earlier = FITTING.get(model), [(p, copy.deepcopy(p.grad)) for p in model.parameters()]
+    before, earlier = FITTING.get(model), [(p, p.grad) for p in model.parameters()]
+    model.zero_grad()
 
     def pieces() -> list[Any]:
         return [piece for each in window for piece in _cut(each, FITTING.get(model), weight)]
@@ -89,9 +90,10 @@ def until_it_fits(
         return each
 
     def from_the_start() -> Tensor:
-        for parameter, gradient in earlier:  # which a failed attempt took away
+        micro_batches = pieces()
+        for parameter, gradient in earlier:  # which a failed attempt takes away
             parameter.grad = copy.deepcopy(gradient)
-        return attempt(pieces(), counted)
+        return attempt(micro_batches, counted)
 
     def shrink(error: Exception) -> None:
         largest = max(map(images_in, pieces()))

@@ -117,7 +117,8 @@ def check_finite(
         )
     raise ValueError(
         f"{place(update)}the gradient of {named[first - len(losses)][0]} is not finite although "
-        f"the losses are: look for a division by zero, the root of zero or an overflow"
+        f"the losses are: look for a division by zero, the root of zero or an overflow in the "
+        f"model or its loss"
     )
 
 

@@ -1,21 +1,17 @@
 """`DistributedDataParallel`: one synchronisation per window, and every image of every rank weighs
 the same, also if ranks hold unequal numbers of images.
 
-Any module of the model may be a `DistributedDataParallel`: the model itself, what `torch.compile`
-or another wrapper holds, or one or several parts of the model. Gradients of parameters outside
+Any module of the model may be a `DistributedDataParallel`. Gradients of the parameters outside of
 these parts are averaged over the ranks too; such parameters must start equal on all ranks.
 
 What cannot work:
 
-- Every rank must make the same number of updates. A rank that makes more waits for the others
-  until the process group's timeout. An empty window is refused on all ranks at once, and with
-  `update=`, the number of the update within the epoch, so are ranks at different updates.
-- `with model.join():` is refused: the ranks compare their windows in messages of their own.
-- `DistributedDataParallel(static_graph=True)` is refused by torch itself in the first window.
-- Parameters that the losses reach but the model does not hold are not averaged over the ranks.
-- If one rank raises an error, such as running out of memory, the others wait for it.
-- Pass the module that `losses` calls. In the plain model inside it, no `DistributedDataParallel`
-  is found.
+- Unequal numbers of updates: a rank that makes more waits for the others until the process group's
+  timeout. An empty window, and with `update=` also a wrong number, is refused on all ranks at once.
+- `with model.join():` and `DistributedDataParallel(static_graph=True)`, which are refused.
+- Parameters that the losses reach but the model does not hold: they are not averaged.
+- An error of one rank, such as running out of memory: the others wait for it.
+- Passing the plain model inside of the module that `losses` calls: its ranks are not seen.
 """
 
 from __future__ import annotations
@@ -24,8 +20,10 @@ from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from nbutils.accumulation.batch import place
 
 
 class Ranks:
@@ -33,29 +31,24 @@ class Ranks:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._parts = [m for m in modules if isinstance(m, DistributedDataParallel)]
-        self._outside: list[Tensor] = []  # parameters that no `DistributedDataParallel` holds
-        self.number = 1
         bases = {base.__name__ for module in modules for base in type(module).__mro__}
         if bases & {"FullyShardedDataParallel", "FSDPModule"}:
             raise ValueError(
-                "FullyShardedDataParallel is not supported, only DistributedDataParallel: images "
-                "of different ranks would not weigh the same"
+                "FullyShardedDataParallel is not supported, only DistributedDataParallel"
             )
+        self._model, self.number = model, 1
+        self._parts = [m for m in modules if isinstance(m, DistributedDataParallel)]
         if not self._parts:
             return
         self._group = self._parts[0].process_group
-        self._device = next(self._parts[0].parameters()).device
         self.number = dist.get_world_size(self._group)
         if any(part.process_group is not self._group for part in self._parts):
             raise ValueError("parts of the model are in different process groups")
         if any(part._join_config.enable for part in self._parts):
             raise ValueError(
-                "the model is in a join() context, which does not work with accumulate_gradient; "
-                "give every rank the same number of windows, as DistributedSampler does"
+                "the model is in a join() context; instead give every rank as many windows, as "
+                "DistributedSampler does"
             )
-        inside = {id(p) for part in self._parts for p in part.parameters()}
-        self._outside = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
 
     def no_sync(self) -> ExitStack:
         """A context in which backward passes do not synchronise gradients."""
@@ -64,24 +57,45 @@ class Ranks:
             stack.enter_context(part.no_sync())
         return stack
 
+    def total_weight(self, weights: list[float], update: int | None) -> float:
+        """The weight of the windows of all ranks; NaN if a rank does not know that of its own.
+
+        All ranks see the same numbers, so either all go on or all refuse windows that do not match.
+        """
+        told = self._gather([len(weights), sum(weights), -1 if update is None else update])
+        steps, sums, updates = zip(*told, strict=True)
+        if 0 in steps:
+            whose = f" of rank {steps.index(0)}" if len(told) > 1 else ""
+            raise ValueError(f"{place(update)}the window{whose} is empty")
+        if len(set(updates)) > 1:
+            raise ValueError(
+                f"the ranks are at updates {[int(each) for each in updates]}; give every rank the "
+                f"same number of windows"
+            )
+        if sum(sums) == 0:
+            raise ValueError(f"{place(update)}the losses of the window weigh nothing")
+        return sum(sums)
+
     @torch.no_grad()
     def average_parameters_outside(self) -> None:
         """Average the gradients of parameters that no `DistributedDataParallel` holds."""
-        if not self._outside:
+        if not self._parts:
             return
-        used = torch.tensor([p.grad is not None for p in self._outside], device=self._device).int()
-        dist.all_reduce(used, dist.ReduceOp.MAX, self._group)
-        for parameter, on_any_rank in zip(self._outside, used.tolist(), strict=True):
-            if on_any_rank:
+        inside = {id(p) for part in self._parts for p in part.parameters()}
+        outside = [p for p in self._model.parameters() if p.requires_grad and id(p) not in inside]
+        used = zip(*self._gather([p.grad is not None for p in outside]), strict=True)
+        for parameter, on_ranks in zip(outside, used, strict=True):
+            if any(on_ranks):
                 gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                 dist.all_reduce(gradient, group=self._group)
                 parameter.grad = gradient.div_(self.number)
 
-    def gather(self, values: list[float]) -> list[list[float]]:
+    def _gather(self, values: list[float]) -> list[list[float]]:
         """The values of every rank, in the order of ranks."""
-        if not self._parts:
+        if not (self._parts and values):
             return [values]
-        mine = torch.tensor(values, dtype=torch.float64, device=self._device)
+        device = next(self._parts[0].parameters()).device
+        mine = torch.tensor(values, dtype=torch.float64, device=device)
         theirs = [torch.empty_like(mine) for _ in range(self.number)]
         try:
             dist.all_gather(theirs, mine, group=self._group)

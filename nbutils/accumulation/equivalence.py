@@ -4,8 +4,10 @@ the weights drift apart."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -14,16 +16,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from nbutils.accumulation.vectors import flat_gradient, relative_difference
-from nbutils.accumulation.window import accumulate_gradient, windows
+from nbutils.accumulation.window import accumulate_gradient
 
-OPTIMIZERS: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
-    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05),
-    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
-    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3),
-    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2),
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": partial(torch.optim.SGD, lr=0.05),
+    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
 }
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+NORMS: dict[str, Any] = {
     "batch": nn.BatchNorm2d,
     "group": partial(nn.GroupNorm, 8),
     "none": nn.Identity,
@@ -36,9 +37,9 @@ Losses = Callable[[nn.Module, Tensor], Tensor]
 def small_cnn(norm: str | Callable[[int], nn.Module]) -> nn.Module:
     """A network for 28 x 28 images, small enough to train in float64 in seconds.
 
-    `norm` is a key of `NORMS`, or a function that makes a layer for a number of channels.
+    `norm` is "batch", "group" or "none", or makes a layer for a number of channels.
     """
-    make_norm = NORMS[norm] if isinstance(norm, str) else norm
+    make_norm: Callable[[int], nn.Module] = NORMS[norm] if isinstance(norm, str) else norm
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, stride=2, padding=1),
         make_norm(8),
@@ -74,35 +75,33 @@ def drift(
     All copies see the images in the same order, a new one each epoch; the last update of an epoch
     may have fewer. Copies that accumulate may have other losses.
 
-    Returns:
-        One row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
-        `update` and `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the
-        norm of the difference from the copy with large batches, relative to the norm of that
-        copy. After the first update gradients are taken at weights that already differ.
+    Returns one row per update and size of micro-batch: `setting` ("8 x 128": steps x images),
+    `update` and `epoch` (from 1), `images` in the window, and `gradient` and `weights`: the norm of
+    the difference from the copy with large batches, relative to that copy's. After the first update
+    gradients are taken at weights that already differ.
     """
-    models = [copy.deepcopy(model) for _ in (effective_batch_size, *batch_sizes)]
-    optimizers = [OPTIMIZERS[optimizer](list(each.parameters())) for each in models]
-    all_losses = [losses, *[losses_accumulated or losses] * len(batch_sizes)]
-    rows, update = [], 0
-    generator = torch.Generator().manual_seed(0)
-    for epoch in range(1, epochs + 1):
-        order = torch.randperm(images, generator=generator)
-        for (window,) in windows(order, effective_batch_size, accumulation_steps=1):
-            update += 1
-            seen = []
-            for number, size in enumerate((effective_batch_size, *batch_sizes)):
-                optimizers[number].zero_grad()
-                each_loss = partial(all_losses[number], models[number])
-                accumulate_gradient(models[number], window.split(size), each_loss)
-                optimizers[number].step()
-                weights = parameters_to_vector(models[number].parameters()).detach()
-                seen.append((flat_gradient(models[number]), weights))
-            (true_gradient, true_weights), *others = seen
-            for size, (gradient, weights) in zip(batch_sizes, others, strict=True):
-                setting = f"{-(-effective_batch_size // size)} x {size}"
-                apart = relative_difference(gradient, true_gradient)
-                drifted = relative_difference(weights, true_weights)
-                rows.append((setting, update, epoch, len(window), apart, drifted))
+
+    def training(size: int, losses: Losses) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """The epoch, images and gradient of each update, and the weights after it."""
+        twin, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
+        stepped = OPTIMIZERS[optimizer](twin.parameters())
+        for epoch in range(1, epochs + 1):
+            order = torch.randperm(images, generator=generator)
+            for window in order.split(effective_batch_size):
+                stepped.zero_grad()
+                accumulate_gradient(twin, window.split(size), partial(losses, twin))
+                stepped.step()
+                weights = parameters_to_vector(twin.parameters()).detach()
+                yield epoch, len(window), flat_gradient(twin), weights
+
+    large = training(effective_batch_size, losses)
+    small = [training(size, losses_accumulated or losses) for size in batch_sizes]
+    rows = []
+    for update, (true, *others) in enumerate(zip(large, *small, strict=True), start=1):
+        for size, other in zip(batch_sizes, others, strict=True):
+            setting = f"{-(-effective_batch_size // size)} x {size}"
+            apart, drifted = map(relative_difference, other[2:], true[2:])
+            rows.append((setting, update, *true[:2], apart, drifted))
     columns = ["setting", "update", "epoch", "images", "gradient", "weights"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -116,25 +115,18 @@ def ladder(
 ) -> pd.DataFrame:
     """`drift` of every model (by its norm), optimizer and setting, after more and more updates.
 
-    `cuts` has the sizes of the micro-batches for each effective batch size. Columns: the
-    differences of the "first gradient", and of the weights after "one update", "one epoch" and
-    "{epochs} epochs".
+    `cuts` has the sizes of the micro-batches for each effective batch size. The columns are the
+    "first gradient", and the weights after "one update", "one epoch" and "{epochs} epochs".
     """
-    tables = {
-        (name, optimizer, size): drift(model, optimizer, losses, images, size, sizes, epochs)
-        for name, model in models.items()
-        for optimizer in OPTIMIZERS
-        for size, sizes in cuts.items()
-    }
-    keys = ["norm", "optimizer", "setting"]
-    table = pd.concat(tables, names=["norm", "optimizer", "size"]).reset_index()
-    groups = table.groupby(keys, sort=False)
-    in_first_epoch = table[table["epoch"] == 1].groupby(keys, sort=False)
-    return pd.DataFrame(
-        {
-            "first gradient": groups["gradient"].first(),
-            "one update": groups["weights"].first(),
-            "one epoch": in_first_epoch["weights"].last(),
-            f"{epochs} epochs": groups["weights"].last(),
-        }
-    )
+    rungs = {}
+    for name, optimizer, size in product(models, OPTIMIZERS, cuts):
+        table = drift(models[name], optimizer, losses, images, size, cuts[size], epochs)
+        for setting, rows in table.groupby("setting", sort=False):
+            rungs[name, optimizer, setting] = {
+                "first gradient": rows["gradient"].iloc[0],
+                "one update": rows["weights"].iloc[0],
+                "one epoch": rows["weights"][rows["epoch"] == 1].iloc[-1],
+                f"{epochs} epochs": rows["weights"].iloc[-1],
+            }
+    table = pd.DataFrame.from_dict(rungs, orient="index")
+    return table.rename_axis(["norm", "optimizer", "setting"])

@@ -14,12 +14,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from nbutils.accumulation import batch
+from nbutils.accumulation.batch import Weight, couples_images
 from nbutils.accumulation.distributed import Ranks
 
 Result = TypeVar("Result")
 
-NAMES = (
+NAMES = (  # in errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS
     "out of memory",
     "can't allocate memory",
     "not enough memory",
@@ -27,7 +27,6 @@ NAMES = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-"""Texts of errors that mean too little memory: of CUDA, the CPU's allocator, cuDNN and cuBLAS."""
 
 FITTING: MutableMapping[nn.Module, int] = WeakKeyDictionary()
 """Images in a micro-batch that fit the memory, for each model that was too large for its own."""
@@ -56,35 +55,30 @@ def retry_smaller(attempt: Callable[[], Result], shrink: Callable[[Exception], N
 
 
 def until_it_fits(
-    attempt: Callable[..., Tensor],
+    attempt: Callable[[list[Any], Callable[[Any], Tensor]], Tensor],
     model: nn.Module,
     window: list[Any],
     losses: Callable[[Any], Tensor],
-    weight: Callable[[Any], float | Tensor] | None,
+    weight: Weight | None,
 ) -> Tensor:
-    """Call `attempt(model, micro_batches, losses)` with the window cut until it fits the memory.
+    """Call `attempt(micro_batches, losses)` with the window cut until it fits the memory.
 
-    The size that fits is remembered for the model, and a change of it is warned of.
-
-    Raises:
-        ValueError: Smaller micro-batches would change the update, or cannot be cut.
+    The size that fits is remembered for the model, and a change of it is warned of. Raises a
+    `ValueError` if smaller micro-batches would change the update, or cannot be cut.
     """
-    _check(model)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    earlier, before = [parameter.grad for parameter in parameters], FITTING.get(model)
+    if Ranks(model).number > 1:
+        raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
+    for name, layer in model.named_modules():
+        if couples_images(layer):
+            raise ValueError(
+                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} normalises'
+                " each image with the others of its micro-batch; use GroupNorm, or freeze the layer"
+            )
+    before, earlier = FITTING.get(model), [(p, p.grad) for p in model.parameters()]
+    model.zero_grad()
 
     def pieces() -> list[Any]:
-        cuts = [cut(micro_batch, FITTING.get(model)) for micro_batch in window]
-        for micro_batch, parts in zip(window, cuts, strict=True):
-            if not weight or len(parts) == 1:
-                continue
-            whole, *each = (float(weight(part)) for part in (micro_batch, *parts))
-            if not math.isclose(whole, sum(each), rel_tol=1e-6):
-                raise ValueError(
-                    f'on_oom = "split": a micro-batch weighs {whole:g}, but its pieces '
-                    f"{sum(each):g}; weight must count what is in the piece that it is given"
-                )
-        return [piece for parts in cuts for piece in parts]
+        return [piece for each in window for piece in _cut(each, FITTING.get(model), weight)]
 
     def counted(piece: Any) -> Tensor:
         each = losses(piece)
@@ -95,15 +89,19 @@ def until_it_fits(
             )
         return each
 
+    def from_the_start() -> Tensor:
+        micro_batches = pieces()
+        for parameter, gradient in earlier:  # which a failed attempt takes away
+            parameter.grad = copy.deepcopy(gradient)
+        return attempt(micro_batches, counted)
+
     def shrink(error: Exception) -> None:
         largest = max(map(images_in, pieces()))
         if largest == 1:
             raise error
         FITTING[model] = largest // 2
 
-    batch.clear(parameters)  # a failed attempt takes away all that is there
-    loss = retry_smaller(lambda: attempt(model, pieces(), counted), shrink)
-    batch.add_gradients(parameters, earlier)
+    loss = retry_smaller(from_the_start, shrink)
     if FITTING.get(model) != before:
         warnings.warn(
             f"a micro-batch of {images_in(window[0])} images does not fit the memory, so it is cut "
@@ -113,27 +111,14 @@ def until_it_fits(
     return loss
 
 
-def _check(model: nn.Module) -> None:
-    if Ranks(model).number > 1:
-        raise ValueError('on_oom = "split" works in one process only: other ranks would wait')
-    for name, layer in model.named_modules():
-        if batch.couples_images(layer):
-            raise ValueError(
-                f'on_oom = "split" would change the update: the BatchNorm layer {name!r} '
-                f"normalises each image with the others of its micro-batch; use GroupNorm, or "
-                f"freeze the layer"
-            )
-
-
 def images_in(micro_batch: Any) -> int:
     """The number of images: the length of the first tensor or array in a micro-batch."""
-    length = next(_lengths(micro_batch), None)
-    if length is None:
-        raise ValueError(
-            f'on_oom = "split" cannot cut a micro-batch of type {type(micro_batch).__name__} '
-            f"without a tensor that has one row per image"
-        )
-    return length
+    for length in _lengths(micro_batch):
+        return length
+    raise ValueError(
+        f'on_oom = "split" cannot cut a micro-batch of type {type(micro_batch).__name__} without a '
+        f"tensor that has one row per image"
+    )
 
 
 def _lengths(part: Any) -> Iterator[int]:
@@ -144,7 +129,7 @@ def _lengths(part: Any) -> Iterator[int]:
             yield from _lengths(each)
 
 
-def cut(micro_batch: Any, size: int | None) -> list[Any]:
+def _cut(micro_batch: Any, size: int | None, weight: Weight | None) -> list[Any]:
     """The micro-batch in pieces of at most `size` images each; None leaves it whole."""
     if size is None or (images := images_in(micro_batch)) <= size:
         return [micro_batch]
@@ -153,23 +138,27 @@ def cut(micro_batch: Any, size: int | None) -> list[Any]:
             f'on_oom = "split" cuts tensors that have one row per image, but those of a '
             f"micro-batch have unequal lengths: {sorted(found)}"
         )
-    return [
-        _rows(micro_batch, images, slice(start, start + size)) for start in range(0, images, size)
-    ]
+    starts = range(0, images, size)
+    pieces = [_rows(micro_batch, images, slice(start, start + size)) for start in starts]
+    if weight:
+        whole, *parts = (float(weight(part)) for part in (micro_batch, *pieces))
+        if not math.isclose(whole, sum(parts), rel_tol=1e-6):
+            raise ValueError(
+                f'on_oom = "split": a micro-batch weighs {whole:g}, but its pieces {sum(parts):g}; '
+                f"weight must count what is in the piece that it is given"
+            )
+    return pieces
 
 
 def _rows(part: Any, images: int, rows: slice) -> Any:
     """These rows of everything in a micro-batch that has one per image."""
-    if getattr(part, "shape", ()):
-        return part[rows] if part.shape[0] == images else part
+    texts = type(part) in (list, tuple) and len(part) == images and not any(_lengths(part))
+    if getattr(part, "shape", ()) or texts:
+        return part[rows]
     if isinstance(part, Mapping):
-        piece = copy.copy(part)
-        for key, value in part.items():
-            piece[key] = _rows(value, images, rows)  # type: ignore[index]
+        piece: Any = copy.copy(part)
+        piece.update({key: _rows(value, images, rows) for key, value in part.items()})
         return piece
-    plain = isinstance(part, (list, tuple)) and not hasattr(part, "_fields")
-    if plain and len(part) == images and not any(_lengths(part)):
-        return part[rows]  # such as texts
     if isinstance(part, (list, tuple)):
         parts = [_rows(each, images, rows) for each in part]
         return type(part)(*parts) if hasattr(part, "_fields") else type(part)(parts)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,16 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nbutils.accumulation.check.probe import Batch
 from nbutils.accumulation.check.watch import AnySchedule, StepFunction, undisturbed
+from nbutils.accumulation.equivalence import small_cnn
 from nbutils.accumulation.vectors import flat_gradient, relative_difference
 
-if TYPE_CHECKING:
-    import pandas as pd
-
+# 75 micro-batches: nine windows of eight and one of three, whose last has 6 images.
 IMAGES, BATCH_SIZE, ACCUMULATION_STEPS = 1_190, 16, 8
-"""75 micro-batches: nine windows of eight and one of three, whose last has 6 images."""
-
-LAST = 2 * ACCUMULATION_STEPS + 3
-"""Of these the gradients are compared: two full windows and the short one."""
+LAST = 2 * ACCUMULATION_STEPS + 3  # their gradients are compared: two full windows, the short one
 
 
 def gradient_errors(
@@ -35,23 +32,20 @@ def gradient_errors(
     """
     model, twin = copy.deepcopy(model), copy.deepcopy(model)
     labels_of = {id(images): labels for images, labels in batches}
-    seen: list[Batch] = []
+    seen: list[Tensor] = []
     errors: list[float] = []
-
-    def before_forward(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen.append((inputs[0], labels_of[id(inputs[0])]))
 
     def before_step(*_: Any) -> None:
         twin.load_state_dict(model.state_dict())
         twin.zero_grad()
-        images, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
-        F.cross_entropy(twin(images), labels).backward()
+        labels = torch.cat([labels_of[id(images)] for images in seen])
+        F.cross_entropy(twin(torch.cat(seen)), labels).backward()
         errors.append(relative_difference(flat_gradient(model), flat_gradient(twin)))
         seen.clear()
 
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-12)
     optimizer.register_step_pre_hook(before_step)
-    model.register_forward_pre_hook(before_forward)
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with undisturbed():
         for _ in range(2):
             step_function(model, optimizer, AnySchedule(optimizer), batches, accumulation_steps)
@@ -66,18 +60,12 @@ def measure_damage(
     A small network is trained on 1,190 images of `data`, an `nbutils.Dataset`, in micro-batches of
     16, 8 to a window, by SGD with momentum at a rate that falls to zero.
 
-    Returns:
-        One row per loop and seed: `loop`, `seed`, `gradient_error` (the largest of the updates of
-        two epochs of the last 294 images, at the initial weights, relative to the true gradient)
-        and `accuracy` on the test images after training, in [0, 1].
+    Returns one row per loop and seed: `loop`, `seed`, `gradient_error` (the largest of the updates
+    of two epochs of the last 294 images, at the initial weights, relative to the true gradient) and
+    `accuracy` on the test images after training, in [0, 1].
     """
-    import pandas as pd
-
-    from nbutils.accumulation.equivalence import small_cnn
-
-    cpu = torch.device("cpu")
-    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(0))
-    chosen = order[:IMAGES]
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data.train.labels), generator=generator)[:IMAGES]
     images = data.normalised(data.train.images[chosen], cpu, torch.float32)
     test_images = data.normalised(data.test.images, cpu, torch.float32)
     labels = data.train.labels[chosen]

@@ -1,7 +1,8 @@
 """Windows, and the gradient of one window summed over its micro-batches.
 
 An update should follow the mean loss of all images in its window. So each micro-batch adds the
-*sum* of its losses, divided by the number of images in the whole window:
+*sum* of its losses, divided by the number of images in the whole window. What comes once per
+window comes when the gradient is complete:
 
     for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
         optimizer.zero_grad()
@@ -9,13 +10,11 @@ An update should follow the mean loss of all images in its window. So each micro
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-
-`losses(micro_batch)` returns the loss of each image. Clipping, the optimizer's step, weight decay
-and the schedule come once per window, when its gradient is complete.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -99,39 +98,66 @@ def accumulate_gradient(
             `backward` only losses are checked: a scaler skips updates with infinite gradients.
         on_oom: "split" cuts micro-batches that do not fit the memory; the update stays the same.
 
-    Returns:
-        The mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
+    Returns the mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
 
-    Raises:
-        ValueError, TypeError: The model has no parameters, the window is empty or weighs nothing,
-            losses are reduced or not one per image, or a loss or gradient is not finite. Gradients
-            are then cleared, so that no part of one can be stepped; weights are as before.
+    Raises a `ValueError` or `TypeError` if the model has no parameters, the window is empty or
+    weighs nothing, losses are reduced or not one per image, or a loss or gradient is not finite.
+    After any error the gradients are cleared, so that no part of one can be stepped.
     """
     batch.check_choice("on_oom", on_oom, "stop", "split")
+    attempt = partial(_attempt, model, weight, backward, update, check_finite)
     if on_oom == "split":
-        options: dict[str, Any] = {"weight": weight, "backward": backward, "update": update}
-        again = partial(accumulate_gradient, check_finite=check_finite, **options)
-        return until_it_fits(again, model, batch.listed(window), losses, weight)
+        return until_it_fits(attempt, model, batch.listed(window), losses, weight)
+    return attempt(window, losses)
+
+
+def _attempt(
+    model: nn.Module,
+    weight: batch.Weight | None,
+    backward: Callable[[Tensor], Any],
+    update: int | None,
+    check_finite: bool,
+    window: Iterable[Any],
+    losses: Callable[[Any], Tensor],
+) -> Tensor:
+    """`accumulate_gradient` with micro-batches that fit the memory.
+
+    Where the total weight is known only after the last forward pass, losses are divided by an
+    estimate; before the last backward pass the gradient is multiplied by estimate / total.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         where = batch.place(update)
         raise ValueError(f"{where}the model has no parameters that require a gradient")
+    earlier: dict[Tensor, Tensor | None] = {}
     try:
         micro_batches, ranks = batch.listed(window), Ranks(model)
-        total = batch.TotalWeight(micro_batches, weight, ranks, parameters, update)
-        loss_sums = []
+        weights = batch.weights_of(micro_batches, weight)
+        total = ranks.total_weight(weights, update)
+        known, loss_sums = not math.isnan(total), []
         for number, micro_batch in enumerate(micro_batches, start=1):
-            with nullcontext() if number == len(micro_batches) else ranks.no_sync():
+            last = number == len(micro_batches)
+            with nullcontext() if last else ranks.no_sync():
                 each = losses(micro_batch)
-                divisor = total.after(each, micro_batch)
+                where = batch.place(update, number, len(micro_batches))
+                given = weights[number - 1] if weight else None
+                batch.check_losses(each, micro_batch, given, where)
+                if not known:
+                    weights[number - 1] = each.numel()
+                    batch.copy_gradients(parameters, each, earlier)
+                    total = estimate = max(1, weights[0]) * len(micro_batches) * ranks.number
+                    if last:
+                        total = ranks.total_weight(weights, update)
+                        batch.rescale(earlier, estimate / total)
                 loss_sum = each.sum()
                 # DistributedDataParallel averages over ranks, so each counts `ranks.number` times.
-                backward(loss_sum / divisor * ranks.number)
+                backward(loss_sum / total * ranks.number)
             loss_sums.append(loss_sum.detach())
         ranks.average_parameters_outside()
         if check_finite:
             batch.check_finite(loss_sums, model, backward is Tensor.backward, update)
     except BaseException:  # also Ctrl-C
-        batch.clear(parameters)
+        for parameter in (*parameters, *earlier):
+            parameter.grad = None
         raise
-    return torch.stack(loss_sums).sum() / total.of_this_rank
+    return torch.stack(loss_sums).sum() / sum(weights)

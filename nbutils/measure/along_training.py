@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from nbutils.accumulation.equivalence import cross_entropies
 from nbutils.accumulation.window import updates_per_epoch
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
 from nbutils.measure.noise_scale import noise_scale
 from nbutils.training.config import RunConfig
-from nbutils.training.model import DigitCNN, logits_of
+from nbutils.training.model import DigitCNN
+from nbutils.training.result import evaluate
 from nbutils.training.setup import generator_for, resolve_device
 from nbutils.training.train import train
 
@@ -38,7 +39,7 @@ def noise_along_training(
     and the fields of `NoiseScale`. Raises an `InputError` as `train` and `noise_scale`, or if the
     run has fewer updates.
     """
-    count = len(data.train.labels)
+    count, device, rows = len(data.train.labels), resolve_device(config.device), []
     per_epoch = updates_per_epoch(count, config.effective_batch_size, config.last_window)
     if not updates or min(updates) < 1 or max(updates) > per_epoch * config.epochs:
         raise InputError(
@@ -47,31 +48,22 @@ def noise_along_training(
         )
     if config.schedule == "constant":  # another schedule would follow from fewer epochs
         config = replace(config, epochs=math.ceil(max(updates) / per_epoch))
-    device, rows = resolve_device(config.device), []
 
     def after_update(update: int, model: DigitCNN) -> None:
         if update not in updates:
             return
-        purpose = config.seed, f"noise scale after {update}"
-        generator = generator_for(torch.device("cpu"), *purpose)
+        accuracy = evaluate(config, data, model, device)[0]["validation_accuracy"]
+        images = data.normalised(data.train.images, device, next(model.parameters()).dtype)
+        losses = partial(cross_entropies(images, data.train.labels.to(device)), model.train())
+        purpose, of_the_run = f"noise scale after {update}", model.dropout.generator
+        generator = generator_for(torch.device("cpu"), config.seed, purpose)
         chosen = torch.randint(count, (micro_batches * batch_size,), generator=generator)
-        dtype, labels = next(model.parameters()).dtype, data.train.labels.to(device)
-        images = data.normalised(data.train.images, device, dtype)
-
-        def losses(micro_batch: Tensor) -> Tensor:
-            logits = model(images[micro_batch])
-            return F.cross_entropy(logits, labels[micro_batch], reduction="none")
-
-        validation = data.normalised(data.validation.images, device, dtype)
-        predicted = logits_of(model.eval(), validation).argmax(1)
-        model.train()
-        of_the_run = model.dropout.generator
-        model.dropout.generator = generator_for(device, *purpose)
+        model.dropout.generator = generator_for(device, config.seed, purpose)
         measured = noise_scale(model, chosen.to(device).split(batch_size), losses)
         model.dropout.generator = of_the_run
         row = {name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")}
-        accuracy = (predicted == data.validation.labels).double().mean().item()
-        rows.append(row | {"update": update, "validation_accuracy": accuracy} | asdict(measured))
+        row |= {"update": update, "validation_accuracy": accuracy}
+        rows.append(row | asdict(measured))
 
     train(config, data, progress=False, cuda_graph=False, after_update=after_update)
     return pd.DataFrame(rows)

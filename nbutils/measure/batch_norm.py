@@ -22,18 +22,16 @@ def running_statistics_error(data: Dataset, batch_sizes: list[int]) -> dict[int,
     of all training images, over all channels and `MEASURE` micro-batches.
     """
     images = data.normalised(data.train.images, torch.device("cpu"), torch.float32)
+    errors = {}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        settled = DigitCNN("batch").train()
+        settled = DigitCNN("batch")
         truth = _see(settled, images, momentum=1.0)
-        errors = {}
         for size in batch_sizes:
-            model, seen = copy.deepcopy(settled), []
-            for _ in range(SETTLE + MEASURE):
-                batch = images[torch.randperm(len(images))[:size]]
-                running = _see(model, batch, momentum=0.1)  # BatchNorm's default
-                seen.append(((running - truth) / truth).abs().mean())
-            errors[size] = torch.stack(seen[SETTLE:]).mean().item()
+            model, numbers = copy.deepcopy(settled), range(SETTLE + MEASURE)
+            batches = (images[torch.randperm(len(images))[:size]] for _ in numbers)
+            seen = torch.stack([_see(model, batch, momentum=0.1) for batch in batches])
+            errors[size] = ((seen[SETTLE:] - truth) / truth).abs().mean().item()
     return errors
 
 

@@ -3,38 +3,36 @@
 At fixed weights, let G be the mean gradient over all images and Sigma the covariance of one
 image's gradient. The gradient of B images has the expected squared length |G|^2 + tr(Sigma) / B,
 whose second term is noise. Both terms are equal at the *simple noise scale* tr(Sigma) / |G|^2: an
-update of far fewer images is mostly noise, one of far more is hardly better.
-
-Source: McCandlish, Kaplan, Amodei et al. (2018), "An Empirical Model of Large-Batch Training",
-section 2.2 and appendix A.1.
+update of far fewer images is mostly noise, one of far more is hardly better (McCandlish, Kaplan,
+Amodei et al. 2018, "An Empirical Model of Large-Batch Training", section 2.2 and appendix A.1).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.stateless import _reparametrize_module
 
 from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.window import MicroBatch
 from nbutils.errors import InputError
 
-FEWEST = 3
-"""Batches of an estimate: its interval leaves out one and needs two that remain."""
+FEWEST = 3  # batches of an estimate: its interval leaves out one and needs two that remain
 
 
 @dataclass(frozen=True)
 class NoiseScale:
     """An estimate of the simple noise scale; it and its interval are in images.
 
-    The value is infinite where |G|^2 is estimated as not positive: then the images were too few to
-    find the mean gradient among the noise. `high` is where |G| = 0 is compatible with the images.
+    The value is infinite where |G|^2 is estimated as not positive, and `high` where |G| = 0 is
+    compatible with the images: they were too few to find the mean gradient among the noise.
     """
 
     value: float
@@ -64,12 +62,11 @@ def noise_scale(
 
     Args:
         model: A model without batch norm in training mode; else `noise_scale_of_batches`.
-        window: At least `FEWEST` micro-batches, of at least one image each.
+        window: At least `FEWEST` micro-batches.
         losses: Returns the loss of every image of a micro-batch, not reduced, shape (images,).
         confidence: Coverage of the interval, in (0, 1).
 
-    Raises:
-        InputError: An argument is not so, or gradients are not finite or all zero.
+    Raises an `InputError` if an argument is not so, or gradients are not finite or all zero.
     """
     for name, module in model.named_modules():
         if couples_images(module):
@@ -77,7 +74,7 @@ def noise_scale(
                 f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
                 f"batch, so an image has no gradient of its own; use noise_scale_of_batches"
             )
-    with _same_buffers(model):
+    with _other_buffers(model):
         measured = [_gradient(model, batch, losses) for batch in window]
     sizes = np.array([size for size, _ in measured], dtype=float)
     products = _inner_products([gradient for _, gradient in measured])
@@ -108,16 +105,13 @@ def noise_scale_of_batches(
         tr(Sigma): (mean |g_small|^2 - mean |g_large|^2) B / (k - 1)
         |G|^2: mean of g_i . g_j over all pairs of different large batches
 
-    The second replaces McCandlish's, to which the bias of the first adds.
-
-    **Bias.** With batch norm the statistics of small batches vary more, which changes their mean
-    gradient too, and tr(Sigma) counts that as noise. For `DigitCNN` after 120 updates the noise
-    scale came out 2 % too high with 32 and 256 images, 8 % with 16 and 128.
-
-    All else is as in `noise_scale`.
+    The second replaces McCandlish's, to which the bias of the first adds: with batch norm the
+    statistics of small batches vary more, which changes their mean gradient too, and tr(Sigma)
+    counts that as noise. For `DigitCNN` after 120 updates the noise scale came out 2 % too high
+    with 32 and 256 images, 8 % with 16 and 128. All else is as in `noise_scale`.
     """
     sizes, of_small, of_large = set(), np.zeros(len(batches)), []
-    with _same_buffers(model):
+    with _other_buffers(model):
         for number, batch in enumerate(batches):
             whole, gradient = _gradient(model, batch, losses)
             small = [_gradient(model, part, losses) for part in split(batch)]
@@ -143,22 +137,10 @@ def noise_scale_of_batches(
     return _ratio(estimates, every_size, parts * len(batches), confidence)
 
 
-@contextmanager
-def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers of a model afterwards, such as the averages of batch norm."""
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()  # a model may put another tensor there
-        if buffer is not None and not isinstance(buffer, UninitializedTensorMixin)
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, name, buffer, before in buffers:
-                module._buffers[name] = buffer
-                buffer.copy_(before)
+def _other_buffers(model: nn.Module) -> AbstractContextManager[None]:
+    """Give a model copies of its buffers, such as the averages of batch norm, for a while."""
+    copies = {name: each.clone() for name, each in model.named_buffers() if not is_lazy(each)}
+    return _reparametrize_module(model, copies, tie_weights=True)
 
 
 def _gradient(
@@ -167,17 +149,16 @@ def _gradient(
     """The number of images in a batch, and the gradient of their mean loss."""
     each = losses(batch)
     if not isinstance(each, Tensor) or each.ndim != 1:
-        found = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
         raise InputError(
-            f"losses returned {found}, but it must return one loss per image, shape (images,): use "
-            f"reduction='none'"
+            f"losses returned {getattr(each, 'shape', type(each))}, but it must return one loss "
+            f"per image, shape (images,): use reduction='none'"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("the model has no parameters that require a gradient")
     mean = each.sum() / len(each)
-    found_gradient = torch.autograd.grad(mean, parameters, materialize_grads=True)
-    gradient = [part.to_dense() if part.is_sparse else part for part in found_gradient]
+    found = torch.autograd.grad(mean, parameters, materialize_grads=True)
+    gradient = [part.to_dense() if part.is_sparse else part for part in found]
     if not all(part.isfinite().all() for part in [mean, *gradient]):
         raise InputError("a loss or a gradient is not finite, so there is no noise scale")
     return len(each), gradient

@@ -500,10 +500,12 @@ def rows_of(batch):
 def test_micro_batches_whose_rows_are_not_images_are_not_cut(micro_batch, losses, weight, message):
     model = Small(100)
     FITTING[model] = 1
+    model.layer.weight.grad = torch.ones(2, 3)
     with pytest.raises(ValueError, match=message):
         accumulate_gradient(
             model, [micro_batch], lambda b: losses(model, b), weight=weight, on_oom="split"
         )
+    assert model.layer.weight.grad is None
 
 
 @pytest.mark.parametrize("kind", ["pair", "dict"])

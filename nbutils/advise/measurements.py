@@ -12,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import pandas as pd
+import scipy.stats  # noqa: F401 - loaded now and not while a measurement is timed
 import torch
 from tqdm.auto import tqdm
 

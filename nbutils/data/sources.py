@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -139,6 +141,8 @@ def _file(class_name: str, name: str) -> Path:
             getattr(datasets, class_name)(data_folder(), download=True)
         except (RuntimeError, OSError) as error:
             reason = f"The download said: {' '.join(str(error).split())}"
+            with suppress(OSError):
+                os.removedirs(folder)  # which torchvision made, if it is empty
     for path in paths:
         if path.is_file():
             return path

@@ -1,6 +1,7 @@
 import gzip
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -100,7 +101,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, monkeypatch, damage):
 
 @pytest.mark.parametrize("name", ["MNIST", "KMNIST"])
 def test_no_files_and_no_network_names_both_ways_out(tmp_path, monkeypatch, name):
-    def fail(*_, **__):
+    def fail(dataset):
+        Path(dataset.raw_folder).mkdir(parents=True, exist_ok=True)
         raise URLError("no such host")
 
     monkeypatch.setenv("NBUTILS_DATA", str(tmp_path))
@@ -111,6 +113,7 @@ def test_no_files_and_no_network_names_both_ways_out(tmp_path, monkeypatch, name
             (tmp_path / name / "raw" / file.removesuffix(".gz")).touch()
     with pytest.raises(InputError, match=r"cannot be downloaded. Two ways out: .*'mnist-5k'"):
         load_dataset(name.lower())
+    assert (tmp_path / name).exists() == (name == "KMNIST")  # no folder that is empty
 
 
 def test_an_unknown_dataset_is_refused_with_the_known_ones():

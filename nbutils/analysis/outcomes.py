@@ -36,8 +36,7 @@ def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
     epochs = runs.groupby("run_id")["epoch"].transform("max")
     late = runs[runs["epoch"] > epochs - epochs.map(late_epochs)]
     means = late.groupby("run_id")[METRICS].mean(skipna=False)
-    final = last_epochs(runs)
-    return final.assign(**{name: final["run_id"].map(means[name]) for name in METRICS})
+    return last_epochs(runs).drop(columns=METRICS).merge(means, on="run_id")[runs.columns]
 
 
 def setting_name(batch_size: int, accumulation_steps: int) -> str:
@@ -47,9 +46,9 @@ def setting_name(batch_size: int, accumulation_steps: int) -> str:
 
 def varying(runs: pd.DataFrame) -> list[str]:
     """The fields of `RunConfig` that vary, but for batch size, accumulation steps and seed."""
-    always = ["batch_size", "accumulation_steps", "seed"]
-    fields = [name for name in RunConfig.field_names() if name not in always and name in runs]
-    return [name for name in fields if len(runs[name].dropna().unique()) > 1]
+    fields = runs.columns.intersection(RunConfig.field_names())
+    others = fields.difference(["batch_size", "accumulation_steps", "seed"], sort=False)
+    return [name for name in others if runs[name].nunique() > 1]
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
@@ -58,15 +57,12 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
     It names the fields that are `varying` too, never the seed.
     """
     fields = varying(runs)
-
-    def setting(row: pd.Series) -> str:
-        size = setting_name(row["batch_size"], row["accumulation_steps"])
-        return ", ".join([size, *(f"{field} {row[field]}" for field in fields)])
-
     order = ["effective_batch_size", "accumulation_steps", *fields, "seed", "epoch"]
     named = runs.sort_values(order, ignore_index=True)
-    first = named.drop_duplicates("run_id").set_index("run_id")
-    return named.assign(setting=named["run_id"].map(first.apply(setting, axis=1)))
+    setting = named["batch_size"].combine(named["accumulation_steps"], setting_name)
+    for field in fields:
+        setting += f", {field} " + named[field].map(str)
+    return named.assign(setting=setting)
 
 
 def first_crossing(errors: np.ndarray, target: float) -> float:

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 
 
 def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
     """The class that most networks give each image; the smallest of those with equal votes."""
-    from scipy import stats
-
-    return stats.mode(np.stack(predictions)).mode
+    return scipy.stats.mode(np.stack(predictions)).mode
 
 
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:

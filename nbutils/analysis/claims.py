@@ -1,17 +1,14 @@
 """What the runs say on the post's claims, in numbers; `verdicts` puts them in words."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import pandas as pd
 
 from nbutils.analysis.effects import Answers, Effect, effect, lead, load_answers
-from nbutils.analysis.intervals import mean_interval, probability_of_lead
+from nbutils.analysis.intervals import probability_of_lead
 from nbutils.analysis.outcomes import last_epochs, late_epochs, varying
 from nbutils.paths import REFERENCE
 from nbutils.studies.record import load_runs
@@ -37,29 +34,27 @@ def can_be_judged(runs: pd.DataFrame) -> bool:
     return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held and known and not varying(runs)
 
 
-def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
+def split_seeds(answers: Answers, confirming: int) -> dict[str, Answers]:
     """The seeds before `confirming` and those from it on, by their names; the last part judges."""
-    later = answers.runs["seed"] >= (confirming or 0)
     parts = {}
-    for part in (answers.only(~later), answers.only(later)):
-        if len(part.runs):
-            first, last = part.runs["seed"].min(), part.runs["seed"].max()
-            parts[f"seeds {first} to {last}" if first < last else f"seed {first}"] = part
+    for _, runs in answers.runs.groupby(answers.runs["seed"] >= confirming):
+        first, last = runs["seed"].min(), runs["seed"].max()
+        name = f"seeds {first} to {last}" if first < last else f"seed {first}"
+        parts[name] = replace(answers, runs=runs)
     return parts
 
 
-def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.DataFrame:
+def confirmation_table(answers: Answers, confirming: int) -> pd.DataFrame:
     """The effects of claims 1, 2, 4 and 5 in points, one column per part of `split_seeds`."""
     columns = {}
     for name, part in split_seeds(answers, confirming).items():
         sizes = whole_sizes(part)
-        effects = {
-            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part),
-            "2: 1024 minus 512": lead(part, "1024", "512"),
-            "4: 1024 minus 32": lead(part, "1024", "32"),
-            "5: 8 x 128 minus 1024": lead(part, "8 x 128", "1024"),
+        columns[name] = {
+            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part).written(),
+            "2: 1024 minus 512": lead(part, "1024", "512").written(),
+            "4: 1024 minus 32": lead(part, "1024", "32").written(),
+            "5: 8 x 128 minus 1024": lead(part, "8 x 128", "1024").written(),
         }
-        columns[name] = {name: str(each).replace(" points", "") for name, each in effects.items()}
     return pd.DataFrame(columns).rename_axis("claim and effect")
 
 
@@ -76,9 +71,8 @@ def fitted_change(answers: Answers) -> Effect:
     """
     sizes = whole_sizes(answers)
     doublings = np.log2(sizes)
-    apart = doublings - doublings.mean()
-    weights = apart / (apart**2).sum() * (doublings.max() - doublings.min())
-    return effect(answers, dict(zip(map(str, sizes), weights.tolist(), strict=True)))
+    slopes, _ = np.polyfit(doublings, np.eye(len(sizes)), 1)
+    return effect(answers, dict(zip(map(str, sizes), slopes * np.ptp(doublings), strict=True)))
 
 
 def target_accuracy(runs: pd.DataFrame) -> float | None:
@@ -92,7 +86,7 @@ def target_accuracy(runs: pd.DataFrame) -> float | None:
 class KaggleRuns(Answers):
     """The study `kaggle-split`, and the best rate on validation by accumulation steps."""
 
-    tuned: Mapping[int, float]
+    tuned: pd.Series
 
     @property
     def plain(self) -> pd.Series:
@@ -106,10 +100,8 @@ def load_kaggle_runs() -> KaggleRuns:
     They are judged after the final epoch, as when the runs of `kaggle-split` were planned.
     """
     final = last_epochs(load_runs(REFERENCE / "kaggle-tuning"))
-    means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
-    tuned = {int(steps): rate for steps, rate in means.groupby(level=0).idxmax()}
-    split = load_answers(REFERENCE / "kaggle-split")
-    return KaggleRuns(split.runs, split.labels, split.late, tuned)
+    means = final.pivot_table("validation_accuracy", "accumulation_steps", "learning_rate")
+    return KaggleRuns(**vars(load_answers(REFERENCE / "kaggle-split")), tuned=means.idxmax(axis=1))
 
 
 def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
@@ -136,8 +128,8 @@ def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
         early, long = histories[plain], histories[accumulated]
         late = long.tail(late_epochs(len(long)))
         at = np.interp(late["updates"], early["updates"], early["test_accuracy"])
-        gaps.append(float((late["test_accuracy"] - at).mean()))
-    return Effect(float(np.mean(gaps)), *mean_interval(gaps), len(gaps))
+        gaps.append((late["test_accuracy"] - at).mean())
+    return Effect.of_seeds(gaps)
 
 
 def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
@@ -146,6 +138,6 @@ def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
     At `POSTED_RATE`, after the final epoch; the mean over all ordered pairs of seeds, or NaN.
     """
     right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in kaggle.plain]
-    won = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in permutations(right, 2)]
+    won = [(int((a > b).sum()), int((b > a).sum())) for a, b in permutations(right, 2)]
     each = [probability_of_lead(*images, len(kaggle.labels), part, lead) for images in won]
     return float(np.mean(each)) if each else math.nan

@@ -1,12 +1,11 @@
 """95 % intervals around measured values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import scipy  # it imports its parts, which takes up to a second, on their first use
 
 POWER = 0.8  # the probability with which an effect of the minimum detectable size is found
@@ -18,15 +17,16 @@ def student_quantile(freedom: int) -> float:
     return float(scipy.special.stdtrit(freedom, 0.975))
 
 
-def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_interval(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float]:
     """Student's interval of the mean of independent values, one per seed; NaN for fewer than 2.
 
     Of values of shape (seeds, n) it gives arrays, shape (n,).
     """
     if len(values) < 2:
         return math.nan, math.nan
-    error = np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
-    mean, half = np.mean(values, axis=0), error * student_quantile(len(values) - 1)
+    array = np.asarray(values, float)
+    error = array.std(axis=0, ddof=1) / math.sqrt(len(array))
+    mean, half = array.mean(axis=0), error * student_quantile(len(array) - 1)
     return mean - half, mean + half
 
 

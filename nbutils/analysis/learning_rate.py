@@ -1,11 +1,10 @@
 """Batch size and learning rate: the map of a study's runs, its ridge, and the scaling rules."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pandas as pd
+import scipy
 
 from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import outcomes
@@ -32,10 +31,14 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
     """
     ends = outcomes(runs)
     ends["finite"] = np.isfinite(ends["train_loss"])
-    by_rate = ends.groupby([*KEYS, "learning_rate"])
-    table = by_rate[["train_loss", "validation_accuracy"]].mean()
-    table["seeds"], table["finite"] = by_rate["seed"].nunique(), by_rate["finite"].all()
-    table = table.reset_index()
+    means = {
+        "train_loss": "mean",
+        "validation_accuracy": "mean",
+        "seed": "nunique",
+        "finite": "all",
+    }
+    table = ends.groupby([*KEYS, "learning_rate"]).agg(means).reset_index()
+    table = table.rename(columns={"seed": "seeds"})
     rate, accuracy = table["learning_rate"], table["validation_accuracy"]
     images = int(ends["validation_images"].iloc[0])
     table["low"], table["high"] = np.transpose([proportion_interval(a, images) for a in accuracy])
@@ -54,19 +57,14 @@ def ridge(table: pd.DataFrame) -> pd.DataFrame:
     `low` and `high`, half-way from the outermost rates within noise to the next that were tried,
     missing where none was; and `loss_rate`, of the lowest training loss, which is less noisy.
     """
-    rows = {}
-    for key, group in table.groupby(KEYS):
-        rates, equal = group["learning_rate"], group.loc[group["within_noise"], "learning_rate"]
-        below, above = rates[rates < equal.min()].max(), rates[rates > equal.max()].min()
-        best = group[group["best"]].iloc[0]
-        rows[key] = {
-            "best_rate": best["learning_rate"],
-            "validation_accuracy": best["validation_accuracy"],
-            "low": math.sqrt(below * equal.min()),
-            "high": math.sqrt(above * equal.max()),
-            "loss_rate": lowest_loss_rate(group),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(KEYS).reset_index()
+    by_size, rates = table.groupby(KEYS), table["learning_rate"]
+    below, above = (np.sqrt(rates * by_size["learning_rate"].shift(step)) for step in (1, -1))
+    equal = table.assign(low=below, high=above)[table["within_noise"]].groupby(KEYS)
+    best = table[table["best"]].rename(columns={"learning_rate": "best_rate"}).set_index(KEYS)
+    found = best[["best_rate", "validation_accuracy"]]
+    found["low"], found["high"] = equal["low"].first(skipna=False), equal["high"].last(skipna=False)
+    found["loss_rate"] = by_size.apply(lowest_loss_rate)
+    return found.reset_index()
 
 
 def lowest_loss_rate(of_size: pd.DataFrame) -> float:
@@ -86,10 +84,8 @@ def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
 
     By least squares on log scales over three rows or more of `ridge`.
     """
-    from scipy import stats
-
     x, y = np.log(of_optimizer[["effective_batch_size", "loss_rate"]].to_numpy()).T
-    fit = stats.linregress(x, y)
+    fit = scipy.stats.linregress(x, y)
     half = student_quantile(len(x) - 2) * fit.stderr
     return fit.slope, fit.slope - half, fit.slope + half
 

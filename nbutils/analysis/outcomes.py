@@ -1,7 +1,5 @@
 """What a run came to, and what its setting is called."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -48,7 +46,7 @@ def varying(runs: pd.DataFrame) -> list[str]:
     """The fields of `RunConfig` that vary, but for batch size, accumulation steps and seed."""
     fields = runs.columns.intersection(RunConfig.field_names())
     others = fields.difference(["batch_size", "accumulation_steps", "seed"], sort=False)
-    return [name for name in others if runs[name].nunique() > 1]
+    return [name for name in others if len(runs[name].dropna().unique()) > 1]
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:

@@ -3,8 +3,6 @@
 Predictions are classes by each network, uint8, shape (n,) each; labels are uint8, shape (n,).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

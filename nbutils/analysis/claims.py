@@ -1,6 +1,7 @@
 """What the runs say on the post's claims, in numbers; `verdicts` puts them in words."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import permutations
 
@@ -9,18 +10,16 @@ import pandas as pd
 
 from nbutils.analysis.effects import Answers, Effect, effect, lead, load_answers
 from nbutils.analysis.intervals import probability_of_lead
-from nbutils.analysis.outcomes import last_epochs, late_epochs, varying
+from nbutils.analysis.outcomes import last_epochs, varying
+from nbutils.errors import InputError
 from nbutils.paths import REFERENCE
 from nbutils.studies.record import load_runs
 
+# First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
+# rule of `nbutils.analysis.outcomes.LAST_EPOCHS`, so they cannot confirm it.
 CONFIRMING = 5
-"""First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
-rule of `nbutils.analysis.outcomes.LAST_EPOCHS`, so they cannot confirm it."""
-
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.992, 0.995, 0.998)
-SCORES = (0.99257, 0.99442)
-"""Kaggle's public score of the post's networks, with 128 and with 8 x 128 images per update."""
-
+SCORES = (0.99257, 0.99442)  # Kaggle's public score of the post's networks: 128, 8 x 128
 SCORED = 7_000  # images that the public score counts, by the scores, of Kaggle's 28,000
 POSTED_GAIN = SCORES[1] - SCORES[0]
 POSTED_RATE = 1e-3  # of `kaggle-split` with and without accumulation: Adam's default
@@ -65,7 +64,7 @@ def whole_sizes(answers: Answers) -> list[int]:
 
 
 def fitted_change(answers: Answers) -> Effect:
-    """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
+    """Change of test accuracy from the smallest to the largest batch, by the least-squares line.
 
     Its slope over the logarithm of the batch size is a weighted sum of accuracies.
     """
@@ -111,25 +110,23 @@ def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
         "rate x root of 8": (POSTED_RATE, SCALED_RATE),
         "tuned rates": (kaggle.tuned[1], kaggle.tuned[8]),
     }
-    ids, found = kaggle.by_setting("run_id"), {}
+    interpolated, gains = _at_equal_updates(kaggle), {}
     for name, (plain, accumulated) in rates.items():
-        short, long = f"128, learning_rate {plain}", f"8 x 128, learning_rate {accumulated}"
-        if long in ids:
-            pairs = ids[[short, long]].dropna()
-            found[name] = lead(kaggle, long, short), _at_equal_updates(kaggle.runs, pairs)
-    return found
+        pair = f"8 x 128, learning_rate {accumulated}", f"128, learning_rate {plain}"
+        with suppress(InputError):  # no runs at these rates
+            gains[name] = lead(kaggle, *pair), lead(interpolated, *pair)
+    return gains
 
 
-def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
-    """8 x 128 minus 128, the latter interpolated to as many updates; the interval is Student's."""
-    histories = dict(iter(runs.sort_values("epoch").groupby("run_id")))
-    gaps = []
-    for plain, accumulated in pairs.to_numpy():
-        early, long = histories[plain], histories[accumulated]
-        late = long.tail(late_epochs(len(long)))
-        at = np.interp(late["updates"], early["updates"], early["test_accuracy"])
-        gaps.append((late["test_accuracy"] - at).mean())
-    return Effect.of_seeds(gaps)
+def _at_equal_updates(kaggle: KaggleRuns) -> Answers:
+    """The runs of 128 as they were after the updates that 8 x 128 made by each epoch."""
+    runs = kaggle.runs.sort_values(["run_id", "epoch"], ignore_index=True)
+    accumulated = runs["accumulation_steps"] > 1
+    updates = runs[accumulated].groupby("epoch")["updates"].first()
+    for _, run in runs[~accumulated].groupby("run_id"):
+        accuracies = np.interp(updates, run["updates"], run["test_accuracy"])
+        runs.loc[run.index, "test_accuracy"] = accuracies
+    return Answers(runs, np.zeros(0, np.uint8), {})
 
 
 def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:

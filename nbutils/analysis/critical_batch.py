@@ -5,8 +5,8 @@ With S updates and E = S B images to reach a target at B images per update, McCa
 
     (S / S_min - 1) (E / E_min - 1) = 1,  that is  E = E_min (1 + B / B_crit)
 
-with B_crit = E_min / S_min, the critical batch size: it takes twice the fewest images and twice
-the fewest updates. Their theory expects it to be near the noise scale.
+with the critical batch size B_crit = E_min / S_min, at which S = 2 S_min and E = 2 E_min. They
+expect it to be near the noise scale.
 """
 
 import math
@@ -22,18 +22,15 @@ from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
 SIZE = ["optimizer", "effective_batch_size"]
+# Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training"
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
-"""Of Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training",
-section 4.1, from small batches to large ones; see `regime_borders`."""
-
 SAVED = (0.8, 0.2)  # shares of the ideal saving that separate the regimes: our choice
 
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
-    """`epochs`, `updates` and `images` until each run first reached a validation accuracy, or NaN.
+    """`epochs` (by `first_crossing`), `updates` and `images` to a validation accuracy, or NaN.
 
-    One row per run, with `optimizer`, `effective_batch_size`, `learning_rate` and `seed`. Between
-    epochs as `first_crossing` says. InputError for a target not in (0, 1).
+    One row per run, with `optimizer`, `effective_batch_size`, `learning_rate` and `seed`.
     """
     if not 0 < target < 1:
         raise InputError(f"target = {target}, but it must be in (0, 1)")
@@ -48,10 +45,7 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `updates_to_target` of each optimizer's and size's fastest rate, if any.
-
-    That is the one of the smallest mean of `updates` among those at which all seeds arrived.
-    """
+    """The rows of `updates_to_target` at each size's fastest rate at which all seeds arrived."""
     rate = [*SIZE, "learning_rate"]
     means = table.groupby(rate)["updates"].mean(skipna=False).dropna()
     best = means.sort_values().reset_index().drop_duplicates(SIZE)
@@ -73,7 +67,7 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
 
     Runs that reached the target in their first epoch are left out, since how soon is unknown.
     Least squares on log E, as runs differ by factors; Student's interval on log B_crit. It covers
-    neither the choice of the rates nor errors that all sizes share. InputError below three sizes.
+    neither the choice of the rates nor errors that all sizes share.
     """
     known = fastest[fastest["epochs"] > 1]
     distinct = known["effective_batch_size"].nunique()
@@ -100,9 +94,9 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
 
 
 def regime_borders(critical: float) -> tuple[float, float]:
-    """The two batch sizes between the three `REGIMES`, where p is one of `SAVED`.
+    """The batch sizes between the three `REGIMES`: S falls as `B^-p`, and p is one of `SAVED`.
 
-    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`; ideal is p = 1.
+    By the fit `p = 1 / (1 + B / B_crit)`; ideal is 1.
     """
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
 
@@ -110,9 +104,9 @@ def regime_borders(critical: float) -> tuple[float, float]:
 def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
     """The noise scale up to the first measurement at the target, beside the critical batch size.
 
-    One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
-    scale among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
-    `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+    One row per `optimizer`: `measurements`, their `lowest`, `median` and `highest`; the `fitted`
+    size with its interval, `low` and `high`; `ratio`, median to fitted; and `agree`, whether
+    interval and range overlap.
     """
     runs = noise.sort_values("update")
     reached = runs["validation_accuracy"] >= target
@@ -128,24 +122,23 @@ def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]
 
 def describe_agreement(table: pd.DataFrame) -> str:
     """One Markdown line per optimizer of the table of `agreement`."""
-    text = (
-        "- **{optimizer}**: the noise scale is {median:.0f} images (median of {measurements} "
-        "measurements, {lowest:.0f} to {highest:.0f}), the fitted critical batch size "
-        "{fitted:.0f} ({low:.0f} to {high:.0f}). Range and interval {found}. The median is "
-        "{ratio:.2g} times the fitted size."
+    no_overlap = "do not overlap: they do not agree"
+    found = np.where(table["agree"], "overlap: they are compatible", no_overlap)
+    return "\n".join(
+        f"- **{row.optimizer}**: the noise scale is {row.median:.0f} images (median of "
+        f"{row.measurements} measurements, {row.lowest:.0f} to {row.highest:.0f}), the fitted "
+        f"critical batch size {row.fitted:.0f} ({row.low:.0f} to {row.high:.0f}). Range and "
+        f"interval {overlap}. The median is {row.ratio:.2g} times the fitted size."
+        for row, overlap in zip(table.itertuples(), found, strict=True)
     )
-    found = {True: "overlap: they are compatible", False: "do not overlap: they do not agree"}
-    rows = table.assign(found=table["agree"].map(found)).to_dict("records")
-    return "\n".join(text.format_map(row) for row in rows)
 
 
 def target_table(
     fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
 ) -> pd.DataFrame:
-    """What each of all `sizes` took to reach the target, for reading.
+    """For reading: rate, mean updates and images to the target, those of the fit, and the regime.
 
-    One row per `optimizer` and size: the chosen rate, means over seeds of updates and images ("at
-    most" where a run arrived in its first epoch), those of the fit, and the regime.
+    One row per optimizer and size. "At most" means that a run arrived in its first epoch.
     """
     tables = {}
     for optimizer, fit in fits.items():

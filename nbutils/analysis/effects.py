@@ -63,7 +63,7 @@ def points(fraction: float) -> str:
 
 @dataclass(frozen=True)
 class Effect:
-    """A mean difference, as a fraction, with its 95 % interval: NaN for fewer than two seeds."""
+    """A mean difference with its 95 % interval, NaN for one seed; of accuracies, as fractions."""
 
     mean: float
     low: float
@@ -108,8 +108,8 @@ def written_gaps(table: pd.DataFrame, reference: str, name: str) -> pd.Series:
 def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_accuracy") -> Effect:
     """A weighted sum of the outcomes of some settings, by name, paired by seed.
 
-    The interval of a test accuracy is that of `crossed_interval`; that of another metric, or where
-    labels are unknown, is Student's, for other seeds only. InputError without a common seed.
+    The interval is that of `crossed_interval` for a test accuracy with known labels, else Student's
+    for other seeds only. InputError without a common seed.
     """
     ids = answers.by_setting("run_id").reindex(columns=list(weights)).dropna()
     if ids.empty:
@@ -127,7 +127,7 @@ def effect(answers: Answers, weights: Mapping[str, float], metric: str = "test_a
 
 
 def lead(answers: Answers, one: str, other: str, metric: str = "test_accuracy") -> Effect:
-    """The outcome of one setting minus that of another, by their names; see `effect`."""
+    """The outcome of one setting minus that of another; see `effect`."""
     return effect(answers, {one: 1, other: -1}, metric)
 
 

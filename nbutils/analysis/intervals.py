@@ -18,10 +18,7 @@ def student_quantile(freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float] | np.ndarray | pd.Series) -> tuple[float, float]:
-    """Student's interval of the mean of independent values, one per seed; NaN for fewer than 2.
-
-    Of values of shape (seeds, n) it gives arrays, shape (n,).
-    """
+    """Student's interval of the mean over the first axis, one value per seed; NaN for one seed."""
     if len(values) < 2:
         return math.nan, math.nan
     array = np.asarray(values, float)
@@ -38,9 +35,9 @@ def crossed_interval(
     `values`, shape (seeds, images), have two crossed random effects. The variance of their mean is
     `MS_seed / (S I)`, which contains the residual, plus `(MS_image - MS_residual) / (S I)`, each
     with its own half-width (Student's, normal), added in quadrature. Source: Searle, Casella,
-    McCulloch (1992), "Variance Components", chapter 4. `outcomes`, shape (seeds,), give the mean
-    and the part of the seeds, where they are known better than as means of `values`. The effect is
-    the true mean at which such intervals exclude zero with probability `POWER`. One seed: NaN.
+    McCulloch (1992), "Variance Components", chapter 4. `outcomes`, shape (seeds,), replace the
+    means of `values` over images. Such intervals exclude zero with probability `POWER` if the true
+    mean is the minimum detectable effect. One seed: NaN.
     """
     seeds, images = values.shape
     if seeds < 2:

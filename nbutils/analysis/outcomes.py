@@ -7,12 +7,10 @@ import pandas as pd
 
 from nbutils.training.config import RunConfig
 
+# The outcome of a run is the mean of this many last epochs, since single late epochs jitter: in the
+# first five seeds of `batch-size` by 84 % of the variance between seeds of (1024 less 32). The rule
+# was chosen after these seeds were known: see `CONFIRMING` in `claims`.
 LAST_EPOCHS = 5
-"""The outcome of a run is the mean of this many last epochs, since single late epochs jitter.
-
-In the first five seeds of `batch-size` that was 84 % of the variance between seeds of (1024 less
-32). The rule was chosen after these seeds were known: see `CONFIRMING` in `claims`."""
-
 METRICS = ["train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy"]
 
 
@@ -27,10 +25,7 @@ def last_epochs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The last epoch of each run of `load_runs`, with each of `METRICS` the mean of its late ones.
-
-    A metric that is missing in one of these epochs is so in the outcome.
-    """
+    """The last epoch of each run, with `METRICS` the means of its late ones, or NaN if one is."""
     epochs = runs.groupby("run_id")["epoch"].transform("max")
     late = runs[runs["epoch"] > epochs - epochs.map(late_epochs)]
     means = late.groupby("run_id")[METRICS].mean(skipna=False)
@@ -50,10 +45,7 @@ def varying(runs: pd.DataFrame) -> list[str]:
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column `setting`, such as "8 x 128, norm group", in the order to be shown.
-
-    It names the fields that are `varying` too, never the seed.
-    """
+    """`runs` in the order to be shown, with a column `setting`, such as "8 x 128, norm group"."""
     fields = varying(runs)
     order = ["effective_batch_size", "accumulation_steps", *fields, "seed", "epoch"]
     named = runs.sort_values(order, ignore_index=True)
@@ -64,9 +56,9 @@ def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def first_crossing(errors: np.ndarray, target: float) -> float:
-    """Epochs until an error of at most `target`, from those after each epoch; NaN if there is none.
+    """Epochs until an error after an epoch is at most `target`, or NaN; 1 is an upper bound.
 
-    Between epochs their logarithm falls evenly. The end of the first epoch is an upper bound.
+    Between epochs the logarithm of the error falls evenly.
     """
     reached = np.flatnonzero(errors <= target)
     if len(reached) == 0:

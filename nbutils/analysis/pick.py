@@ -121,8 +121,7 @@ def _judge(
 ) -> tuple[dict[str, np.ndarray], float]:
     """The columns of the table of a `Pick` from these seeds alone, and its threshold.
 
-    `ends` are outcomes, shape (seeds, settings); of each setting `errors` are (seeds, epochs), and
-    `cost` the seconds per epoch.
+    `ends` are (seeds, settings), the `errors` of each setting (seeds, epochs), `cost` s/epoch.
     """
     means = ends.mean(axis=0)
     gaps = ends - ends[:, [means.argmax()]]

@@ -26,7 +26,7 @@ def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) 
     metric = "test_accuracy" if table["test_accuracy"].notna().all() else "validation_accuracy"
     rows = pd.DataFrame({"seeds": by_setting.size(), "accuracy": by_setting[metric].mean()})
     fastest = (table["seconds"] / table["epoch"]).groupby(table["setting"]).min()
-    rows["seconds"] = rows.index.map(fastest if seconds is None else seconds)
+    rows["seconds"] = pd.Series(fastest if seconds is None else seconds, dtype=float)
     rows["updates"] = by_setting["updates"].first() // by_setting["epoch"].first()
     baseline = BASELINE if BASELINE in rows.index else str(rows.index[0])
     columns = ["difference", "low", "high", "detectable"]
@@ -82,8 +82,7 @@ def describe_study(runs: pd.DataFrame) -> str:
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """How outcomes change from one large batch to the same images in micro-batches, as text.
 
-    One row per normalisation and accumulated setting, one column per metric: mean paired
-    differences with Student's 95 % interval, accuracies in points.
+    One row per normalisation and accumulated setting: differences with Student's interval.
     """
     final = name_settings(outcomes(runs))
     final["setting"] = final["setting"].str.partition(",")[0]

@@ -114,7 +114,8 @@ def _faster(answers: Answers) -> Verdict:
     small, large = first.loc[32].align(first.loc[1024], join="inner")
     # 32 may have reached it at any update since the epoch before.
     earliest = small["updates"] * (1 - 1 / small["epoch"])
-    fewer, more = (Effect.of_seeds(sign * (large - small)["epoch"]) for sign in (1, -1))
+    fewer = Effect.of_seeds(large["epoch"] - small["epoch"])
+    more = Effect.of_seeds(small["epoch"] - large["epoch"])
     in_updates = Effect.of_seeds(earliest - large["updates"]).low > 0
     words = ["one seed"]
     if fewer.seeds > 1:
@@ -155,10 +156,7 @@ def _same(answers: Answers) -> Verdict:
 
 
 def norm_verdict(answers: Answers) -> Verdict:
-    """The verdict on BatchNorm under accumulation, from the study `normalisation`.
-
-    It compares one batch with micro-batches of `HARMFUL` images or fewer, where there are any.
-    """
+    """The verdict on BatchNorm: one batch against micro-batches of `HARMFUL` images or fewer."""
     batch = replace(answers, runs=answers.runs[answers.runs["norm"] == "batch"])
     sizes = batch.by_setting("batch_size").max().sort_values(ascending=False)
     whole, *cuts = sizes.index

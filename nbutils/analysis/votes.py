@@ -1,7 +1,4 @@
-"""The majority vote of several networks, and what it still gets wrong.
-
-Predictions are classes by each network, uint8, shape (n,) each; labels are uint8, shape (n,).
-"""
+"""The majority vote of networks, whose predictions, and the labels, are uint8, shape (n,) each."""
 
 from collections.abc import Sequence
 
@@ -15,10 +12,7 @@ def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
-    """The accuracy to expect of the majority of `size` networks, of as many or more.
-
-    The mean over the votes of each network with the `size - 1` next ones, in a circle.
-    """
+    """The mean accuracy of the votes of each network with the `size - 1` next ones, in a circle."""
     around = [*predictions, *predictions]
     votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]
     return float(np.mean([vote == labels for vote in votes]))

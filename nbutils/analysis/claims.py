@@ -23,6 +23,7 @@ SCORES = (0.99257, 0.99442)  # Kaggle's public score of the post's networks: 128
 SCORED = 7_000  # images that the public score counts, by the scores, of Kaggle's 28,000
 POSTED_GAIN = SCORES[1] - SCORES[0]
 POSTED_RATE = 1e-3  # of `kaggle-split` with and without accumulation: Adam's default
+PLAIN = f"128, learning_rate {POSTED_RATE}"  # the setting without accumulation
 SCALED_RATE = 2.8e-3  # `POSTED_RATE` times the square root of 8, by the rule for Adam
 
 
@@ -87,11 +88,6 @@ class KaggleRuns(Answers):
 
     tuned: pd.Series
 
-    @property
-    def plain(self) -> pd.Series:
-        """The ids of the runs of 128 at `POSTED_RATE`, by seed."""
-        return self.by_setting("run_id")[f"128, learning_rate {POSTED_RATE}"].dropna()
-
 
 def load_kaggle_runs() -> KaggleRuns:
     """Those of the reference, with the rates that its study `kaggle-tuning` found.
@@ -130,11 +126,12 @@ def _at_equal_updates(kaggle: KaggleRuns) -> Answers:
 
 
 def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
-    """Probability that a run of 128 leads another by `lead` of `part` test images.
+    """Probability that a `PLAIN` run leads another by `lead` of `part` test images.
 
-    At `POSTED_RATE`, after the final epoch; the mean over all ordered pairs of seeds, or NaN.
+    After the final epoch; the mean over all ordered pairs of seeds, or NaN.
     """
-    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in kaggle.plain]
+    ids = kaggle.by_setting("run_id")[PLAIN].dropna()
+    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in ids]
     won = [(int((a > b).sum()), int((b > a).sum())) for a, b in permutations(right, 2)]
     each = [probability_of_lead(*images, len(kaggle.labels), part, lead) for images in won]
     return float(np.mean(each)) if each else math.nan

@@ -31,6 +31,7 @@ def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
     """`epochs` (by `first_crossing`), `updates` and `images` to a validation accuracy, or NaN.
 
     One row per run, with `optimizer`, `effective_batch_size`, `learning_rate` and `seed`.
+    InputError for a target not in (0, 1).
     """
     if not 0 < target < 1:
         raise InputError(f"target = {target}, but it must be in (0, 1)")
@@ -67,7 +68,7 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
 
     Runs that reached the target in their first epoch are left out, since how soon is unknown.
     Least squares on log E, as runs differ by factors; Student's interval on log B_crit. It covers
-    neither the choice of the rates nor errors that all sizes share.
+    neither the choice of the rates nor errors that all sizes share. InputError below three sizes.
     """
     known = fastest[fastest["epochs"] > 1]
     distinct = known["effective_batch_size"].nunique()

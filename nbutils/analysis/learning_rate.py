@@ -84,7 +84,7 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     """What each of `RULES` makes of the rate of lowest training loss at the size `anchor`.
 
     One row per `optimizer`, `rule` and `effective_batch_size`: its `learning_rate`, and `fits`,
-    whether that is in the range of the `ridge`.
+    whether that is in the range of the `ridge`. InputError where no runs have the size `anchor`.
     """
     sizes = ridge_table["effective_batch_size"]
     if anchor not in (known := sorted(set(sizes.tolist()))):

@@ -17,7 +17,6 @@ import pandas as pd
 import yaml
 
 from nbutils.analysis import claims
-from nbutils.analysis.claims import KaggleRuns
 from nbutils.analysis.effects import MARGIN, Answers, Effect, lead, points, prediction_differences
 from nbutils.analysis.outcomes import setting_name
 
@@ -49,7 +48,7 @@ def verdict_details(verdicts: Sequence[Verdict]) -> str:
 
 
 def all_verdicts(
-    answers: Answers, normalisation: Answers, kaggle: KaggleRuns, cost: pd.DataFrame
+    answers: Answers, normalisation: Answers, kaggle: claims.KaggleRuns, cost: pd.DataFrame
 ) -> list[Verdict]:
     """The verdicts on all claims, each from the study of that name, `answers` from `batch-size`."""
     others = [norm_verdict(normalisation), *kaggle_verdicts(kaggle), memory_verdict(cost)]
@@ -171,7 +170,7 @@ def norm_verdict(answers: Answers) -> Verdict:
     return _verdict("6", word, **values)
 
 
-def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
+def kaggle_verdicts(kaggle: claims.KaggleRuns) -> list[Verdict]:
     """The three answers to the claim: is there such a gain, how large is it, is it luck?"""
     gains, images, posted = claims.kaggle_gains(kaggle), len(kaggle.labels), claims.POSTED_GAIN
 
@@ -187,13 +186,14 @@ def kaggle_verdicts(kaggle: KaggleRuns) -> list[Verdict]:
         return "unknown" if math.isnan(probability) else shown
 
     gain, later = gains["same rate"]
+    seeds = kaggle.by_setting("run_id")[claims.PLAIN].count()
     evidence = "; ".join(
         f"{name}: {gain} at equal epochs, {later} at equal updates"
         for name, (gain, later) in gains.items()
     )
     values: dict[str, Any] = {"kaggle": kaggle, "claims": claims, "gain": gain, "later": later}
     values |= {"early": over_rates(0, "epochs"), "late": over_rates(1, "updates")}
-    values |= {"evidence": evidence, "rates": len(gains), "seeds": len(kaggle.plain)}
+    values |= {"evidence": evidence, "rates": len(gains), "seeds": seeds}
     values |= {"lead": round(posted * claims.SCORED), "luck": luck(claims.SCORED)}
     values |= {"lead_of_all": round(posted * images), "luck_of_all": luck(images)}
     values |= {"posted": 100 * posted, "images": images}

@@ -1,32 +1,29 @@
 """What the runs say on the post's claims, in numbers; `verdicts` puts them in words."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import numpy as np
 import pandas as pd
 
 from nbutils.analysis.effects import Answers, Effect, effect, lead, load_answers
-from nbutils.analysis.intervals import mean_interval, probability_of_lead
-from nbutils.analysis.outcomes import last_epochs, late_epochs, varying
+from nbutils.analysis.intervals import probability_of_lead
+from nbutils.analysis.outcomes import last_epochs, varying
+from nbutils.errors import InputError
 from nbutils.paths import REFERENCE
 from nbutils.studies.record import load_runs
 
+# First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
+# rule of `nbutils.analysis.outcomes.LAST_EPOCHS`, so they cannot confirm it.
 CONFIRMING = 5
-"""First seed of `batch-size` that was run after the rules were fixed. Earlier ones suggested the
-rule of `nbutils.analysis.outcomes.LAST_EPOCHS`, so they cannot confirm it."""
-
 TARGETS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.992, 0.995, 0.998)
-SCORES = (0.99257, 0.99442)
-"""Kaggle's public score of the post's networks, with 128 and with 8 x 128 images per update."""
-
+SCORES = (0.99257, 0.99442)  # Kaggle's public score of the post's networks: 128, 8 x 128
 SCORED = 7_000  # images that the public score counts, by the scores, of Kaggle's 28,000
 POSTED_GAIN = SCORES[1] - SCORES[0]
 POSTED_RATE = 1e-3  # of `kaggle-split` with and without accumulation: Adam's default
+PLAIN = f"128, learning_rate {POSTED_RATE}"  # the setting without accumulation
 SCALED_RATE = 2.8e-3  # `POSTED_RATE` times the square root of 8, by the rule for Adam
 
 
@@ -37,29 +34,27 @@ def can_be_judged(runs: pd.DataFrame) -> bool:
     return {(32, 1), (512, 1), (1024, 1), (128, 8)} <= held and known and not varying(runs)
 
 
-def split_seeds(answers: Answers, confirming: int | None) -> dict[str, Answers]:
+def split_seeds(answers: Answers, confirming: int) -> dict[str, Answers]:
     """The seeds before `confirming` and those from it on, by their names; the last part judges."""
-    later = answers.runs["seed"] >= (confirming or 0)
     parts = {}
-    for part in (answers.only(~later), answers.only(later)):
-        if len(part.runs):
-            first, last = part.runs["seed"].min(), part.runs["seed"].max()
-            parts[f"seeds {first} to {last}" if first < last else f"seed {first}"] = part
+    for _, runs in answers.runs.groupby(answers.runs["seed"] >= confirming):
+        first, last = runs["seed"].min(), runs["seed"].max()
+        name = f"seeds {first} to {last}" if first < last else f"seed {first}"
+        parts[name] = replace(answers, runs=runs)
     return parts
 
 
-def confirmation_table(answers: Answers, confirming: int = CONFIRMING) -> pd.DataFrame:
+def confirmation_table(answers: Answers, confirming: int) -> pd.DataFrame:
     """The effects of claims 1, 2, 4 and 5 in points, one column per part of `split_seeds`."""
     columns = {}
     for name, part in split_seeds(answers, confirming).items():
         sizes = whole_sizes(part)
-        effects = {
-            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part),
-            "2: 1024 minus 512": lead(part, "1024", "512"),
-            "4: 1024 minus 32": lead(part, "1024", "32"),
-            "5: 8 x 128 minus 1024": lead(part, "8 x 128", "1024"),
+        columns[name] = {
+            f"1: from {sizes[0]} to {sizes[-1]}, by the fitted line": fitted_change(part).written(),
+            "2: 1024 minus 512": lead(part, "1024", "512").written(),
+            "4: 1024 minus 32": lead(part, "1024", "32").written(),
+            "5: 8 x 128 minus 1024": lead(part, "8 x 128", "1024").written(),
         }
-        columns[name] = {name: str(each).replace(" points", "") for name, each in effects.items()}
     return pd.DataFrame(columns).rename_axis("claim and effect")
 
 
@@ -70,15 +65,14 @@ def whole_sizes(answers: Answers) -> list[int]:
 
 
 def fitted_change(answers: Answers) -> Effect:
-    """Change of test accuracy from the smallest batch to the largest, by the least-squares line.
+    """Change of test accuracy from the smallest to the largest batch, by the least-squares line.
 
     Its slope over the logarithm of the batch size is a weighted sum of accuracies.
     """
     sizes = whole_sizes(answers)
     doublings = np.log2(sizes)
-    apart = doublings - doublings.mean()
-    weights = apart / (apart**2).sum() * (doublings.max() - doublings.min())
-    return effect(answers, dict(zip(map(str, sizes), weights.tolist(), strict=True)))
+    slopes, _ = np.polyfit(doublings, np.eye(len(sizes)), 1)
+    return effect(answers, dict(zip(map(str, sizes), slopes * np.ptp(doublings), strict=True)))
 
 
 def target_accuracy(runs: pd.DataFrame) -> float | None:
@@ -92,12 +86,7 @@ def target_accuracy(runs: pd.DataFrame) -> float | None:
 class KaggleRuns(Answers):
     """The study `kaggle-split`, and the best rate on validation by accumulation steps."""
 
-    tuned: Mapping[int, float]
-
-    @property
-    def plain(self) -> pd.Series:
-        """The ids of the runs of 128 at `POSTED_RATE`, by seed."""
-        return self.by_setting("run_id")[f"128, learning_rate {POSTED_RATE}"].dropna()
+    tuned: pd.Series
 
 
 def load_kaggle_runs() -> KaggleRuns:
@@ -106,10 +95,8 @@ def load_kaggle_runs() -> KaggleRuns:
     They are judged after the final epoch, as when the runs of `kaggle-split` were planned.
     """
     final = last_epochs(load_runs(REFERENCE / "kaggle-tuning"))
-    means = final.groupby(["accumulation_steps", "learning_rate"])["validation_accuracy"].mean()
-    tuned = {int(steps): rate for steps, rate in means.groupby(level=0).idxmax()}
-    split = load_answers(REFERENCE / "kaggle-split")
-    return KaggleRuns(split.runs, split.labels, split.late, tuned)
+    means = final.pivot_table("validation_accuracy", "accumulation_steps", "learning_rate")
+    return KaggleRuns(**vars(load_answers(REFERENCE / "kaggle-split")), tuned=means.idxmax(axis=1))
 
 
 def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
@@ -119,33 +106,32 @@ def kaggle_gains(kaggle: KaggleRuns) -> dict[str, tuple[Effect, Effect]]:
         "rate x root of 8": (POSTED_RATE, SCALED_RATE),
         "tuned rates": (kaggle.tuned[1], kaggle.tuned[8]),
     }
-    ids, found = kaggle.by_setting("run_id"), {}
+    interpolated, gains = _at_equal_updates(kaggle), {}
     for name, (plain, accumulated) in rates.items():
-        short, long = f"128, learning_rate {plain}", f"8 x 128, learning_rate {accumulated}"
-        if long in ids:
-            pairs = ids[[short, long]].dropna()
-            found[name] = lead(kaggle, long, short), _at_equal_updates(kaggle.runs, pairs)
-    return found
+        pair = f"8 x 128, learning_rate {accumulated}", f"128, learning_rate {plain}"
+        with suppress(InputError):  # no runs at these rates
+            gains[name] = lead(kaggle, *pair), lead(interpolated, *pair)
+    return gains
 
 
-def _at_equal_updates(runs: pd.DataFrame, pairs: pd.DataFrame) -> Effect:
-    """8 x 128 minus 128, the latter interpolated to as many updates; the interval is Student's."""
-    histories = dict(iter(runs.sort_values("epoch").groupby("run_id")))
-    gaps = []
-    for plain, accumulated in pairs.to_numpy():
-        early, long = histories[plain], histories[accumulated]
-        late = long.tail(late_epochs(len(long)))
-        at = np.interp(late["updates"], early["updates"], early["test_accuracy"])
-        gaps.append(float((late["test_accuracy"] - at).mean()))
-    return Effect(float(np.mean(gaps)), *mean_interval(gaps), len(gaps))
+def _at_equal_updates(kaggle: KaggleRuns) -> Answers:
+    """The runs of 128 as they were after the updates that 8 x 128 made by each epoch."""
+    runs = kaggle.runs.sort_values(["run_id", "epoch"], ignore_index=True)
+    accumulated = runs["accumulation_steps"] > 1
+    updates = runs[accumulated].groupby("epoch")["updates"].first()
+    for _, run in runs[~accumulated].groupby("run_id"):
+        accuracies = np.interp(updates, run["updates"], run["test_accuracy"])
+        runs.loc[run.index, "test_accuracy"] = accuracies
+    return Answers(runs, np.zeros(0, np.uint8), {})
 
 
 def seed_probability(kaggle: KaggleRuns, part: int, lead: int) -> float:
-    """Probability that a run of 128 leads another by `lead` of `part` test images.
+    """Probability that a `PLAIN` run leads another by `lead` of `part` test images.
 
-    At `POSTED_RATE`, after the final epoch; the mean over all ordered pairs of seeds, or NaN.
+    After the final epoch; the mean over all ordered pairs of seeds, or NaN.
     """
-    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in kaggle.plain]
-    won = [(int((a & ~b).sum()), int((b & ~a).sum())) for a, b in permutations(right, 2)]
+    ids = kaggle.by_setting("run_id")[PLAIN].dropna()
+    right = [kaggle.late[run_id][-1] == kaggle.labels for run_id in ids]
+    won = [(int((a > b).sum()), int((b > a).sum())) for a, b in permutations(right, 2)]
     each = [probability_of_lead(*images, len(kaggle.labels), part, lead) for images in won]
     return float(np.mean(each)) if each else math.nan

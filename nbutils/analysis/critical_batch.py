@@ -5,11 +5,9 @@ With S updates and E = S B images to reach a target at B images per update, McCa
 
     (S / S_min - 1) (E / E_min - 1) = 1,  that is  E = E_min (1 + B / B_crit)
 
-with B_crit = E_min / S_min, the critical batch size: it takes twice the fewest images and twice
-the fewest updates. Their theory expects it to be near the noise scale.
+with the critical batch size B_crit = E_min / S_min, at which S = 2 S_min and E = 2 E_min. They
+expect it to be near the noise scale.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
@@ -17,47 +15,41 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import scipy
 
 from nbutils.analysis.intervals import student_quantile
 from nbutils.analysis.outcomes import first_crossing
 from nbutils.errors import InputError
 
 SIZE = ["optimizer", "effective_batch_size"]
+# Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training"
 REGIMES = ("perfect scaling", "diminishing returns", "maximal data parallelism")
-"""Of Shallue et al. (2019), "Measuring the Effects of Data Parallelism on Neural Network Training",
-section 4.1, from small batches to large ones; see `regime_borders`."""
-
 SAVED = (0.8, 0.2)  # shares of the ideal saving that separate the regimes: our choice
 
 
 def updates_to_target(runs: pd.DataFrame, target: float) -> pd.DataFrame:
-    """When each run first reached a validation accuracy, between epochs as `first_crossing` says.
+    """`epochs` (by `first_crossing`), `updates` and `images` to a validation accuracy, or NaN.
 
-    One row per run: `optimizer`, `effective_batch_size`, `learning_rate`, `seed`, and `epochs`,
-    `updates` and `images` until the target, missing where it was never reached. InputError for a
-    target not in (0, 1).
+    One row per run, with `optimizer`, `effective_batch_size`, `learning_rate` and `seed`.
+    InputError for a target not in (0, 1).
     """
     if not 0 < target < 1:
         raise InputError(f"target = {target}, but it must be in (0, 1)")
-    by_run = runs.sort_values("epoch").groupby("run_id")
-    accuracies = by_run["validation_accuracy"]
-    epochs = accuracies.agg(lambda curve: first_crossing(1 - curve.to_numpy(), 1 - target))
-    first = by_run.first()
     keys = [*SIZE, "learning_rate", "seed"]
-    reached = {"epochs": epochs, "updates": epochs * first["updates"]}
-    reached["images"] = epochs * first["images_per_epoch"]
-    return first[keys].assign(**reached).sort_values(keys, ignore_index=True)
+    by_run = runs.sort_values("epoch").groupby("run_id")
+    first, accuracies = by_run.first(), by_run["validation_accuracy"]
+    table = first[keys]
+    table["epochs"] = accuracies.agg(lambda curve: first_crossing(1 - curve.array, 1 - target))
+    table["updates"] = table["epochs"] * first["updates"]
+    table["images"] = table["epochs"] * first["images_per_epoch"]
+    return table.sort_values(keys, ignore_index=True)
 
 
 def fastest_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `updates_to_target` of each optimizer's and size's fastest rate, if any.
-
-    That is the one of the smallest mean of `updates` among those at which all seeds arrived.
-    """
+    """The rows of `updates_to_target` at each size's fastest rate at which all seeds arrived."""
     rate = [*SIZE, "learning_rate"]
-    arrived = table.groupby(rate).filter(lambda runs: runs["updates"].notna().all())
-    means = arrived.groupby(rate)["updates"].mean().reset_index()
-    best = means.sort_values("updates").drop_duplicates(SIZE)
+    means = table.groupby(rate)["updates"].mean(skipna=False).dropna()
+    best = means.sort_values().reset_index().drop_duplicates(SIZE)
     return table.merge(best[rate], on=rate)
 
 
@@ -78,40 +70,34 @@ def fit_critical_batch(fastest: pd.DataFrame) -> CriticalBatch:
     Least squares on log E, as runs differ by factors; Student's interval on log B_crit. It covers
     neither the choice of the rates nor errors that all sizes share. InputError below three sizes.
     """
-    from scipy import optimize
-
     known = fastest[fastest["epochs"] > 1]
-    sizes = known["effective_batch_size"].to_numpy(float)
-    if len(np.unique(sizes)) < 3:
+    distinct = known["effective_batch_size"].nunique()
+    if distinct < 3:
         raise InputError(
-            f"the target was reached after the first epoch at {len(np.unique(sizes))} batch sizes, "
-            f"but the fit needs 3; choose another target"
+            f"the target was reached after the first epoch at {distinct} batch sizes, but the fit "
+            f"needs 3; choose another target"
         )
 
     def log_images(batch_size: np.ndarray, log_fewest: float, log_critical: float) -> np.ndarray:
         return log_fewest + np.log1p(batch_size / np.exp(log_critical))
 
-    images = known["images"].to_numpy(float)
-    start = math.log(images.min()), float(np.log(sizes).mean())
+    sizes, images = known[["effective_batch_size", "images"]].to_numpy(float).T
+    start = math.log(images.min()), np.log(sizes).mean()
     # Outside these bounds the curve is a straight line, whatever the critical size.
     bounds = [-np.inf, math.log(sizes.min() / 100)], [np.inf, math.log(sizes.max() * 100)]
-    (log_fewest, log_critical), covariance = optimize.curve_fit(
+    (log_fewest, log_critical), covariance = scipy.optimize.curve_fit(
         log_images, sizes, np.log(images), start, bounds=bounds
     )
     half = student_quantile(len(sizes) - 2) * math.sqrt(covariance[1, 1])
-    return CriticalBatch(
-        value=math.exp(log_critical),
-        low=math.exp(log_critical - half),
-        high=math.exp(min(log_critical + half, 700.0)),  # the largest power that a float holds
-        fewest_images=math.exp(log_fewest),
-        fewest_updates=math.exp(log_fewest - log_critical),
-    )
+    highest = min(log_critical + half, 700.0)  # the largest power that a float holds
+    logs = log_critical, log_critical - half, highest, log_fewest, log_fewest - log_critical
+    return CriticalBatch(*np.exp(logs))
 
 
 def regime_borders(critical: float) -> tuple[float, float]:
-    """The two batch sizes between the three `REGIMES`, where p is one of `SAVED`.
+    """The batch sizes between the three `REGIMES`: S falls as `B^-p`, and p is one of `SAVED`.
 
-    By the fit, S falls as `B^-p` around B, with `p = 1 / (1 + B / B_crit)`; ideal is p = 1.
+    By the fit `p = 1 / (1 + B / B_crit)`; ideal is 1.
     """
     return critical * (1 / SAVED[0] - 1), critical * (1 / SAVED[1] - 1)
 
@@ -119,56 +105,54 @@ def regime_borders(critical: float) -> tuple[float, float]:
 def agreement(noise: pd.DataFrame, target: float, fits: dict[str, CriticalBatch]) -> pd.DataFrame:
     """The noise scale up to the first measurement at the target, beside the critical batch size.
 
-    One row per `optimizer` of both: `measurements`; the `lowest`, `median` and `highest` noise
-    scale among them; the critical batch size `fitted`, with its interval, `low` and `high`; their
-    `ratio`, median to fitted; and `agree`, whether interval and range overlap.
+    One row per `optimizer`: `measurements`, their `lowest`, `median` and `highest`; the `fitted`
+    size with its interval, `low` and `high`; `ratio`, median to fitted; and `agree`, whether
+    interval and range overlap.
     """
     runs = noise.sort_values("update")
     reached = runs["validation_accuracy"] >= target
     before = reached.groupby([runs["optimizer"], runs["seed"]]).cumsum() > reached
     values = runs[~before].groupby("optimizer")["value"]
     table = values.agg(measurements="count", lowest="min", median="median", highest="max")
-    fitted = pd.DataFrame(list(fits.values()), index=list(fits)).rename(columns={"value": "fitted"})
-    table = table.join(fitted[["fitted", "low", "high"]], how="inner").rename_axis("optimizer")
+    fitted = {optimizer: fit[:3] for optimizer, fit in fits.items()}
+    table = table.join(pd.DataFrame(fitted, ["fitted", "low", "high"]).T, how="inner")
     table["ratio"] = table["median"] / table["fitted"]
-    overlap = (table["lowest"] <= table["high"]) & (table["low"] <= table["highest"])
-    return table.assign(agree=overlap).reset_index()
+    table["agree"] = (table["lowest"] <= table["high"]) & (table["low"] <= table["highest"])
+    return table.rename_axis("optimizer").reset_index()
 
 
 def describe_agreement(table: pd.DataFrame) -> str:
     """One Markdown line per optimizer of the table of `agreement`."""
-    text = (
-        "- **{optimizer}**: the noise scale is {median:.0f} images (median of {measurements} "
-        "measurements, {lowest:.0f} to {highest:.0f}), the fitted critical batch size "
-        "{fitted:.0f} ({low:.0f} to {high:.0f}). Range and interval {found}. The median is "
-        "{ratio:.2g} times the fitted size."
+    no_overlap = "do not overlap: they do not agree"
+    found = np.where(table["agree"], "overlap: they are compatible", no_overlap)
+    return "\n".join(
+        f"- **{row.optimizer}**: the noise scale is {row.median:.0f} images (median of "
+        f"{row.measurements} measurements, {row.lowest:.0f} to {row.highest:.0f}), the fitted "
+        f"critical batch size {row.fitted:.0f} ({row.low:.0f} to {row.high:.0f}). Range and "
+        f"interval {overlap}. The median is {row.ratio:.2g} times the fitted size."
+        for row, overlap in zip(table.itertuples(), found, strict=True)
     )
-    found = {True: "overlap: they are compatible", False: "do not overlap: they do not agree"}
-    rows = table.assign(found=table["agree"].map(found)).to_dict("records")
-    return "\n".join(text.format_map(row) for row in rows)
 
 
 def target_table(
     fastest: dict[str, pd.DataFrame], fits: dict[str, CriticalBatch], sizes: Sequence[int]
 ) -> pd.DataFrame:
-    """What each of all `sizes` took to reach the target, for reading.
+    """For reading: rate, mean updates and images to the target, those of the fit, and the regime.
 
-    One row per `optimizer` and size: the chosen rate, means over seeds of updates and images ("at
-    most" where a run arrived in its first epoch), those of the fit, and the regime.
+    One row per optimizer and size. "At most" means that a run arrived in its first epoch.
     """
-    rows = []
+    tables = {}
     for optimizer, fit in fits.items():
-        for size in sizes:
-            row = {"optimizer": optimizer, "images per update": size}
-            row |= {"learning rate": "none", "updates": "not reached", "images": "not reached"}
-            runs = fastest[optimizer].query("effective_batch_size == @size")
-            if len(runs):
-                bound = "at most " if (runs["epochs"] <= 1).any() else ""
-                row["learning rate"] = f"{runs['learning_rate'].iloc[0]:g}"
-                row["updates"] = f"{bound}{runs['updates'].mean():,.0f}"
-                row["images"] = f"{bound}{runs['images'].mean():,.0f}"
-            fitted = fit.fewest_images * (1 + size / fit.value)
-            row |= {"updates, fit": f"{fitted / size:,.0f}", "images, fit": f"{fitted:,.0f}"}
-            row["regime"] = REGIMES[sum(size > border for border in regime_borders(fit.value))]
-            rows.append(row)
-    return pd.DataFrame(rows).set_index(["optimizer", "images per update"])
+        runs = fastest[optimizer].groupby("effective_batch_size")
+        at_most = (runs["epochs"].min() <= 1).map({True: "at most ", False: ""})
+        table = pd.DataFrame(index=pd.Index(sizes, name="images per update"))
+        table["learning rate"] = runs["learning_rate"].first().map("{:g}".format)
+        for count in ("updates", "images"):
+            table[count] = at_most + runs[count].mean().map("{:,.0f}".format)
+        table = table.fillna({"learning rate": "none"}).fillna("not reached")
+        images = pd.Series(fit.fewest_images * (1 + table.index / fit.value), table.index)
+        table["updates, fit"] = (images / table.index).map("{:,.0f}".format)
+        table["images, fit"] = images.map("{:,.0f}".format)
+        regimes = np.searchsorted(regime_borders(fit.value), sizes)
+        tables[optimizer] = table.assign(regime=np.take(REGIMES, regimes))
+    return pd.concat(tables, names=["optimizer"])

@@ -1,11 +1,10 @@
 """Batch size and learning rate: the map of a study's runs, its ridge, and the scaling rules."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
 import pandas as pd
+import scipy
 
 from nbutils.analysis.intervals import proportion_interval, student_quantile
 from nbutils.analysis.outcomes import outcomes
@@ -13,12 +12,10 @@ from nbutils.errors import InputError
 
 NOTHING_LEARNT = 0.2  # of accuracies below: twice that of guessing among ten classes
 KEYS = ["optimizer", "effective_batch_size"]
+# The power of the batch size to which the learning rate is proportional. Sources: Goyal et al.
+# (2017), "Accurate, Large Minibatch SGD", for SGD; Malladi et al. (2022), "On the SDEs and Scaling
+# Rules for Adaptive Gradient Algorithms", for Adam.
 RULES = {"linear": 1.0, "square root": 0.5}
-"""Scaling rules: the power of the batch size to which the learning rate is proportional.
-
-Sources: Goyal et al. (2017), "Accurate, Large Minibatch SGD", for SGD; Malladi et al. (2022), "On
-the SDEs and Scaling Rules for Adaptive Gradient Algorithms", for Adam.
-"""
 
 
 def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
@@ -26,9 +23,8 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 
     One row per `optimizer`, `effective_batch_size` and `learning_rate`: `seeds`, `train_loss`,
     `validation_accuracy` with `low` and `high` (Wilson's interval), `best` of its size,
-    `within_noise` (no lower than `low` of that best one), and `outcome`: "learnt"; or, below
-    `NOTHING_LEARNT`, "too slow" at rates below the best one, else, or if the loss is not finite,
-    "diverged".
+    `within_noise` (no lower than `low` of that best one), and `outcome`: "learnt"; where nothing
+    was, "too slow" at rates below the best one; else, or if the loss is not finite, "diverged".
     """
     ends = outcomes(runs)
     ends["finite"] = np.isfinite(ends["train_loss"])
@@ -50,23 +46,18 @@ def rate_map(runs: pd.DataFrame) -> pd.DataFrame:
 def ridge(table: pd.DataFrame) -> pd.DataFrame:
     """The best rate of each size of a `rate_map`, and the range of rates within noise of it.
 
-    One row per `optimizer` and `effective_batch_size`: `best_rate`; `validation_accuracy` there;
+    One row per `optimizer` and `effective_batch_size`: `best_rate`; its `validation_accuracy`;
     `low` and `high`, half-way from the outermost rates within noise to the next that were tried,
-    missing where none was; and `loss_rate`, of the lowest training loss, which is less noisy.
+    if any; and `loss_rate`, of the lowest training loss, which is less noisy.
     """
-    rows = {}
-    for key, group in table.groupby(KEYS):
-        rates, equal = group["learning_rate"], group.loc[group["within_noise"], "learning_rate"]
-        below, above = rates[rates < equal.min()].max(), rates[rates > equal.max()].min()
-        best = group[group["best"]].iloc[0]
-        rows[key] = {
-            "best_rate": best["learning_rate"],
-            "validation_accuracy": best["validation_accuracy"],
-            "low": math.sqrt(below * equal.min()),
-            "high": math.sqrt(above * equal.max()),
-            "loss_rate": lowest_loss_rate(group),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(KEYS).reset_index()
+    by_size, rates = table.groupby(KEYS), table["learning_rate"]
+    below, above = (np.sqrt(rates * by_size["learning_rate"].shift(step)) for step in (1, -1))
+    equal = table.assign(low=below, high=above)[table["within_noise"]].groupby(KEYS)
+    best = table[table["best"]].rename(columns={"learning_rate": "best_rate"}).set_index(KEYS)
+    found = best[["best_rate", "validation_accuracy"]]
+    found["low"], found["high"] = equal["low"].first(skipna=False), equal["high"].last(skipna=False)
+    found["loss_rate"] = by_size.apply(lowest_loss_rate)
+    return found.reset_index()
 
 
 def lowest_loss_rate(of_size: pd.DataFrame) -> float:
@@ -82,14 +73,9 @@ def lowest_loss_rate(of_size: pd.DataFrame) -> float:
 
 
 def growth(of_optimizer: pd.DataFrame) -> tuple[float, float, float]:
-    """The power of the batch size with which `loss_rate` grows, and the ends of its interval.
-
-    By least squares on log scales over three rows or more of `ridge`.
-    """
-    from scipy import stats
-
+    """The power of the batch size with which `loss_rate` of three rows or more grows; interval."""
     x, y = np.log(of_optimizer[["effective_batch_size", "loss_rate"]].to_numpy()).T
-    fit = stats.linregress(x, y)
+    fit = scipy.stats.linregress(x, y)
     half = student_quantile(len(x) - 2) * fit.stderr
     return fit.slope, fit.slope - half, fit.slope + half
 
@@ -101,8 +87,7 @@ def scaling_rules(ridge_table: pd.DataFrame, anchor: int) -> pd.DataFrame:
     whether that is in the range of the `ridge`. InputError where no runs have the size `anchor`.
     """
     sizes = ridge_table["effective_batch_size"]
-    if anchor not in sizes.tolist():
-        known = sorted(set(sizes.tolist()))
+    if anchor not in (known := sorted(set(sizes.tolist()))):
         raise InputError(f"anchor = {anchor}, but it must be a size of the runs: {known}")
     start = ridge_table[sizes == anchor].set_index("optimizer")["loss_rate"]
     parts = []
@@ -130,7 +115,7 @@ def format_ridge(ridge_table: pd.DataFrame, rules: pd.DataFrame) -> pd.DataFrame
 
 
 def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
-    """Markdown lines for each optimizer: does the ridge move with the batch size as a rule says?"""
+    """Markdown lines by optimizer: does the ridge of a `rate_map` move as a rule says?"""
     lines = []
     for optimizer, of_optimizer in ridge(table).groupby("optimizer"):
         if len(of_optimizer) > 2:
@@ -142,8 +127,8 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
                 f"rules, linear (1) and square root (0.5), the interval contains "
                 f"{' and '.join(held) or 'neither'}."
             )
-        everywhere = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
-        rates = [f"{rate:g}" for rate, equal in everywhere.all().items() if equal]
+        equal = table[table["optimizer"] == optimizer].groupby("learning_rate")["within_noise"]
+        rates = [f"{rate:g}" for rate, each in equal if each.all()]
         lines.append(
             f"- **{optimizer}**: rates within noise of the best validation accuracy at every "
             f"size: {', '.join(rates) or 'none'}."
@@ -160,11 +145,10 @@ def describe_ridge(table: pd.DataFrame, rules: pd.DataFrame) -> str:
 def describe_fixed_rates(table: pd.DataFrame) -> str:
     """Markdown lines for each optimizer: at which fixed rates small or large batches are better.
 
-    Small batches are better at a rate of the `rate_map` if the intervals of its best and its
-    largest size do not overlap, large ones if those of its best and its smallest do not.
+    Small batches are better at a rate if the intervals of its best and its largest size do not
+    overlap, large ones if those of its best and its smallest do not.
     """
-    lines = []
-    ordered = table.sort_values("effective_batch_size")
+    lines, ordered = [], table.sort_values("effective_batch_size")
     accuracy = "at {effective_batch_size}: {validation_accuracy:.1%}".format_map
     for optimizer, of_optimizer in ordered.groupby("optimizer"):
         for name, end in (("small", -1), ("large", 0)):

@@ -1,7 +1,5 @@
 """What a run came to, and what its setting is called."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -9,12 +7,10 @@ import pandas as pd
 
 from nbutils.training.config import RunConfig
 
+# The outcome of a run is the mean of this many last epochs, since single late epochs jitter: in the
+# first five seeds of `batch-size` by 84 % of the variance between seeds of (1024 less 32). The rule
+# was chosen after these seeds were known: see `CONFIRMING` in `claims`.
 LAST_EPOCHS = 5
-"""The outcome of a run is the mean of this many last epochs, since single late epochs jitter.
-
-In the first five seeds of `batch-size` that was 84 % of the variance between seeds of (1024 less
-32). The rule was chosen after these seeds were known: see `CONFIRMING` in `claims`."""
-
 METRICS = ["train_loss", "train_accuracy", "validation_accuracy", "test_loss", "test_accuracy"]
 
 
@@ -29,15 +25,11 @@ def last_epochs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame) -> pd.DataFrame:
-    """The last epoch of each run of `load_runs`, with each of `METRICS` the mean of its late ones.
-
-    A metric that is missing in one of these epochs is so in the outcome.
-    """
+    """The last epoch of each run, with `METRICS` the means of its late ones, or NaN if one is."""
     epochs = runs.groupby("run_id")["epoch"].transform("max")
     late = runs[runs["epoch"] > epochs - epochs.map(late_epochs)]
     means = late.groupby("run_id")[METRICS].mean(skipna=False)
-    final = last_epochs(runs)
-    return final.assign(**{name: final["run_id"].map(means[name]) for name in METRICS})
+    return last_epochs(runs).drop(columns=METRICS).merge(means, on="run_id")[runs.columns]
 
 
 def setting_name(batch_size: int, accumulation_steps: int) -> str:
@@ -47,32 +39,26 @@ def setting_name(batch_size: int, accumulation_steps: int) -> str:
 
 def varying(runs: pd.DataFrame) -> list[str]:
     """The fields of `RunConfig` that vary, but for batch size, accumulation steps and seed."""
-    always = ["batch_size", "accumulation_steps", "seed"]
-    fields = [name for name in RunConfig.field_names() if name not in always and name in runs]
-    return [name for name in fields if len(runs[name].dropna().unique()) > 1]
+    fields = runs.columns.intersection(RunConfig.field_names())
+    others = fields.difference(["batch_size", "accumulation_steps", "seed"], sort=False)
+    return [name for name in others if len(runs[name].dropna().unique()) > 1]
 
 
 def name_settings(runs: pd.DataFrame) -> pd.DataFrame:
-    """`runs` with a column `setting`, such as "8 x 128, norm group", in the order to be shown.
-
-    It names the fields that are `varying` too, never the seed.
-    """
+    """`runs` in the order to be shown, with a column `setting`, such as "8 x 128, norm group"."""
     fields = varying(runs)
-
-    def setting(row: pd.Series) -> str:
-        size = setting_name(row["batch_size"], row["accumulation_steps"])
-        return ", ".join([size, *(f"{field} {row[field]}" for field in fields)])
-
     order = ["effective_batch_size", "accumulation_steps", *fields, "seed", "epoch"]
     named = runs.sort_values(order, ignore_index=True)
-    first = named.drop_duplicates("run_id").set_index("run_id")
-    return named.assign(setting=named["run_id"].map(first.apply(setting, axis=1)))
+    setting = named["batch_size"].combine(named["accumulation_steps"], setting_name)
+    for field in fields:
+        setting += f", {field} " + named[field].map(str)
+    return named.assign(setting=setting)
 
 
 def first_crossing(errors: np.ndarray, target: float) -> float:
-    """Epochs until an error of at most `target`, from those after each epoch; NaN if there is none.
+    """Epochs until an error after an epoch is at most `target`, or NaN; 1 is an upper bound.
 
-    Between epochs their logarithm falls evenly. The end of the first epoch is an upper bound.
+    Between epochs the logarithm of the error falls evenly.
     """
     reached = np.flatnonzero(errors <= target)
     if len(reached) == 0:

@@ -1,15 +1,12 @@
 """A study summed up: the table of its settings, and the words around it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import suppress
 
 import pandas as pd
 
-from nbutils.analysis.effects import Answers, Effect, lead, written_gaps
-from nbutils.analysis.intervals import mean_interval
+from nbutils.analysis.effects import Answers, Effect, lead, points, written_gaps
 from nbutils.analysis.outcomes import name_settings, outcomes
 from nbutils.errors import InputError
 
@@ -19,32 +16,26 @@ BASELINE = "128"  # the blog post's: others are compared with it where a study h
 def summary_table(answers: Answers, seconds: Mapping[str, float] | None = None) -> pd.DataFrame:
     """One row per setting: its outcome, and how that differs from the baseline's.
 
-    `seeds`; `accuracy`, the mean over them of `metric` ("validation_accuracy" where test labels
-    are unknown); its `difference` from the setting `baseline` ("128", else the first), paired by
-    seed, with `low`, `high` and `detectable` of an `Effect`, all missing where no seed has both;
-    `updates` and `seconds` per epoch: those given, as measured on a quiet machine, else those of
-    the fastest seed, since other work on the machine only adds to them.
+    `seeds`; `accuracy`, the mean of `metric` ("validation_accuracy" where test labels are unknown);
+    its `difference` from the setting `baseline` ("128", else the first), with `low`, `high` and
+    `detectable` of an `Effect`, all missing where no seed has both; `updates` and `seconds` per
+    epoch: those given, else of the fastest seed, since other work on the machine only adds to them.
     """
     table = answers.outcomes
-    per_epoch = table[["seconds", "updates"]].div(table["epoch"], axis=0)
-    by_setting = table.assign(**per_epoch).groupby("setting", sort=False)
+    by_setting = table.groupby("setting", sort=False)
     metric = "test_accuracy" if table["test_accuracy"].notna().all() else "validation_accuracy"
-    rows = by_setting.agg(
-        seeds=("seed", "size"),
-        accuracy=(metric, "mean"),
-        seconds=("seconds", "min"),
-        updates=("updates", "first"),
-    )
+    rows = pd.DataFrame({"seeds": by_setting.size(), "accuracy": by_setting[metric].mean()})
+    fastest = (table["seconds"] / table["epoch"]).groupby(table["setting"]).min()
+    rows["seconds"] = pd.Series(fastest if seconds is None else seconds, dtype=float)
+    rows["updates"] = by_setting["updates"].first() // by_setting["epoch"].first()
     baseline = BASELINE if BASELINE in rows.index else str(rows.index[0])
-    if seconds is not None:
-        rows["seconds"] = rows.index.map(seconds)
     columns = ["difference", "low", "high", "detectable"]
     rows[columns] = math.nan
     for setting in rows.index.drop(baseline):
         with suppress(InputError):  # no seed in common
             gap = lead(answers, setting, baseline, metric)
             rows.loc[setting, columns] = gap.mean, gap.low, gap.high, gap.detectable
-    return rows.assign(metric=metric, baseline=baseline, updates=rows["updates"].astype(int))
+    return rows.assign(metric=metric, baseline=baseline)
 
 
 def format_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -91,24 +82,19 @@ def describe_study(runs: pd.DataFrame) -> str:
 def compare_settings(runs: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """How outcomes change from one large batch to the same images in micro-batches, as text.
 
-    One row per normalisation and accumulated setting, one column per metric: mean paired
-    differences with Student's 95 % interval, accuracies in points.
+    One row per normalisation and accumulated setting: differences with Student's interval.
     """
-    final = name_settings(outcomes(runs.assign(norm=runs["norm"].astype(str))))
+    final = name_settings(outcomes(runs))
     final["setting"] = final["setting"].str.partition(",")[0]
-    whole = final[final["accumulation_steps"] == 1]
-    cut = final[final["accumulation_steps"] > 1]
+    whole, cut = final[final["accumulation_steps"] == 1], final[final["accumulation_steps"] > 1]
     pairs = cut.merge(whole, on=["norm", "seed"], suffixes=("", "_whole"), validate="m:1")
-
-    def text(values: pd.Series) -> str:
-        low, high = mean_interval(values.tolist())
-        if str(values.name).endswith("accuracy"):
-            return str(Effect(values.mean(), low, high, len(values))).replace(" points", "")
-        interval = f"{low:+.4f} to {high:+.4f}, n = {len(values)}"
-        return f"{values.mean():+.4f} ({interval if len(values) > 1 else 'n = 1: no interval'})"
-
     for metric in metrics:
         pairs[metric] -= pairs[f"{metric}_whole"]
+
+    def text(values: pd.Series) -> str:
+        number = points if "accuracy" in str(values.name) else "{:+.4f}".format
+        return Effect.of_seeds(values).written(number)
+
     table = pairs.groupby(["norm", "setting"], sort=False)[metrics].agg(text)
     heads = {name: f"{name.replace('_', ' ')}, points" for name in metrics if "accuracy" in name}
     return table.rename(columns=heads | {"train_loss": "training loss"})

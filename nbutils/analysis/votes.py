@@ -1,27 +1,18 @@
-"""The majority vote of several networks, and what it still gets wrong.
-
-Predictions are classes by each network, uint8, shape (n,) each; labels are uint8, shape (n,).
-"""
-
-from __future__ import annotations
+"""The majority vote of networks, whose predictions, and the labels, are uint8, shape (n,) each."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import scipy
 
 
 def majority_vote(predictions: Sequence[np.ndarray]) -> np.ndarray:
     """The class that most networks give each image; the smallest of those with equal votes."""
-    from scipy import stats
-
-    return stats.mode(np.stack(predictions)).mode
+    return scipy.stats.mode(np.stack(predictions)).mode
 
 
 def votes_of(size: int, labels: np.ndarray, predictions: Sequence[np.ndarray]) -> float:
-    """The accuracy to expect of the majority of `size` networks, of as many or more.
-
-    The mean over the votes of each network with the `size - 1` next ones, in a circle.
-    """
+    """The mean accuracy of the votes of each network with the `size - 1` next ones, in a circle."""
     around = [*predictions, *predictions]
     votes = [majority_vote(around[start : start + size]) for start in range(len(predictions))]
     return float(np.mean([vote == labels for vote in votes]))

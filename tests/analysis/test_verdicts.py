@@ -173,7 +173,7 @@ def test_confirming_seeds_are_judged_alone_and_earlier_ones_shown_beside_them():
     assert list(table) == ["seeds 0 to 4", "seeds 5 to 9"]
     assert table.iloc[0, 0].startswith("+1.0")
     assert table.iloc[0, 1].startswith("+0.0")
-    assert list(split_seeds(both, None)) == ["seeds 0 to 9"]
+    assert list(split_seeds(both, 0)) == ["seeds 0 to 9"]
     assert list(split_seeds(earlier, confirming=5)) == ["seeds 0 to 4"]
 
 

@@ -91,7 +91,7 @@ def test_saved_figures_are_the_same_bytes_on_every_machine(tmp_path):
 @pytest.mark.parametrize(
     ("imported", "waiting"),
     [
-        ("nbutils.plots", {"torch", "scipy", "seaborn"}),
+        ("nbutils.plots", {"torch", "scipy.special", "scipy.stats", "seaborn"}),
         ("nbutils.accumulation", {"pandas", "scipy", "matplotlib", "nbutils.errors"}),
     ],
 )

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain, zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +34,10 @@ def graphed_updates(
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
 ) -> Callable[[Tensor], Iterator[None]]:
-    """Record `update` for every size of window.
+    """Record `update` for every size of window that `cut` cuts from an epoch's `images` indices.
 
-    Weights, buffers, generators and the optimizer are left as they were; the optimizer's state
-    is allocated, and zero.
-
-    Args:
-        update: Makes one update from a window of image indices, without waiting for the device.
-        cut: Cuts an epoch's order into windows.
-        images: Length of an epoch's order.
-        model: What `update` trains.
-        optimizer: Not yet stepped, and able to be captured.
-        generators: All generators of the run; those on the device take part.
+    `update` does not wait for the device, and the optimizer can be captured. Weights, buffers,
+    generators and the optimizer are left as they were, but its state is allocated.
 
     Returns:
         A function of an epoch's order, shape (images,), that makes one update at each step.
@@ -96,15 +89,20 @@ def _restored(
     model: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
 ) -> Iterator[None]:
     """Undo in place, at the end, what updates change: graphs must find the same addresses."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def tensors() -> list[Tensor]:
+        of_parameters = (state.values() for state in optimizer.state.values())
+        return [*model.state_dict().values(), *chain.from_iterable(of_parameters)]
+
+    before = [tensor.clone() for tensor in tensors()]
     states = [generator.get_state() for generator in generators]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*capturable=True.*")
         yield
-    model.load_state_dict(before)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
-    for generator, generator_state in zip(generators, states, strict=True):
-        generator.set_state(generator_state)
+    for tensor, earlier in zip_longest(tensors(), before):
+        if earlier is None:  # an optimizer begins with zeros
+            tensor.zero_()
+        else:
+            tensor.copy_(earlier)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError, suggest
-from nbutils.machine import device_name, peak_resident_memory, processor_name
+from nbutils.machine import device_name, processor_name
 from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN
 
@@ -57,16 +57,12 @@ def check(config: RunConfig, data: Dataset, on_oom: str) -> None:
             f"of its batch, so a smaller batch trains differently; use norm = 'group' or 'none', "
             f"or on_oom = 'stop'"
         )
-    images, name, wanted = len(data.train.labels), "batch_size", config.batch_size
-    if wanted <= images:
-        name, wanted = (
-            f"effective_{name} ({name} * accumulation_steps)",
-            config.effective_batch_size,
-        )
-    if wanted > images:
-        raise InputError(
-            f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
-        )
+    images, both = len(data.train.labels), "effective_batch_size (batch_size * accumulation_steps)"
+    for name, wanted in (("batch_size", config.batch_size), (both, config.effective_batch_size)):
+        if wanted > images:
+            raise InputError(
+                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
+            )
 
 
 def conditions(
@@ -78,6 +74,7 @@ def conditions(
         "images": data.fingerprint,
         "micro_batch": micro_batch,
         "cuda_graph": cuda_graph,
+        "checkpoint": 2,  # the version of its format
         "hardware": device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -107,11 +104,6 @@ def make_model(
     return model.to(device, dtype).to(memory_format=torch.channels_last)
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context of a forward pass in the precision of `config`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
 def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch.optim.Optimizer:
     """The optimizer of `config`; `in_graph` says whether a CUDA graph will hold its step."""
     parameters = list(model.parameters())
@@ -135,23 +127,17 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """
     settings: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    devices = []
-    with ExitStack() as stack:
-        stack.callback(torch.use_deterministic_algorithms, before)
-        stack.callback(setattr, settings, "fill_uninitialized_memory", fill)
-        if device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.cuda.init()  # the next line fails where CUDA has not been used yet
-            torch.cuda.reset_peak_memory_stats(device)
-            devices = [torch.cuda.current_device() if device.index is None else device.index]
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-        stack.enter_context(torch.random.fork_rng(devices))
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.init()  # the next line fails where CUDA has not been used yet
+        torch.cuda.reset_peak_memory_stats(device)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.random.fork_rng([device] if on_cuda else []), exact:
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # else every torch.empty is filled
-        yield
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: CUDA's peak of allocated memory, elsewhere the peak resident memory of the process."""
-    on_cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_memory()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            settings.fill_uninitialized_memory = fill

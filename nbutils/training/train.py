@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,13 +19,13 @@ from nbutils.accumulation.window import accumulate_gradient, updates_per_epoch, 
 from nbutils.data.augment import augment
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError
-from nbutils.machine import no_progress
+from nbutils.machine import no_progress, peak_resident_memory
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
 from nbutils.training.cuda_graph import Window, graphed_updates
 from nbutils.training.model import DigitCNN
 from nbutils.training.out_of_memory import Script, run_within_memory
-from nbutils.training.result import RunResult, evaluate, history_of
+from nbutils.training.result import KEPT_EPOCHS, RunResult, evaluate
 
 AfterUpdate = Callable[[int, DigitCNN], None]
 
@@ -61,64 +64,65 @@ def train(
 
 def script(
     config: RunConfig,
+    micro_batch_size: int,
+    bar: tqdm,
     data: Dataset,
     device: torch.device,
-    micro_batch_size: int,
     folder: Path | None,
-    bar: tqdm,
     cuda_graph: bool,
     after_update: AfterUpdate,
 ) -> Script:
-    """The training script. It yields after every update, so that runs can take turns on a GPU."""
-    images = len(data.train.labels)
-    updates = updates_per_epoch(images, config.effective_batch_size, config.last_window)
-    images_per_epoch = min(images, updates * config.effective_batch_size)
+    """The training script. After each update it yields, so that runs can take turns on a GPU."""
+    images, window_size = len(data.train.labels), config.effective_batch_size
+    updates = updates_per_epoch(images, window_size, config.last_window)
+    images_per_epoch, all_updates = min(images, updates * window_size), updates * config.epochs
     in_graph = cuda_graph and device.type in setup.GRAPH_DEVICES
 
     def cut(order: Tensor) -> Iterator[Window]:
-        steps = config.effective_batch_size // micro_batch_size
+        steps = window_size // micro_batch_size
         return windows(order, micro_batch_size, steps, config.last_window)
 
     generators = setup.make_generators(config.seed, device)
     model = setup.make_model(config, data, device, generators["dropout"])
     optimizer = setup.make_optimizer(config, model, in_graph)
-    scheduler = None
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer, **generators}
     if config.schedule == "one-cycle":
-        peak, all_updates = config.learning_rate, updates * config.epochs
-        scheduler = OneCycleLR(optimizer, peak, all_updates, cycle_momentum=False)
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    sums = torch.zeros(2, dtype=exact, device=device)  # of the epoch: losses, right answers
-    update = make_update(config, data, model, optimizer, generators["augment"], sums)
-    replayed = in_graph and graphed_updates(update, cut, images, model, optimizer, generators)
-    parts = checkpoint.Parts(model, optimizer, scheduler, generators)
+        rate = config.learning_rate
+        parts["scheduler"] = OneCycleLR(optimizer, rate, all_updates, cycle_momentum=False)
     conditions = setup.conditions(config, data, device, micro_batch_size, in_graph)
-    done = checkpoint.resume(folder, parts, conditions) if folder else checkpoint.Progress()
-    bar.total = (bar.total or 0) + updates * config.epochs
-    bar.update(done.updates)
-    bar.set_description(f"resumed after epoch {len(done.rows)}" if done.rows else None)
-    for epoch in range(len(done.rows) + 1, config.epochs + 1):
+    rows, late = checkpoint.resume(folder, parts, conditions) if folder else ([], [])
+    bar.total = (bar.total or 0) + all_updates
+    bar.update(updates * len(rows))
+    bar.set_description(f"resumed after epoch {len(rows)}" if rows else None)
+
+    autocast = torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16")
+    update, sums = make_update(config, data, model, optimizer, generators["augment"], autocast)
+    replayed = in_graph and graphed_updates(update, cut, images, model, optimizer, generators)
+    for epoch in range(len(rows) + 1, config.epochs + 1):
         start = time.perf_counter()
         model.train()
         sums.zero_()
         order = torch.randperm(images, generator=generators["order"]).to(device)
-        for _ in replayed(order) if replayed else map(update, cut(order)):
-            if scheduler:
-                scheduler.step()
-            done.updates += 1
-            after_update(done.updates, model)
+        made = replayed(order) if replayed else map(update, cut(order))
+        for number, _ in enumerate(made, start=(epoch - 1) * updates + 1):
+            if "scheduler" in parts:
+                parts["scheduler"].step()
+            after_update(number, model)
             bar.update()
-            yield
+            yield None
         loss, accuracy = (total / images_per_epoch for total in sums.tolist())
-        done.seconds += time.perf_counter() - start
-        scores, predictions = evaluate(config, data, model, device)
-        row = {"epoch": epoch, "updates": done.updates, "seconds": done.seconds, **scores}
-        done.add(row | {"train_loss": loss, "train_accuracy": accuracy}, predictions)
+        seconds = time.perf_counter() - start + (rows[-1]["seconds"] if rows else 0)
+        scores, predictions = evaluate(model, data, device, autocast)
+        row = {"epoch": epoch, "train_loss": loss, "train_accuracy": accuracy, **scores}
+        rows.append(row | {"updates": epoch * updates, "seconds": seconds})
+        late = [*late, predictions][-KEPT_EPOCHS:]
         bar.set_postfix(epoch=epoch, validation_accuracy=f"{scores['validation_accuracy']:.4f}")
         if folder:
-            checkpoint.save(folder, parts, done, conditions)
-    history, late = history_of(done.rows), torch.stack(done.predictions)
-    where = device, micro_batch_size, in_graph, setup.peak_memory(device)
-    return RunResult(config, history, model.eval(), late, data, images_per_epoch, *where)
+            checkpoint.save(folder, parts, rows, late, conditions)
+    history, on_cuda = pd.DataFrame(rows), device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_memory()
+    what = history, model.eval(), torch.stack(late), data, images_per_epoch
+    yield RunResult(config, *what, device, micro_batch_size, in_graph, memory)
 
 
 def make_update(
@@ -127,19 +131,24 @@ def make_update(
     model: DigitCNN,
     optimizer: torch.optim.Optimizer,
     generator: torch.Generator,
-    sums: Tensor,
-) -> Callable[[Window], None]:
-    """What makes an update from a window, adding to `sums`: nothing waits for the device."""
+    autocast: torch.autocast,
+) -> tuple[Callable[[Window], None], Tensor]:
+    """What makes an update from a window, without waiting for the device, and what it adds to.
+
+    These are the sums of an epoch: of the losses, and of the right answers.
+    """
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     images = data.normalised(data.train.images, device, dtype)
     labels = data.train.labels.to(device)
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    sums = torch.zeros(2, dtype=exact, device=device)
 
     def losses(micro_batch: Tensor) -> Tensor:
         inputs, targets = images[micro_batch], labels[micro_batch]
         if config.augment:
             inputs = augment(inputs, generator)
-        with setup.autocast(config, device):
+        with autocast:
             logits = model(inputs)
         image_losses = F.cross_entropy(logits.to(dtype), targets, reduction="none")
         sums[0].add_(image_losses.detach().sum())
@@ -152,7 +161,7 @@ def make_update(
         accumulate_gradient(model, window, losses, check_finite=False)
         optimizer.step()
 
-    return update
+    return update, sums
 
 
 def train_many(
@@ -180,11 +189,10 @@ def train_many(
     folder = Path(log_folder) if log_folder else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
-
-    def start(config: RunConfig, size: int, bar: tqdm) -> Script:
-        look = after_update or (lambda *_: None)
-        return script(config, data, device, size, folder, bar, cuda_graph, look)
-
+    look = after_update or (lambda *_: None)
+    start = partial(
+        script, data=data, device=device, folder=folder, cuda_graph=cuda_graph, after_update=look
+    )
     groups = [configs] if device.type == "cuda" else [[config] for config in configs]
     hidden = not progress or no_progress()
     done = [run_within_memory(start, group, device, on_oom, folder, hidden) for group in groups]

@@ -148,5 +148,5 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     digest = hashlib.sha256(content).hexdigest().encode()
     (tmp_path / CHECKPOINT).write_bytes(digest + b"\n" + content)
     with pytest.warns(UserWarning, match="is not used"):
-        assert checkpoint.resume(tmp_path, None, {}).rows == []
+        assert checkpoint.resume(tmp_path, {}, {}) == ([], [])
     assert not (tmp_path / "executed").exists()

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +54,22 @@ def graphed_updates(
         update(window)
         start.add_(size)
 
-    with _restored(model, optimizer, drawn_from):
-        for size in distinct:
-            for _ in range(WARM_UPS):
-                start.zero_()
-                next_update(size)
+    def trained() -> list[Tensor]:
+        states = optimizer.state.values()
+        return [*model.state_dict().values(), *(each for s in states for each in s.values())]
+
+    before = [tensor.clone() for tensor in trained()]
+    drawn = [generator.get_state() for generator in drawn_from]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")
+        for size in WARM_UPS * distinct:
+            start.zero_()
+            next_update(size)
+    zero = torch.zeros(())  # with which an optimizer's state begins
+    for tensor, earlier in zip_longest(trained(), before, fillvalue=zero):
+        tensor.copy_(earlier)
+    for generator, state in zip(drawn_from, drawn, strict=True):
+        generator.set_state(state)
     optimizer.zero_grad()
     replays = {size: record(partial(next_update, size), drawn_from) for size in distinct}
 
@@ -82,27 +92,3 @@ def record(body: Callable[[], None], generators: Sequence[torch.Generator]) -> C
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         body()
     return graph.replay
-
-
-@contextmanager
-def _restored(
-    model: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
-) -> Iterator[None]:
-    """Undo in place, at the end, what updates change: graphs must find the same addresses."""
-
-    def tensors() -> list[Tensor]:
-        of_parameters = (state.values() for state in optimizer.state.values())
-        return [*model.state_dict().values(), *chain.from_iterable(of_parameters)]
-
-    before = [tensor.clone() for tensor in tensors()]
-    states = [generator.get_state() for generator in generators]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")
-        yield
-    for tensor, earlier in zip_longest(tensors(), before):
-        if earlier is None:  # an optimizer begins with zeros
-            tensor.zero_()
-        else:
-            tensor.copy_(earlier)
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)

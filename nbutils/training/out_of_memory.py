@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -34,8 +35,10 @@ def run_within_memory(
     size that an earlier attempt found; `hidden` shows no progress bar.
     """
     sizes = [config.batch_size for config in configs]
-    if folder and on_oom == "split" and (fitted := checkpoint.micro_batch(folder)):
-        sizes = [fitted if size % fitted == 0 else size for size in sizes]
+    if folder and on_oom == "split":
+        with suppress(*checkpoint.UNREADABLE):
+            fitted = checkpoint.read(folder)["conditions"]["micro_batch"]
+            sizes = [fitted if size % fitted == 0 else size for size in sizes]
 
     def attempt() -> list[RunResult]:
         with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:

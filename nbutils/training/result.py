@@ -21,31 +21,26 @@ KEPT_EPOCHS = 5  # whose predictions are kept, the last ones: single late epochs
 class RunResult:
     """What a run returns.
 
-    Attributes:
-        history: One row per epoch: `epoch`, from 1; `train_loss` (mean cross-entropy, nats) and
-            `train_accuracy` are seen during the epoch, with dropout and while the weights change;
-            `validation_accuracy`, `test_loss` and `test_accuracy` after it, the last two NaN where
-            the classes of the test images are unknown; `updates` and `seconds` (without
-            evaluation) count from the start of the run. Accuracies are fractions in [0, 1].
-        model: The trained network, in evaluation mode, on `device`.
-        late_predictions: uint8, shape (k, test images): the predicted classes after each of the
-            last k = min(`KEPT_EPOCHS`, epochs) epochs.
-        images_per_epoch: Training images that take part in the updates of an epoch.
-        micro_batch: Images in one pass: `config.batch_size`, or less with `on_oom="split"`.
-        cuda_graph: Whether its updates were replays of CUDA graphs.
-        peak_memory: Bytes: of CUDA's allocated memory, elsewhere of the process's resident memory.
+    `history` has one row per epoch: `epoch`, from 1; `train_loss` (mean cross-entropy, nats) and
+    `train_accuracy`, seen during the epoch, with dropout and while the weights change;
+    `validation_accuracy`, `test_loss` and `test_accuracy` after it, the last two NaN where the
+    classes of the test images are unknown; `updates` and `seconds` (without evaluation) since the
+    start of the run. Accuracies are fractions in [0, 1].
+
+    `late_predictions` are the predicted classes after each of the last k = min(`KEPT_EPOCHS`,
+    epochs) epochs: uint8, shape (k, test images).
     """
 
     config: RunConfig
     history: pd.DataFrame = field(repr=False)
-    model: nn.Module = field(repr=False)
+    model: nn.Module = field(repr=False)  # trained, in evaluation mode, on `device`
     late_predictions: Tensor = field(repr=False)
     data: Dataset = field(repr=False)
-    images_per_epoch: int
+    images_per_epoch: int  # training images that take part in the updates of an epoch
     device: torch.device
-    micro_batch: int
-    cuda_graph: bool
-    peak_memory: int
+    micro_batch: int  # images in one pass: `config.batch_size`, or less with `on_oom="split"`
+    cuda_graph: bool  # whether updates were replays of CUDA graphs
+    peak_memory: int  # bytes: allocated on CUDA, elsewhere resident of the whole process
 
     @property
     def predictions(self) -> Tensor:
@@ -67,13 +62,14 @@ def evaluate(
             logits_of(model, data.normalised(split.images, device, dtype))
             for split in (data.validation, data.test)
         )
+
+    def accuracy(logits: Tensor, labels: Tensor) -> float:
+        return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+    known = len(labels) > 0
     scores = {
-        "validation_accuracy": _accuracy(validation, data.validation.labels),
-        "test_loss": F.cross_entropy(test.double(), labels).item() if len(labels) else math.nan,
-        "test_accuracy": _accuracy(test, labels) if len(labels) else math.nan,
+        "validation_accuracy": accuracy(validation, data.validation.labels),
+        "test_loss": F.cross_entropy(test.double(), labels).item() if known else math.nan,
+        "test_accuracy": accuracy(test, labels) if known else math.nan,
     }
     return scores, test.argmax(1).to(torch.uint8)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).sum().item() / len(labels)

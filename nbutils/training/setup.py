@@ -74,7 +74,6 @@ def conditions(
         "images": data.fingerprint,
         "micro_batch": micro_batch,
         "cuda_graph": cuda_graph,
-        "checkpoint": 2,  # the version of its format
         "hardware": device_name(device) if device.type == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),

@@ -118,7 +118,7 @@ def script(
         late = [*late, predictions][-KEPT_EPOCHS:]
         bar.set_postfix(epoch=epoch, validation_accuracy=f"{scores['validation_accuracy']:.4f}")
         if folder:
-            checkpoint.save(folder, parts, rows, late, conditions)
+            checkpoint.save(folder, parts, (rows, late), conditions)
     history, on_cuda = pd.DataFrame(rows), device.type == "cuda"
     memory = torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_memory()
     what = history, model.eval(), torch.stack(late), data, images_per_epoch

@@ -1,7 +1,4 @@
-"""What an update costs: its peak memory and time, measured for any model on this machine's device.
-
-Each measurement makes the model anew in a process of its own and trains it by whole updates, as a
-reader's loop would.
+"""What an update of any model costs: its peak memory and time, measured in a process of its own.
 
 **Peak memory** is what training adds to a process that has torch and the data: weights, gradients,
 the optimizer's state, activations, and what the allocator keeps. What torch takes once per process
@@ -75,18 +72,14 @@ def measure(
 
     Args:
         factory: Makes the model: a function or class, or where it is, as "package.module:name".
-        images: What the model takes, shape (n, ...). A larger window uses them again.
-        labels: Their classes, shape (n,), int64.
-        batch_size, accumulation_steps: Images in a micro-batch, micro-batches in an update.
+        images, labels: Shape (n, ...), and (n,), int64. A larger window uses them again.
         updates: The least number of timed updates. There are also at least `PASSES` passes.
         device: As in `RunConfig`, but not "mps".
         optimizer: Makes the optimizer from the parameters.
         losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
 
     Raises:
-        InputError: An argument is not allowed, or the model cannot be made or trained; the message
-            has the cause and the reader's own line.
-        OutOfMemory: As `in_own_process`.
+        InputError, OutOfMemory: An argument is not allowed, or as in `in_own_process`.
     """
     make = find_model(factory)
     check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, images=len(images))

@@ -42,15 +42,12 @@ def largest_batch_size(
 
     A try makes updates of two micro-batches each, whose peak is that of any number of accumulation
     steps. The search starts at one image, or at two if the model cannot be trained on one, as with
-    batch norm.
+    batch norm. If that does not fit, an InputError says what it needs.
 
     Args, where they are not those of `nbutils.measure.cost.measure`:
         memory_budget: What training may add, as bytes or "2GB"; by default what is free.
         margin: The fraction of the budget that must stay free, in [0, 1).
         largest: Where the search ends, >= 1; by default at the number of images.
-
-    Raises:
-        InputError: As `measure`; or the smallest batch does not fit: it says what that needs.
     """
     largest = len(images) if largest is None else largest
     check_counts(images=len(images), largest=largest)

@@ -31,12 +31,8 @@ Factory = Callable[[], nn.Module]
 Result = TypeVar("Result")
 
 FORKED = sys.platform == "linux"  # where a server that has imported torch can be forked safely
-NOT_THE_READERS = (
-    str(Path(__file__).parents[1]),
-    *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
-    "<frozen",
-)
-"""How the paths of nbutils, Python and installed packages begin."""
+INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+NOT_THE_READERS = (str(Path(__file__).parents[1]), *INSTALLED, "<frozen")  # how their paths begin
 
 
 class OutOfMemory(RuntimeError):
@@ -60,13 +56,10 @@ def start_server() -> None:
 
 
 def in_own_process(work: Callable[[], Result]) -> Result:
-    """Call `work` in a new process, and return its result.
-
-    It may be a lambda, hold tensors, and call what a notebook or script defines.
+    """Call `work`, which may be a notebook's lambda, in a new process, and return its result.
 
     Raises:
-        InputError: `work` raised an error, holds something that cannot be taken there, or ended the
-            process.
+        InputError: `work` raised an error, cannot be taken there, or ended the process.
         OutOfMemory: Memory ran out, or Linux killed the process, most likely for its memory.
     """
     content = io.BytesIO()
@@ -109,10 +102,8 @@ def _report(sender: Connection, content: bytes) -> None:
         sender.send((None, cloudpickle.loads(content)(), None))
     except Exception as error:  # whatever the reader's model raises
         told = f"{type(error).__name__}: {error}"
-        if is_out_of_memory(error):
-            sender.send((OutOfMemory, told, None))
-        else:
-            sender.send((InputError, f"the model cannot be trained: {told}", last_line(error)))
+        failed = InputError, f"the model cannot be trained: {told}", last_line(error)
+        sender.send((OutOfMemory, told, None) if is_out_of_memory(error) else failed)
 
 
 def find_factory(factory: Factory | str) -> Factory:

@@ -17,7 +17,7 @@ from nbutils.errors import InputError, suggest
 Norm = Literal["batch", "ghost", "group", "none"]
 ModelName = Literal["small", "deep"]
 
-# Each of these is a type, what is allowed in words, and as a condition.
+# Kinds of settings: a type, what is allowed in words, and the condition.
 Count = Annotated[int, "a whole number >= 1", lambda number: number >= 1]
 Seed = Annotated[int, "a whole number in [0, 2**63)", lambda number: 0 <= number < 2**63]
 Positive = Annotated[float, "a number > 0, and finite", lambda number: 0 < number < math.inf]

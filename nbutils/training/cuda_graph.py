@@ -1,24 +1,25 @@
 """An epoch's updates as replays of CUDA graphs.
 
-A small network on a GPU spends its time launching kernels, not computing. So one whole update is
-recorded as a CUDA graph: from reading the indices of its images to adding to the epoch's sums.
-Replaying it costs one launch, and nothing waits for the device within an epoch.
-
-A graph repeats the same kernels on the same addresses. So the position of an update in the epoch
-is itself a number on the device; a short last window has a graph of its own; a scheduled learning
-rate is a tensor, filled between replays; and random numbers come from generators that the graph
-knows, which advance as they would without it.
+A small network on a GPU spends its time launching kernels, not computing. A graph holds those of
+one whole update and costs one launch; nothing waits for the device within an epoch. It repeats the
+same kernels on the same addresses. So the position of an update in the epoch is itself a number on
+the device; a short last window has a graph of its own; a scheduled learning rate is a tensor,
+filled between replays; and random numbers come from generators that the graph knows, which advance
+as they would without it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nbutils.accumulation.window import LastWindow, windows
 
 Window = tuple[Tensor, ...]  # the micro-batches of one update: indices of training images
 
@@ -27,30 +28,29 @@ WARM_UPS = 3  # updates in which libraries choose kernels and allocate what they
 
 def graphed_updates(
     update: Callable[[Window], None],
-    cut: Callable[[Tensor], Iterator[Window]],
     images: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
+    cut: tuple[int, int, LastWindow],
+    parts: dict[str, Any],
 ) -> Callable[[Tensor], Iterator[None]]:
-    """Record `update` for every size of window that `cut` cuts from an epoch's `images` indices.
+    """Record `update` for every size of window that `windows(order, *cut)` cuts from an epoch.
 
-    `update` does not wait for the device, and the optimizer can be captured. Weights, buffers,
-    generators and the optimizer are left as they were, but its state is allocated.
+    The `parts` of the run are left as they were, but the optimizer's state is allocated.
 
     Returns:
         A function of an epoch's order, shape (images,), that makes one update at each step.
     """
+    model, optimizer = parts["model"], parts["optimizer"]
     device = next(model.parameters()).device
-    drawn_from = [each for each in generators.values() if each.device.type == device.type]
+    generators = [part for part in parts.values() if isinstance(part, torch.Generator)]
+    drawn_from = [each for each in generators if each.device.type == device.type]
     held_order = torch.arange(images, device=device)
     start = torch.zeros((), dtype=torch.int64, device=device)
-    sizes = [sum(map(len, window)) for window in cut(held_order)]
+    sizes = [sum(map(len, window)) for window in windows(held_order, *cut)]
     distinct = sorted(set(sizes), reverse=True)
 
     def next_update(size: int) -> None:
         places = torch.arange(size, device=device) + start
-        (window,) = cut(held_order.index_select(0, places))
+        (window,) = windows(held_order.index_select(0, places), *cut)
         update(window)
         start.add_(size)
 

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
 
 from nbutils.accumulation.out_of_memory import retry_smaller
 from nbutils.errors import InputError
@@ -22,28 +21,21 @@ Script = Iterator[RunResult | None]
 
 
 def run_within_memory(
-    start: Callable[[RunConfig, int, tqdm], Script],
+    attempt: Callable[[Sequence[RunConfig], list[int]], list[RunResult]],
     configs: Sequence[RunConfig],
     device: torch.device,
     on_oom: setup.OnOom,
     folder: Path | None,
-    hidden: bool,
 ) -> list[RunResult]:
-    """Run the scripts of `configs` side by side; where memory runs out, halve the largest batches.
+    """Call `attempt(configs, micro_batch_sizes)`; where memory runs out, halve the largest.
 
-    `start(config, micro_batch_size, bar)` begins a script. A checkpoint in `folder` may tell the
-    size that an earlier attempt found; `hidden` shows no progress bar.
+    A checkpoint in `folder` may tell the size that an earlier call found.
     """
     sizes = [config.batch_size for config in configs]
     if folder and on_oom == "split":
         with suppress(*checkpoint.UNREADABLE):
             fitted = checkpoint.read(folder)["conditions"]["micro_batch"]
             sizes = [fitted if size % fitted == 0 else size for size in sizes]
-
-    def attempt() -> list[RunResult]:
-        with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:
-            runs = zip(configs, sizes, strict=True)
-            return take_turns([start(config, size, bar) for config, size in runs], device)
 
     def shrink(error: Exception) -> None:
         size = max(sizes)
@@ -65,7 +57,7 @@ def run_within_memory(
         warnings.warn(f"{problem}: the run starts again, with {smaller}", stacklevel=2)
         sizes[:] = [half if each == size else each for each in sizes]
 
-    return retry_smaller(attempt, shrink)
+    return retry_smaller(lambda: attempt(configs, sizes), shrink)
 
 
 def take_turns(scripts: Sequence[Script], device: torch.device) -> list[RunResult]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
 from nbutils.training.cuda_graph import Window, graphed_updates
 from nbutils.training.model import DigitCNN
-from nbutils.training.out_of_memory import Script, run_within_memory
+from nbutils.training.out_of_memory import Script, run_within_memory, take_turns
 from nbutils.training.result import KEPT_EPOCHS, RunResult, evaluate
 
 AfterUpdate = Callable[[int, DigitCNN], None]
@@ -40,13 +39,12 @@ def train(
     cuda_graph: bool = True,
     after_update: AfterUpdate | None = None,
 ) -> RunResult:
-    """Train `DigitCNN` as `config` says.
+    """Train `DigitCNN` on `load_dataset(config.dataset)`; InputError for what cannot run.
 
     On one machine, with one number of CPU threads, the same config gives bitwise the same history
     (all but `seconds`). Initial weights and the order of the images depend on the seed alone.
 
     Args:
-        data: From `load_dataset(config.dataset)`.
         log_folder: A folder for this run alone. After every epoch it gets `progress.csv`, the
             history so far, and `checkpoint.pt`. A later call resumes from there, bitwise as if
             never interrupted; if settings, images or machine differ it starts again, and warns.
@@ -54,10 +52,6 @@ def train(
         cuda_graph: Whether to replay updates as CUDA graphs on a GPU, which is faster.
         after_update: Called after each update with the number of updates and the model, which it
             must leave as it was. It is for the plain loop: use `cuda_graph=False` with it.
-
-    Raises:
-        InputError: The device does not exist, an update needs too many images, or to split a batch
-            would change what the run computes.
     """
     return train_many([config], data, progress, on_oom, cuda_graph, log_folder, after_update)[0]
 
@@ -70,18 +64,14 @@ def script(
     device: torch.device,
     folder: Path | None,
     cuda_graph: bool,
-    after_update: AfterUpdate,
+    after_update: AfterUpdate | None,
 ) -> Script:
     """The training script. After each update it yields, so that runs can take turns on a GPU."""
     images, window_size = len(data.train.labels), config.effective_batch_size
     updates = updates_per_epoch(images, window_size, config.last_window)
     images_per_epoch, all_updates = min(images, updates * window_size), updates * config.epochs
     in_graph = cuda_graph and device.type in setup.GRAPH_DEVICES
-
-    def cut(order: Tensor) -> Iterator[Window]:
-        steps = window_size // micro_batch_size
-        return windows(order, micro_batch_size, steps, config.last_window)
-
+    sizes = micro_batch_size, window_size // micro_batch_size, config.last_window
     generators = setup.make_generators(config.seed, device)
     model = setup.make_model(config, data, device, generators["dropout"])
     optimizer = setup.make_optimizer(config, model, in_graph)
@@ -96,18 +86,19 @@ def script(
     bar.set_description(f"resumed after epoch {len(rows)}" if rows else None)
 
     autocast = torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16")
-    update, sums = make_update(config, data, model, optimizer, generators["augment"], autocast)
-    replayed = in_graph and graphed_updates(update, cut, images, model, optimizer, generators)
+    update, sums = make_update(config, data, parts, autocast)
+    replayed = in_graph and graphed_updates(update, images, sizes, parts)
     for epoch in range(len(rows) + 1, config.epochs + 1):
         start = time.perf_counter()
         model.train()
         sums.zero_()
         order = torch.randperm(images, generator=generators["order"]).to(device)
-        made = replayed(order) if replayed else map(update, cut(order))
+        made = replayed(order) if replayed else map(update, windows(order, *sizes))
         for number, _ in enumerate(made, start=(epoch - 1) * updates + 1):
             if "scheduler" in parts:
                 parts["scheduler"].step()
-            after_update(number, model)
+            if after_update:
+                after_update(number, model)
             bar.update()
             yield None
         loss, accuracy = (total / images_per_epoch for total in sums.tolist())
@@ -126,19 +117,14 @@ def script(
 
 
 def make_update(
-    config: RunConfig,
-    data: Dataset,
-    model: DigitCNN,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    autocast: torch.autocast,
+    config: RunConfig, data: Dataset, parts: dict[str, Any], autocast: torch.autocast
 ) -> tuple[Callable[[Window], None], Tensor]:
-    """What makes an update from a window, without waiting for the device, and what it adds to.
+    """What makes an update without waiting for the device, and the sums that it adds to.
 
-    These are the sums of an epoch: of the losses, and of the right answers.
+    They are those of the losses and of the right answers, to be cleared before an epoch.
     """
-    parameter = next(model.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    model, optimizer = parts["model"], parts["optimizer"]
+    device, dtype = model.classifier.weight.device, model.classifier.weight.dtype
     images = data.normalised(data.train.images, device, dtype)
     labels = data.train.labels.to(device)
     exact = torch.float32 if device.type == "mps" else torch.float64
@@ -147,7 +133,7 @@ def make_update(
     def losses(micro_batch: Tensor) -> Tensor:
         inputs, targets = images[micro_batch], labels[micro_batch]
         if config.augment:
-            inputs = augment(inputs, generator)
+            inputs = augment(inputs, parts["augment"])
         with autocast:
             logits = model(inputs)
         image_losses = F.cross_entropy(logits.to(dtype), targets, reduction="none")
@@ -182,18 +168,24 @@ def train_many(
         return []
     for config in configs:
         setup.check(config, data, on_oom)
-    device, *others = {setup.resolve_device(config.device) for config in configs}
-    if others:
-        named = ", ".join(sorted(map(str, (device, *others))))
+    devices = {str(setup.resolve_device(config.device)) for config in configs}
+    if len(devices) > 1:
+        named = ", ".join(sorted(devices))
         raise InputError(f"device = {named}, but runs that train together must share one")
+    device = torch.device(*devices)
     folder = Path(log_folder) if log_folder else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch
-    look = after_update or (lambda *_: None)
-    start = partial(
-        script, data=data, device=device, folder=folder, cuda_graph=cuda_graph, after_update=look
-    )
-    groups = [configs] if device.type == "cuda" else [[config] for config in configs]
     hidden = not progress or no_progress()
-    done = [run_within_memory(start, group, device, on_oom, folder, hidden) for group in groups]
+
+    def attempt(group: Sequence[RunConfig], sizes: Sequence[int]) -> list[RunResult]:
+        with setup.deterministic(device), tqdm(total=0, unit="update", disable=hidden) as bar:
+            scripts = [
+                script(config, size, bar, data, device, folder, cuda_graph, after_update)
+                for config, size in zip(group, sizes, strict=True)
+            ]
+            return take_turns(scripts, device)
+
+    groups = [configs] if device.type == "cuda" else [[config] for config in configs]
+    done = [run_within_memory(attempt, group, device, on_oom, folder) for group in groups]
     return [result for results in done for result in results]

@@ -75,7 +75,6 @@ def measure(
         images, labels: Shape (n, ...), and (n,), int64. A larger window uses them again.
         updates: The least number of timed updates. There are also at least `PASSES` passes.
         device: As in `RunConfig`, but not "mps".
-        optimizer: Makes the optimizer from the parameters.
         losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
 
     Raises:

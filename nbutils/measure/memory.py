@@ -42,11 +42,10 @@ def resolve_budget(budget: int | str | None, device: str) -> int:
     if isinstance(budget, str):
         return parse_memory(budget)
     if budget is None:
-        resolved = resolve_device(device)
-        on_cuda = resolved.type == "cuda"
-        return (
-            torch.cuda.mem_get_info(resolved)[0] if on_cuda else psutil.virtual_memory().available
-        )
+        place = resolve_device(device)
+        if place.type == "cuda":
+            return torch.cuda.mem_get_info(place)[0]
+        return psutil.virtual_memory().available
     if not budget >= 1:
         raise InputError(f"memory_budget = {budget!r}, but it must be a number of bytes > 0")
     return int(budget)

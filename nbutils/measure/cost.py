@@ -1,7 +1,4 @@
-"""What an update costs: its peak memory and time, measured for any model on this machine's device.
-
-Each measurement makes the model anew in a process of its own and trains it by whole updates, as a
-reader's loop would.
+"""What an update of any model costs: its peak memory and time, measured in a process of its own.
 
 **Peak memory** is what training adds to a process that has torch and the data: weights, gradients,
 the optimizer's state, activations, and what the allocator keeps. What torch takes once per process
@@ -11,7 +8,6 @@ torch's allocator has reserved; the CUDA context, some hundred megabytes, comes 
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,13 +31,10 @@ from nbutils.measure.memory import begin_peak, peak
 from nbutils.measure.process import Factory, OutOfMemory, find_model, in_own_process
 from nbutils.training.setup import resolve_device
 
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 Losses = Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]
-Update = Callable[[Sequence[Tensor]], Any]
-"""Makes one update from a window of index tensors."""
+Update = Callable[[Sequence[Tensor]], Any]  # from a window of index tensors
 
-PASSES = 12
-"""The least number of passes in a measurement: over the first ones the allocator's peak grows."""
+PASSES = 12  # the fewest in a measurement: over the first ones the allocator's peak grows
 
 
 @dataclass(frozen=True)
@@ -72,34 +65,28 @@ def measure(
     *,
     updates: int = 3,
     device: str = "auto",
-    optimizer: OptimizerFactory = torch.optim.Adam,
+    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.Adam,
     losses: Losses = cross_entropies,
 ) -> Cost:
     """Measure updates of one setting of a model that takes images, after one to warm up.
 
     Args:
         factory: Makes the model: a function or class, or where it is, as "package.module:name".
-        images: What the model takes, shape (n, ...). A larger window uses them again.
-        labels: Their classes, shape (n,), int64.
-        batch_size, accumulation_steps: Images in a micro-batch, micro-batches in an update.
+        images, labels: Shape (n, ...), and (n,), int64. A larger window uses them again.
         updates: The least number of timed updates. There are also at least `PASSES` passes.
         device: As in `RunConfig`, but not "mps".
-        optimizer: Makes the optimizer from the parameters.
         losses: `losses(model, (images, labels))` returns the loss of each image, not reduced.
 
     Raises:
-        InputError: An argument is not allowed, or the model cannot be made or trained; the message
-            has the cause and the reader's own line.
-        OutOfMemory, RuntimeError: As `in_own_process`.
+        InputError, OutOfMemory: An argument is not allowed, or as in `in_own_process`.
     """
     make = find_model(factory)
     check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, images=len(images))
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
     if len(images) != len(labels):
         raise InputError(f"there are {len(images)} images, but {len(labels)} labels")
-    # A copy: pickling a slice takes along the whole tensor.
+    # Copies: pickling a slice takes along the whole tensor.
     chosen = torch.arange(min(batch_size * accumulation_steps, len(images)))
-    data = images[chosen].detach().cpu(), labels[chosen].detach().cpu()
+    data = [torch.as_tensor(each)[chosen].detach().cpu() for each in (images, labels)]
 
     def prepare(device: torch.device) -> Callable[[], Update]:
         images, labels = (tensor.to(device) for tensor in data)
@@ -157,7 +144,7 @@ def measure_updates(
     """
     check_counts(batch_size=batch_size, accumulation_steps=accumulation_steps, updates=updates)
     resolved = resolve_device(device)
-    if resolved.type not in ("cpu", "cuda"):
+    if resolved.type == "mps":
         raise InputError(f"device = {device!r}, but cost is measured on 'cpu' and 'cuda' only")
     size, threads = batch_size * accumulation_steps, torch.get_num_threads()
     wait = torch.cuda.synchronize if resolved.type == "cuda" else lambda _: None
@@ -197,20 +184,20 @@ def measure_grid(
     where memory ran out. The other arguments are as in `measure`.
     """
     rows = []
-    everything = list(itertools.product(range(repeats), settings))
-    for repeat, (batch_size, steps) in tqdm(everything, unit="measurement", disable=no_progress()):
-        row: dict[str, Any] = {"batch_size": batch_size, "accumulation_steps": steps}
-        row |= {"effective_batch_size": batch_size * steps, "repeat": repeat}
+    everything = [(repeat, *setting) for repeat in range(repeats) for setting in settings]
+    for repeat, size, steps in tqdm(everything, unit="measurement", disable=no_progress()):
+        row = {
+            "batch_size": size,
+            "accumulation_steps": steps,
+            "effective_batch_size": size * steps,
+        }
         with suppress(OutOfMemory):
-            row |= asdict(measure(factory, images, labels, batch_size, steps, **options))
-        rows.append(row)
+            row = asdict(measure(factory, images, labels, size, steps, **options))
+        rows.append(row | {"repeat": repeat})
     return pd.DataFrame(rows, columns=[*Cost.__annotations__, "repeat"])
 
 
 def settings_up_to(batch_sizes: Iterable[int], images: int) -> list[tuple[int, int]]:
     """Pairs of batch size and accumulation steps 1, 2, 4, ..., of at most `images` per update."""
-    return [
-        (batch_size, 2**power)
-        for batch_size in batch_sizes
-        for power in range((images // batch_size).bit_length())
-    ]
+    powers = [2**power for power in range(images.bit_length())]
+    return [(size, steps) for size in batch_sizes for steps in powers if size * steps <= images]

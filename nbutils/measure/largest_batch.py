@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,7 @@ from nbutils.measure.cost import check_counts, measure
 from nbutils.measure.memory import format_memory, resolve_budget
 from nbutils.measure.process import Factory, OutOfMemory
 
-TOLERANCE = 1 / 16
-"""The search ends when the gap is no larger than this fraction of the size that fits."""
+TOLERANCE = 1 / 16  # the search ends when the gap is at most this fraction of the size that fits
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,12 @@ def largest_batch_size(
 
     A try makes updates of two micro-batches each, whose peak is that of any number of accumulation
     steps. The search starts at one image, or at two if the model cannot be trained on one, as with
-    batch norm.
+    batch norm. If that does not fit, an InputError says what it needs.
 
     Args, where they are not those of `nbutils.measure.cost.measure`:
         memory_budget: What training may add, as bytes or "2GB"; by default what is free.
         margin: The fraction of the budget that must stay free, in [0, 1).
         largest: Where the search ends, >= 1; by default at the number of images.
-
-    Raises:
-        InputError: As `measure`; or the smallest batch does not fit: it says what that needs.
     """
     largest = len(images) if largest is None else largest
     check_counts(images=len(images), largest=largest)
@@ -60,11 +57,10 @@ def largest_batch_size(
     limit = int(budget * (1 - margin))
 
     def peak(size: int) -> int | None:
-        try:
+        with suppress(OutOfMemory):
             cost = measure(factory, images, labels, size, 2, updates=1, device=device, **options)
-        except OutOfMemory:
-            return None
-        return cost.peak_memory
+            return cost.peak_memory
+        return None
 
     size = 1
     try:
@@ -79,29 +75,30 @@ def largest_batch_size(
             f"little for a batch of {size}, which needs {found}"
         )
     tried = search(peak, {size: needs}, limit, largest)
-    fitting = {size: needs for size, needs in tried.items() if needs is not None and needs <= limit}
-    return LargestBatch(max(fitting), fitting[max(fitting)], limit, tried)
+    best = max(size for size, needs in tried.items() if needs is not None and needs <= limit)
+    return LargestBatch(best, tried[best], limit, tried)
 
 
 def search(
-    peak: Callable[[int], int | None], tried: dict[int, int | None], limit: int, largest: int
-) -> dict[int, int | None]:
+    peak: Callable[[int], int | None], tried: dict[int, Any], limit: int, largest: int
+) -> dict[int, Any]:
     """Add to `tried` the peaks of sizes, until the largest that fits is known to `TOLERANCE`.
 
     `tried` has the smallest size, which fits. Sizes are doubled, but not beyond what a line through
     the tries so far says would fit; after one that does not fit, the gap is halved. `peak` returns
     the bytes that a size needs, None if memory runs out.
     """
-    ((smallest, first),) = tried.items()
-    tried, fitting, unfit = dict(tried), smallest, largest + 1
+    (smallest,) = tried
+    fitting, unfit = smallest, largest + 1
     while unfit - fitting > max(1, fitting * TOLERANCE):
         size = (fitting + unfit) // 2
         if unfit not in tried:
-            size, last = 2 * fitting, tried[fitting]
-            if first is not None and last is not None and last > first:
-                size = fitting + (limit - last) * (fitting - smallest) // (last - first)
+            size, rise = 2 * fitting, tried[fitting] - tried[smallest]
+            if rise > 0:
+                beyond = (limit - tried[fitting]) * (fitting - smallest) // rise
+                size = min(size, fitting + beyond)
             at_least = fitting + max(1, int(fitting * TOLERANCE))
-            size = min(max(min(size, 2 * fitting), at_least), unfit - 1)
+            size = min(max(size, at_least), unfit - 1)
         tried[size] = needs = peak(size)
         if needs is not None and needs <= limit:
             fitting = size

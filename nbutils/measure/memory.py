@@ -19,14 +19,11 @@ from nbutils.training.setup import resolve_device
 def parse_memory(text: str) -> int:
     """The bytes, at least 1, in a text such as "500MB", "2 GB" or "1.5GiB"."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B\s*", text.upper())
-    size = 0
-    if match:
-        number, letter, binary = match.groups()
-        size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " "))
+    number, letter, binary = match.groups() if match else ("0", "", "")
+    size = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(letter or " "))
     if size < 1:
-        raise InputError(
-            f"memory {text!r}: it must be a number > 0 and a unit, such as 500MB, 2GB or 1.5GiB"
-        )
+        allowed = "a number > 0 and a unit, such as 500MB, 2GB or 1.5GiB"
+        raise InputError(f"memory {text!r}: it must be {allowed}")
     return size
 
 
@@ -37,21 +34,21 @@ def format_memory(size: float) -> str:
     return EngFormatter("B", places=2)(size)
 
 
-def free_memory(device: str = "auto") -> int:
-    """Bytes that the device reports as free now. The limit of a container may be lower."""
-    resolved = resolve_device(device)
-    if resolved.type == "cuda":
-        return torch.cuda.mem_get_info(resolved)[0]
-    return psutil.virtual_memory().available
-
-
 def resolve_budget(budget: int | str | None, device: str) -> int:
-    """The bytes that a memory budget means, more than 0; None is what is free."""
+    """The bytes that a memory budget means, more than 0.
+
+    None is what the device reports as free now; the limit of a container may be lower.
+    """
     if isinstance(budget, str):
         return parse_memory(budget)
-    if budget is not None and not budget >= 1:
+    if budget is None:
+        place = resolve_device(device)
+        if place.type == "cuda":
+            return torch.cuda.mem_get_info(place)[0]
+        return psutil.virtual_memory().available
+    if not budget >= 1:
         raise InputError(f"memory_budget = {budget!r}, but it must be a number of bytes > 0")
-    return free_memory(device) if budget is None else int(budget)
+    return int(budget)
 
 
 def begin_peak(device: torch.device) -> int:

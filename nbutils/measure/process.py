@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import linecache
+import marshal
 import multiprocessing
 import multiprocessing.forkserver
 import pkgutil
@@ -29,58 +30,58 @@ from nbutils.errors import InputError
 Factory = Callable[[], nn.Module]
 Result = TypeVar("Result")
 
-NOT_THE_READERS = (
-    str(Path(__file__).parents[1]),
-    *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
-    "<frozen",
-)
-"""How the paths of nbutils, Python and installed packages begin."""
+FORKED = sys.platform == "linux"  # where a server that has imported torch can be forked safely
+INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}
+NOT_THE_READERS = (str(Path(__file__).parents[1]), *INSTALLED, "<frozen")  # how their paths begin
 
 
 class OutOfMemory(RuntimeError):
     """The work needed more memory than there is."""
 
 
+class _Pickler(cloudpickle.Pickler):
+    """cloudpickle, but code keeps the name of its file, for messages."""
+
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child(
+        {CodeType: lambda code: (marshal.loads, (marshal.dumps(code),))}
+    )
+
+
 def start_server() -> None:
     """On Linux, begin to load what processes are forked from; it takes seconds, but returns now."""
-    if sys.platform == "linux":  # where it is safe to fork from a server that has imported torch
+    if FORKED:
         # Every optimizer imports torch._dynamo when it is made, which takes seconds.
         multiprocessing.forkserver.set_forkserver_preload(["nbutils.measure.cost", "torch._dynamo"])
         multiprocessing.forkserver.ensure_running()
 
 
 def in_own_process(work: Callable[[], Result]) -> Result:
-    """Call `work` in a new process, and return its result.
-
-    It may be a lambda, hold tensors, and call what a notebook or script defines.
+    """Call `work`, which may be a notebook's lambda, in a new process, and return its result.
 
     Raises:
-        InputError: `work` raised an error, holds something that cannot be taken there, or ended the
-            process.
+        InputError: `work` raised an error, cannot be taken there, or ended the process.
         OutOfMemory: Memory ran out, or Linux killed the process, most likely for its memory.
     """
     content = io.BytesIO()
     try:
         _Pickler(content).dump(work)
     except Exception as error:  # pickling raises many kinds
-        raise InputError(
-            f"the model's factory, its optimizer or its data cannot be sent to the measuring "
-            f"process: {error}"
-        ) from error
+        what = "the model's factory, its optimizer or its data"
+        raise InputError(f"{what} cannot be sent to the measuring process: {error}") from error
     start_server()
-    context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context: Any = multiprocessing.get_context("forkserver" if FORKED else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(sender, content.getvalue()), daemon=True)
     process.start()
     sender.close()
     try:
-        outcome, told, line = receiver.recv()
+        kind, told, line = receiver.recv()
     except EOFError:
         process.join()
         code = process.exitcode
         if code == -signal.SIGKILL:  # what Linux does when memory runs out
-            told = "the measuring process was killed, probably because memory ran out"
-            raise OutOfMemory(told) from None
+            reason = "the measuring process was killed, probably because memory ran out"
+            raise OutOfMemory(reason) from None
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
         raise InputError(
             f"the measuring process ended {how} without a result; its own message is in the "
@@ -90,35 +91,19 @@ def in_own_process(work: Callable[[], Result]) -> Result:
         receiver.close()
         process.kill()
         process.join()
-    if outcome == "memory":
-        raise OutOfMemory(told)
-    if outcome == "error":
-        raise InputError(f"the model cannot be trained: {told}{quote(line)}")
+    if kind:
+        raise kind(told + quote(line))
     return told
 
 
-def _reduced(code: CodeType) -> tuple[Any, ...]:
-    make, arguments = cloudpickle.Pickler.dispatch_table[CodeType](code)
-    return _from_file, (code.co_filename, make, arguments)
-
-
-def _from_file(path: str, make: Callable[..., CodeType], arguments: tuple[Any, ...]) -> CodeType:
-    return make(*arguments).replace(co_filename=path)
-
-
-class _Pickler(cloudpickle.Pickler):
-    """cloudpickle, but a function keeps the file that it comes from, for messages."""
-
-    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({CodeType: _reduced})
-
-
 def _report(sender: Connection, content: bytes) -> None:
-    """Do the work, in the new process, and send how it went."""
+    """Do the work, in the new process, and send its result, or the error to raise."""
     try:
-        sender.send(("done", cloudpickle.loads(content)(), None))
+        sender.send((None, cloudpickle.loads(content)(), None))
     except Exception as error:  # whatever the reader's model raises
-        outcome = "memory" if is_out_of_memory(error) else "error"
-        sender.send((outcome, f"{type(error).__name__}: {error}", last_line(error)))
+        told = f"{type(error).__name__}: {error}"
+        failed = InputError, f"the model cannot be trained: {told}", last_line(error)
+        sender.send((OutOfMemory, told, None) if is_out_of_memory(error) else failed)
 
 
 def find_factory(factory: Factory | str) -> Factory:
@@ -140,10 +125,9 @@ def find_model(factory: Factory | str) -> Factory:
     """Return what makes a model, as `find_factory`; a model itself is refused."""
     found = find_factory(factory)
     if isinstance(found, nn.Module):
-        raise InputError(
-            f"{type(found).__name__} is given as a model; give a function that makes a new one, "
-            f"such as lambda: {type(found).__name__}(...)"
-        )
+        name = type(found).__name__
+        how = f"give a function that makes a new one, such as lambda: {name}(...)"
+        raise InputError(f"{name} is given as a model; {how}")
     return found
 
 

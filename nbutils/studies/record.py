@@ -6,7 +6,7 @@ A record is a folder `<out>/<run_id>/`, written aside and renamed when whole:
   (`checksum`). `dataset` has the `fingerprint` and the number of images in `train`, `validation`
   and `test`; `final` is the last row of the history; `images_per_second` leaves evaluation out;
   for `images_per_epoch`, `peak_memory` and `micro_batch` (newer records only) see `RunResult`.
-- `history.csv`: one row per epoch, columns `nbutils.training.result.HISTORY_COLUMNS`.
+- `history.csv`: the history of `RunResult`, one row per epoch.
 - `predictions.npz`: `predictions`, uint8, shape (k, test images), after each of the last
   k = min(5, epochs) epochs; and `labels`, uint8, shape (test images,), or (0,) where they are
   unknown. Older records have only the last epoch's predictions, shape (test images,).

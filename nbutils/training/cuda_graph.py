@@ -1,24 +1,25 @@
 """An epoch's updates as replays of CUDA graphs.
 
-A small network on a GPU spends its time launching kernels, not computing. So one whole update is
-recorded as a CUDA graph: from reading the indices of its images to adding to the epoch's sums.
-Replaying it costs one launch, and nothing waits for the device within an epoch.
-
-A graph repeats the same kernels on the same addresses. So the position of an update in the epoch
-is itself a number on the device; a short last window has a graph of its own; a scheduled learning
-rate is a tensor, filled between replays; and random numbers come from generators that the graph
-knows, which advance as they would without it.
+A small network on a GPU spends its time launching kernels, not computing. A graph holds those of
+one whole update and costs one launch; nothing waits for the device within an epoch. It repeats the
+same kernels on the same addresses. So the position of an update in the epoch is itself a number on
+the device; a short last window has a graph of its own; a scheduled learning rate is a tensor,
+filled between replays; and random numbers come from generators that the graph knows, which advance
+as they would without it.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nbutils.accumulation.window import LastWindow, windows
 
 Window = tuple[Tensor, ...]  # the micro-batches of one update: indices of training images
 
@@ -27,46 +28,48 @@ WARM_UPS = 3  # updates in which libraries choose kernels and allocate what they
 
 def graphed_updates(
     update: Callable[[Window], None],
-    cut: Callable[[Tensor], Iterator[Window]],
     images: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
+    cut: tuple[int, int, LastWindow],
+    parts: dict[str, Any],
 ) -> Callable[[Tensor], Iterator[None]]:
-    """Record `update` for every size of window.
+    """Record `update` for every size of window that `windows(order, *cut)` cuts from an epoch.
 
-    Weights, buffers, generators and the optimizer are left as they were; the optimizer's state
-    is allocated, and zero.
-
-    Args:
-        update: Makes one update from a window of image indices, without waiting for the device.
-        cut: Cuts an epoch's order into windows.
-        images: Length of an epoch's order.
-        model: What `update` trains.
-        optimizer: Not yet stepped, and able to be captured.
-        generators: All generators of the run; those on the device take part.
+    The `parts` of the run are left as they were, but the optimizer's state is allocated.
 
     Returns:
         A function of an epoch's order, shape (images,), that makes one update at each step.
     """
+    model, optimizer = parts["model"], parts["optimizer"]
     device = next(model.parameters()).device
-    drawn_from = [each for each in generators.values() if each.device.type == device.type]
+    generators = [part for part in parts.values() if isinstance(part, torch.Generator)]
+    drawn_from = [each for each in generators if each.device.type == device.type]
     held_order = torch.arange(images, device=device)
     start = torch.zeros((), dtype=torch.int64, device=device)
-    sizes = [sum(map(len, window)) for window in cut(held_order)]
+    sizes = [sum(map(len, window)) for window in windows(held_order, *cut)]
     distinct = sorted(set(sizes), reverse=True)
 
     def next_update(size: int) -> None:
         places = torch.arange(size, device=device) + start
-        (window,) = cut(held_order.index_select(0, places))
+        (window,) = windows(held_order.index_select(0, places), *cut)
         update(window)
         start.add_(size)
 
-    with _restored(model, optimizer, drawn_from):
-        for size in distinct:
-            for _ in range(WARM_UPS):
-                start.zero_()
-                next_update(size)
+    def trained() -> list[Tensor]:
+        states = optimizer.state.values()
+        return [*model.state_dict().values(), *(each for s in states for each in s.values())]
+
+    before = [tensor.clone() for tensor in trained()]
+    drawn = [generator.get_state() for generator in drawn_from]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")
+        for size in WARM_UPS * distinct:
+            start.zero_()
+            next_update(size)
+    zero = torch.zeros(())  # with which an optimizer's state begins
+    for tensor, earlier in zip_longest(trained(), before, fillvalue=zero):
+        tensor.copy_(earlier)
+    for generator, state in zip(drawn_from, drawn, strict=True):
+        generator.set_state(state)
     optimizer.zero_grad()
     replays = {size: record(partial(next_update, size), drawn_from) for size in distinct}
 
@@ -89,22 +92,3 @@ def record(body: Callable[[], None], generators: Sequence[torch.Generator]) -> C
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         body()
     return graph.replay
-
-
-@contextmanager
-def _restored(
-    model: nn.Module, optimizer: torch.optim.Optimizer, generators: Sequence[torch.Generator]
-) -> Iterator[None]:
-    """Undo in place, at the end, what updates change: graphs must find the same addresses."""
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    states = [generator.get_state() for generator in generators]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*capturable=True.*")
-        yield
-    model.load_state_dict(before)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                value.zero_()
-    for generator, generator_state in zip(generators, states, strict=True):
-        generator.set_state(generator_state)

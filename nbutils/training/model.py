@@ -24,28 +24,22 @@ CHANNELS: dict[ModelName, tuple[tuple[int, ...], ...]] = {
 class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm over at most `GHOST_SIZE` consecutive images at a time while training.
 
-    Each such ghost batch updates the running statistics in turn, as a micro-batch of that size
-    does with batch norm.
-
-    Source: Hoffer, Hubara, Soudry (2017), "Train longer, generalize better", algorithm 1.
+    Each such ghost batch updates the running statistics in turn. Source: Hoffer, Hubara, Soudry
+    (2017), "Train longer, generalize better", algorithm 1.
     """
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalise `images`, shape (n, channels, height, width)."""
         if not self.training:
             return super().forward(images)
-        return torch.cat(
-            [super(GhostBatchNorm2d, self).forward(g) for g in images.split(GHOST_SIZE)]
-        )
+        normalise = super().forward
+        return torch.cat([normalise(ghost) for ghost in images.split(GHOST_SIZE)])
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose random numbers come from `generator`; None is torch's own.
+    """Dropout with random numbers of its own, so that runs that take turns do not share them."""
 
-    So several runs on one device draw the same numbers as one run alone.
-    """
-
-    generator: torch.Generator | None = None
+    generator: torch.Generator | None = None  # None is torch's own
 
     def forward(self, features: Tensor) -> Tensor:
         """Drop some of `features`, shape (n, width), and scale up the rest, in training."""
@@ -85,9 +79,8 @@ class DigitCNN(nn.Module):
             for number, outputs in enumerate(block, start=1):
                 pool = [nn.MaxPool2d(2)] if number == len(block) else []
                 convolution = nn.Conv2d(inputs, outputs, kernel_size=3, padding=1)
-                layers.append(
-                    nn.Sequential(convolution, *pool, norm_layer(norm, outputs), nn.ReLU())
-                )
+                after = *pool, norm_layer(norm, outputs), nn.ReLU()
+                layers.append(nn.Sequential(convolution, *after))
                 inputs = outputs
         self.features = nn.Sequential(*layers)
         self.dropout = Dropout(dropout)
@@ -105,12 +98,9 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def mean_probabilities(models: Sequence[nn.Module], images: Tensor) -> Tensor:
-    """The mean of the probabilities that several networks give each class.
+    """The mean of the probabilities that one or more networks in evaluation mode give each class.
 
     They are float64, shape (n, classes), on the CPU, of images as `Dataset.normalised` gives them.
-
-    Raises:
-        InputError: There is no network, or one is in training mode, where dropout adds noise.
     """
     if not models or any(model.training for model in models):
         raise InputError("models must be at least one network, each in evaluation mode")

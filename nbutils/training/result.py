@@ -13,54 +13,34 @@ from torch import Tensor, nn
 from nbutils.data.dataset import Dataset
 from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN, logits_of
-from nbutils.training.setup import autocast
 
 KEPT_EPOCHS = 5  # whose predictions are kept, the last ones: single late epochs jitter
-
-HISTORY_COLUMNS = {
-    "epoch": "int64",
-    "train_loss": "float64",
-    "train_accuracy": "float64",
-    "validation_accuracy": "float64",
-    "test_loss": "float64",
-    "test_accuracy": "float64",
-    "updates": "int64",
-    "seconds": "float64",
-}
-"""Columns of a history, which has one row per epoch.
-
-`train_loss` (mean cross-entropy, nats) and `train_accuracy` are seen during the epoch, with
-dropout and while the weights change. Validation and test are evaluated after it; `test_loss` and
-`test_accuracy` are NaN where the classes of the test images are unknown. Accuracies are fractions
-in [0, 1]. `updates` and `seconds` count from the start of the run, seconds without evaluation.
-"""
 
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run returns.
 
-    Attributes:
-        history: One row per epoch, with the columns `HISTORY_COLUMNS`.
-        model: The trained network, in evaluation mode, on `device`.
-        late_predictions: uint8, shape (k, test images): the predicted classes after each of the
-            last k = min(`KEPT_EPOCHS`, epochs) epochs.
-        images_per_epoch: Training images that take part in the updates of an epoch.
-        micro_batch: Images in one pass: `config.batch_size`, or less with `on_oom="split"`.
-        cuda_graph: Whether its updates were replays of CUDA graphs.
-        peak_memory: Bytes, see `nbutils.training.setup.peak_memory`.
+    `history` has one row per epoch: `epoch`, from 1; `train_loss` (mean cross-entropy, nats) and
+    `train_accuracy`, seen during the epoch, with dropout and while the weights change;
+    `validation_accuracy`, `test_loss` and `test_accuracy` after it, the last two NaN where the
+    classes of the test images are unknown; `updates` and `seconds` (without evaluation) since the
+    start of the run. Accuracies are fractions in [0, 1].
+
+    `late_predictions` are the predicted classes after each of the last k = min(`KEPT_EPOCHS`,
+    epochs) epochs: uint8, shape (k, test images).
     """
 
     config: RunConfig
     history: pd.DataFrame = field(repr=False)
-    model: nn.Module = field(repr=False)
+    model: nn.Module = field(repr=False)  # trained, in evaluation mode, on `device`
     late_predictions: Tensor = field(repr=False)
     data: Dataset = field(repr=False)
-    images_per_epoch: int
+    images_per_epoch: int  # training images that take part in the updates of an epoch
     device: torch.device
-    micro_batch: int
-    cuda_graph: bool
-    peak_memory: int
+    micro_batch: int  # images in one pass: `config.batch_size`, or less with `on_oom="split"`
+    cuda_graph: bool  # whether updates were replays of CUDA graphs
+    peak_memory: int  # bytes: allocated on CUDA, elsewhere resident of the whole process
 
     @property
     def predictions(self) -> Tensor:
@@ -68,13 +48,8 @@ class RunResult:
         return self.late_predictions[-1]
 
 
-def history_of(rows: list[dict[str, float]]) -> pd.DataFrame:
-    """The history with these rows."""
-    return pd.DataFrame(rows, columns=list(HISTORY_COLUMNS)).astype(HISTORY_COLUMNS)
-
-
 def evaluate(
-    config: RunConfig, data: Dataset, model: DigitCNN, device: torch.device
+    model: DigitCNN, data: Dataset, device: torch.device, autocast: torch.autocast
 ) -> tuple[dict[str, float], Tensor]:
     """The scores of an epoch, and the predicted classes of the test images, uint8.
 
@@ -82,18 +57,19 @@ def evaluate(
     """
     model.eval()
     dtype, labels = next(model.parameters()).dtype, data.test.labels
-    with autocast(config, device):
+    with autocast:
         validation, test = (
             logits_of(model, data.normalised(split.images, device, dtype))
             for split in (data.validation, data.test)
         )
+
+    def accuracy(logits: Tensor, labels: Tensor) -> float:
+        return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+    known = len(labels) > 0
     scores = {
-        "validation_accuracy": _accuracy(validation, data.validation.labels),
-        "test_loss": F.cross_entropy(test.double(), labels).item() if len(labels) else math.nan,
-        "test_accuracy": _accuracy(test, labels) if len(labels) else math.nan,
+        "validation_accuracy": accuracy(validation, data.validation.labels),
+        "test_loss": F.cross_entropy(test.double(), labels).item() if known else math.nan,
+        "test_accuracy": accuracy(test, labels) if known else math.nan,
     }
     return scores, test.argmax(1).to(torch.uint8)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).sum().item() / len(labels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nbutils.data.dataset import Dataset
 from nbutils.errors import InputError, suggest
-from nbutils.machine import device_name, peak_resident_memory, processor_name
+from nbutils.machine import device_name, processor_name
 from nbutils.training.config import RunConfig
 from nbutils.training.model import DigitCNN
 
@@ -30,12 +30,10 @@ def resolve_device(name: str) -> torch.device:
     """The device that `RunConfig.device` names; InputError if this machine does not have it."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mps_devices = int(torch.backends.mps.is_available())
-    known = {"cpu": 1, "mps": mps_devices, "cuda": torch.cuda.device_count()}
-    if not re.fullmatch(rf"({'|'.join(known)})(:\d+)?", name):
-        raise InputError(f"device = {name!r}; it must be auto, {', '.join(known)} or cuda:N")
-    device = torch.device(name)
-    found = known[device.type]
+    if not re.fullmatch(r"(cpu|mps|cuda)(:\d+)?", name):
+        raise InputError(f"device = {name!r}; it must be auto, cpu, mps, cuda or cuda:N")
+    device, mps = torch.device(name), int(torch.backends.mps.is_available())
+    found = {"cpu": 1, "mps": mps, "cuda": torch.cuda.device_count()}[device.type]
     if (device.index or 0) >= found:
         what = f"{found or 'no'} {device.type.upper()} device{'s' if found else ''}"
         raise InputError(f"device = {name!r}, but this machine has {what}; use 'auto' or 'cpu'")
@@ -43,30 +41,20 @@ def resolve_device(name: str) -> torch.device:
 
 
 def check(config: RunConfig, data: Dataset, on_oom: str) -> None:
-    """Refuse what cannot run.
-
-    Raises:
-        InputError: An update needs more images than `data` has, `on_oom` is unknown, or it would
-            split batches whose images influence each other.
-    """
+    """Refuse, by an InputError, updates of more images than there are, and a wrong `on_oom`."""
     if on_oom not in get_args(OnOom):
         raise InputError(f"no on_oom {on_oom!r}; {suggest(on_oom, get_args(OnOom))}")
     if on_oom == "split" and config.norm not in SPLITTABLE:
         raise InputError(
-            f"on_oom = 'split', but norm = {config.norm!r} normalises each image with the others "
-            f"of its batch, so a smaller batch trains differently; use norm = 'group' or 'none', "
-            f"or on_oom = 'stop'"
+            f"on_oom = 'split', but norm = {config.norm!r} normalises each image with its batch, "
+            f"so a smaller one trains differently; use norm = 'group' or 'none', or on_oom = 'stop'"
         )
-    images, name, wanted = len(data.train.labels), "batch_size", config.batch_size
-    if wanted <= images:
-        name, wanted = (
-            f"effective_{name} ({name} * accumulation_steps)",
-            config.effective_batch_size,
-        )
-    if wanted > images:
-        raise InputError(
-            f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
-        )
+    images, both = len(data.train.labels), "effective_batch_size (batch_size * accumulation_steps)"
+    for name, wanted in (("batch_size", config.batch_size), (both, config.effective_batch_size)):
+        if wanted > images:
+            raise InputError(
+                f"{name} = {wanted}, but {data.name!r} has only {images} images to train on"
+            )
 
 
 def conditions(
@@ -107,24 +95,17 @@ def make_model(
     return model.to(device, dtype).to(memory_format=torch.channels_last)
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The context of a forward pass in the precision of `config`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16")
-
-
 def make_optimizer(config: RunConfig, model: nn.Module, in_graph: bool) -> torch.optim.Optimizer:
     """The optimizer of `config`; `in_graph` says whether a CUDA graph will hold its step."""
-    parameters = list(model.parameters())
-    device = parameters[0].device
+    device = next(model.parameters()).device
     rate: float | Tensor = config.learning_rate
     if device.type == "cuda" or in_graph:
-        # A graph reads the rate from the device, in float32. The plain loop does the same on
-        # CUDA, so that both make the same updates.
+        # A graph reads it from the device. So does the plain loop there, for the same updates.
         rate = torch.tensor(rate, dtype=torch.float32, device=device)
     common: dict[str, Any] = {"lr": rate, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "adam":
-        return torch.optim.Adam(parameters, capturable=in_graph, **common)
-    return torch.optim.SGD(parameters, momentum=config.momentum, **common)
+        return torch.optim.Adam(model.parameters(), capturable=in_graph, **common)
+    return torch.optim.SGD(model.parameters(), momentum=config.momentum, **common)
 
 
 @contextmanager
@@ -135,23 +116,17 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """
     settings: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
-    devices = []
-    with ExitStack() as stack:
-        stack.callback(torch.use_deterministic_algorithms, before)
-        stack.callback(setattr, settings, "fill_uninitialized_memory", fill)
-        if device.type == "cuda":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.cuda.init()  # the next line fails where CUDA has not been used yet
-            torch.cuda.reset_peak_memory_stats(device)
-            devices = [torch.cuda.current_device() if device.index is None else device.index]
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-        stack.enter_context(torch.random.fork_rng(devices))
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.cuda.init()  # the next line fails where CUDA has not been used yet
+        torch.cuda.reset_peak_memory_stats(device)
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.random.fork_rng([device] if on_cuda else []), exact:
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # else every torch.empty is filled
-        yield
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: CUDA's peak of allocated memory, elsewhere the peak resident memory of the process."""
-    on_cuda = device.type == "cuda"
-    return torch.cuda.max_memory_allocated(device) if on_cuda else peak_resident_memory()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before)
+            settings.fill_uninitialized_memory = fill

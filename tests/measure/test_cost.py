@@ -17,7 +17,7 @@ from nbutils.errors import InputError
 from nbutils.measure import cost, largest_batch, memory
 from nbutils.measure.cost import Cost, measure, measure_grid, measure_updates, settings_up_to
 from nbutils.measure.largest_batch import TOLERANCE, largest_batch_size
-from nbutils.measure.memory import format_memory, free_memory, parse_memory
+from nbutils.measure.memory import format_memory, parse_memory, resolve_budget
 from nbutils.measure.process import OutOfMemory, in_own_process
 from nbutils.paths import REFERENCE
 from nbutils.studies.reference import load_tables
@@ -273,9 +273,9 @@ def test_batch_norm_is_searched_from_two_images_and_libraries_may_report_the_sho
     assert list(found.tried) == [2, 4, 6, 5]
 
 
-def test_free_memory_is_less_than_what_is_installed():
+def test_without_a_budget_it_is_the_free_memory_which_is_less_than_what_is_installed():
     installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 10**6 < free_memory("cpu") <= installed
+    assert 10**6 < resolve_budget(None, "cpu") <= installed
 
 
 @pytest.mark.parametrize(

@@ -145,8 +145,7 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path, monkeypatch):
     buffer = io.BytesIO()
     torch.save({"state": {"x": Evil()}, "conditions": {}}, buffer)
     content = buffer.getvalue()
-    digest = hashlib.sha256(content).hexdigest().encode()
-    (tmp_path / CHECKPOINT).write_bytes(digest + b"\n" + content)
+    (tmp_path / CHECKPOINT).write_bytes(hashlib.sha256(content).digest() + content)
     with pytest.warns(UserWarning, match="is not used"):
-        assert checkpoint.resume(tmp_path, None, {}).rows == []
+        assert checkpoint.resume(tmp_path, {}, {}) == ([], [])
     assert not (tmp_path / "executed").exists()

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from nbutils import RunConfig, train, train_many
-from nbutils.training import cuda_graph, out_of_memory, setup
+from nbutils.training import cuda_graph, setup
+from nbutils.training import train as training
+from nbutils.training.out_of_memory import take_turns
 
 TINY = RunConfig(batch_size=64, epochs=2, device="cpu", precision="float64")  # for speed
 
@@ -63,6 +65,28 @@ def test_replays_follow_the_schedule(few_digits, graphs_on_the_cpu):
     pd.testing.assert_frame_equal(history(graphed), history(plain), rtol=1e-4)
 
 
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing may catch it."""
+
+
+@pytest.mark.parametrize("optimizer", [{}, {"optimizer": "sgd", "momentum": 0.9}], ids=str)
+def test_replays_go_on_from_a_checkpoint(few_digits, graphs_on_the_cpu, tmp_path, optimizer):
+    config = replace(TINY, schedule="one-cycle", learning_rate=2**-8, augment=True, **optimizer)
+    whole = train(config, few_digits, progress=False)
+
+    def kill(update, _):
+        if update == 7:  # in the second epoch
+            raise Killed
+
+    options = {"progress": False, "log_folder": tmp_path}
+    with pytest.raises(Killed):
+        train(config, few_digits, after_update=kill, **options)
+    graphs_on_the_cpu.clear()
+    resumed = train(config, few_digits, **options)
+    assert len(graphs_on_the_cpu) == 5
+    pd.testing.assert_frame_equal(history(resumed), history(whole), check_exact=True)
+
+
 def test_scripts_in_turn_do_not_disturb_each_other(few_digits, graphs_on_the_cpu, monkeypatch):
     """What `train_many` does on a GPU, where the runs share it."""
     configs = [
@@ -71,10 +95,7 @@ def test_scripts_in_turn_do_not_disturb_each_other(few_digits, graphs_on_the_cpu
     ]
     solo = [train(config, few_digits, progress=False, cuda_graph=False) for config in configs]
     scripts = []
-    take_turns = out_of_memory.take_turns
-    monkeypatch.setattr(
-        out_of_memory, "take_turns", lambda mine, _: scripts.append(mine[0]) or [None]
-    )
+    monkeypatch.setattr(training, "take_turns", lambda mine, _: scripts.append(mine[0]) or [None])
     train_many(configs, few_digits, progress=False)
     together = take_turns(scripts, torch.device("cpu"))
     for ours, theirs in zip(together, solo, strict=True):

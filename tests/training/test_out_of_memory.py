@@ -10,7 +10,7 @@ import torch
 
 from nbutils import InputError, RunConfig, train, train_many
 from nbutils.accumulation.out_of_memory import is_out_of_memory
-from nbutils.training import out_of_memory
+from nbutils.training.out_of_memory import run_within_memory
 
 TINY = RunConfig(batch_size=96, accumulation_steps=2, epochs=2, device="cpu")  # for speed
 train_module = importlib.import_module("nbutils.training.train")
@@ -110,20 +110,18 @@ def test_each_run_is_split_as_it_needs(few_digits, room):
     assert [result.micro_batch for result in results] == [24, 40]
 
 
-def test_of_runs_that_share_a_device_the_largest_batches_are_split(monkeypatch):
+def test_of_runs_that_share_a_device_the_largest_batches_are_split():
     tried = []
 
-    def take_turns(sizes, _):
-        tried.append(sizes)
+    def attempt(_, sizes):
+        tried.append(list(sizes))
         if sum(sizes) > 120:
             raise torch.OutOfMemoryError
         return []
 
-    monkeypatch.setattr(out_of_memory, "take_turns", take_turns)
     configs, cpu = [TINY, replace(TINY, batch_size=40), TINY], torch.device("cpu")
-    size_of = lambda config, size, bar: size  # noqa: E731
     with pytest.warns(UserWarning, match="the memory of cpu, which 3 runs share"):
-        out_of_memory.run_within_memory(size_of, configs, cpu, "split", None, hidden=True)
+        run_within_memory(attempt, configs, cpu, "split", None)
     assert tried == [[96, 40, 96], [48, 40, 48], [24, 40, 24]]
 
 

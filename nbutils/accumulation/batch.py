@@ -20,6 +20,14 @@ Weight = Callable[[Any], float | Tensor]
 LONGEST = 4096  # micro-batches of a window; an iterator that gives more is taken for endless
 
 
+def trained(model: nn.Module, update: int | None) -> list[nn.Parameter]:
+    """The parameters that get a gradient; ValueError if there are none."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError(f"{place(update)}the model has no parameters that require a gradient")
+    return parameters
+
+
 def weights_of(micro_batches: Sequence[Any], weight: Weight | None) -> list[float]:
     """What the losses of each micro-batch weigh; NaN where only their number will tell."""
     if weight is None:

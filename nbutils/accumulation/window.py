@@ -1,15 +1,8 @@
 """Windows, and the gradient of one window summed over its micro-batches.
 
 An update should follow the mean loss of all images in its window. So each micro-batch adds the
-*sum* of its losses, divided by the number of images in the whole window. What comes once per
-window comes when the gradient is complete:
-
-    for update, window in enumerate(windows(order, batch_size, accumulation_steps)):
-        optimizer.zero_grad()
-        loss = accumulate_gradient(model, window, losses, update=update)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
+*sum* of its losses, divided by the number of images in the whole window. Clipping, the optimizer's
+step and the schedule's come once per window, when its gradient is complete.
 """
 
 from __future__ import annotations
@@ -100,9 +93,8 @@ def accumulate_gradient(
 
     Returns the mean loss of the window (of this rank), detached, shape (); NaN if it weighs 0.
 
-    Raises a `ValueError` or `TypeError` if the model has no parameters, the window is empty or
-    weighs nothing, losses are reduced or not one per image, or a loss or gradient is not finite.
-    After any error the gradients are cleared, so that no part of one can be stepped.
+    Raises a `ValueError` or `TypeError` if the window weighs nothing, losses are reduced or not one
+    per image, or a loss or gradient is not finite. Gradients are then cleared: none can be stepped.
     """
     batch.check_choice("on_oom", on_oom, "stop", "split")
     attempt = partial(_attempt, model, weight, backward, update, check_finite)
@@ -120,15 +112,7 @@ def _attempt(
     window: Iterable[Any],
     losses: Callable[[Any], Tensor],
 ) -> Tensor:
-    """`accumulate_gradient` with micro-batches that fit the memory.
-
-    Where the total weight is known only after the last forward pass, losses are divided by an
-    estimate; before the last backward pass the gradient is multiplied by estimate / total.
-    """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not parameters:
-        where = batch.place(update)
-        raise ValueError(f"{where}the model has no parameters that require a gradient")
+    parameters = batch.trained(model, update)
     earlier: dict[Tensor, Tensor | None] = {}
     try:
         micro_batches, ranks = batch.listed(window), Ranks(model)
@@ -139,10 +123,10 @@ def _attempt(
             last = number == len(micro_batches)
             with nullcontext() if last else ranks.no_sync():
                 each = losses(micro_batch)
-                where = batch.place(update, number, len(micro_batches))
                 given = weights[number - 1] if weight else None
+                where = batch.place(update, number, len(micro_batches))
                 batch.check_losses(each, micro_batch, given, where)
-                if not known:
+                if not known:  # until the last forward pass, divide by an estimate of the total
                     weights[number - 1] = each.numel()
                     batch.copy_gradients(parameters, each, earlier)
                     total = estimate = max(1, weights[0]) * len(micro_batches) * ranks.number

@@ -46,13 +46,14 @@ def noise_along_training(
             f"updates = {list(updates)}, but they must be in 1 to {per_epoch * config.epochs}, "
             f"the updates of the run"
         )
+    autocast = torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16")
     if config.schedule == "constant":  # another schedule would follow from fewer epochs
         config = replace(config, epochs=math.ceil(max(updates) / per_epoch))
 
     def after_update(update: int, model: DigitCNN) -> None:
         if update not in updates:
             return
-        accuracy = evaluate(config, data, model, device)[0]["validation_accuracy"]
+        scores, _ = evaluate(model, data, device, autocast)
         images = data.normalised(data.train.images, device, next(model.parameters()).dtype)
         losses = partial(cross_entropies(images, data.train.labels.to(device)), model.train())
         purpose, of_the_run = f"noise scale after {update}", model.dropout.generator
@@ -62,7 +63,7 @@ def noise_along_training(
         measured = noise_scale(model, chosen.to(device).split(batch_size), losses)
         model.dropout.generator = of_the_run
         row = {name: getattr(config, name) for name in ("optimizer", "learning_rate", "seed")}
-        row |= {"update": update, "validation_accuracy": accuracy}
+        row |= {"update": update, "validation_accuracy": scores["validation_accuracy"]}
         rows.append(row | asdict(measured))
 
     train(config, data, progress=False, cuda_graph=False, after_update=after_update)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,15 @@ def resolve_device(name: str) -> torch.device:
         what = f"{found or 'no'} {device.type.upper()} device{'s' if found else ''}"
         raise InputError(f"device = {name!r}, but this machine has {what}; use 'auto' or 'cpu'")
     return device
+
+
+def shared_device(configs: Sequence[RunConfig]) -> torch.device:
+    """The device that all of them name, as `resolve_device` finds it."""
+    devices = {str(resolve_device(config.device)) for config in configs}
+    if len(devices) > 1:
+        named = ", ".join(sorted(devices))
+        raise InputError(f"device = {named}, but runs that train together must share one")
+    return torch.device(*devices)
 
 
 def check(config: RunConfig, data: Dataset, on_oom: str) -> None:

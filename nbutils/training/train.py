@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from nbutils.accumulation.window import accumulate_gradient, updates_per_epoch, windows
 from nbutils.data.augment import augment
 from nbutils.data.dataset import Dataset
-from nbutils.errors import InputError
 from nbutils.machine import no_progress, peak_resident_memory
 from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
@@ -168,11 +167,7 @@ def train_many(
         return []
     for config in configs:
         setup.check(config, data, on_oom)
-    devices = {str(setup.resolve_device(config.device)) for config in configs}
-    if len(devices) > 1:
-        named = ", ".join(sorted(devices))
-        raise InputError(f"device = {named}, but runs that train together must share one")
-    device = torch.device(*devices)
+    device = setup.shared_device(configs)
     folder = Path(log_folder) if log_folder else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)  # fails now rather than after an epoch

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nbutils import InputError
 from nbutils.__main__ import main
 from nbutils.accumulation.window import windows
-from nbutils.advise import measurements, race
+from nbutils.advise import measurements, race, trials
 from nbutils.advise.advice import advise, load_advice, parse_time, write_report
 from nbutils.advise.measurements import trial_costs, trial_noise, trial_rates
 from nbutils.advise.own_data import Examples
@@ -131,10 +131,28 @@ def test_time_saved_is_measured_where_both_reach_a_loss():
     assert race.time_saved(pd.DataFrame(rows), "slow", "fast")[0] == pytest.approx(-3.5)
 
 
-def test_the_race_is_won_by_the_setting_that_learns(task):
+@pytest.fixture
+def steady(monkeypatch):
+    """A clock by which an update or a judgement takes 1 ms, whatever else the machine does."""
+    now = 0.0
+
+    def timed(method):
+        def call(*arguments):
+            nonlocal now
+            now += 1e-3
+            return method(*arguments)
+
+        return call
+
+    for name in ("update", "judge"):
+        monkeypatch.setattr(Trial, name, timed(getattr(Trial, name)))
+    for module in (measurements, race, trials):
+        monkeypatch.setattr(module, "perf_counter", lambda: now)
+
+
+def test_the_race_is_won_by_the_setting_that_learns(task, steady):
     rates = {(64, 1): 1e-6, (32, 1): 3e-3, (16, 2): 1e-7, (65, 1): 1e30}
     settings = [Setting(*sizes, rate) for sizes, rate in rates.items()]
-    Trial(task, Setting(32, 1, 0.0))  # the first optimizer loads torch's compiler
     winner, points = race.run_race(task, settings, 1.0)
     assert str(winner) == "32 at 0.003"
     assert set(points["setting"]) == {str(setting) for setting in settings}
@@ -165,7 +183,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_also_with_weights():
     assert torch.allclose(gradients[1], expected, rtol=1e-5)
 
 
-def test_rates_are_judged_from_one_start_and_divergence_is_seen(task):
+def test_rates_are_judged_from_one_start_and_divergence_is_seen(task, steady):
     def tried(*rates):
         cost = next(costs_table((32, 2, 10_000.0)).itertuples())
         recipe = RECIPES["sgd"]._replace(rates=rates)

@@ -34,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True)
 
     def command(name: str, run: Callable[[Namespace], int | None], summary: str) -> Any:
-        """Add a command; a function that adds an option to it."""
         added = commands.add_parser(name, help=summary)
         added.set_defaults(command=run)
         return added.add_argument
@@ -203,6 +202,7 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
+        sys.stdout.flush()
         print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
         for process in psutil.Process().children(recursive=True):  # the kernels
             with suppress(psutil.Error):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import sys
 from importlib.metadata import version
@@ -25,10 +24,9 @@ def processors() -> int:
 def processor_name() -> str:
     """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
-    found = (
-        re.search(r"model name\s*: (.*)", cpuinfo.read_text("utf-8")) if cpuinfo.exists() else ""
-    )
-    return found[1].strip() if found else platform.processor()
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def device_name(device: torch.device) -> str:

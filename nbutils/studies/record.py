@@ -77,8 +77,11 @@ def save_run(result: RunResult, out: str | Path) -> Path:
     return folder
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `run.json` in `folder` says, with its `files`; InputError names what is damaged."""
+def read_record(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
+    """What `run.json` in `folder` says, with the `files`.
+
+    InputError names what is damaged, or a record made on images of another fingerprint.
+    """
     with naming_damage(folder):
         content = read_files(folder / "run.json", RECORD_FILES)
         version = content.get("schema_version")
@@ -87,6 +90,9 @@ def read_record(folder: Path) -> dict[str, Any]:
         run_id = RunConfig.from_dict(content["config"]).run_id
         if not folder.name == content["run_id"] == run_id:
             raise InputError(f"it belongs to the run {run_id}")
+        name, made_on = (content["dataset"][key] for key in ("name", "fingerprint"))
+    if fingerprint not in (None, made_on):
+        raise InputError(f"{folder} was made on other images than {name!r} has now; move it away")
     return content
 
 

@@ -29,8 +29,6 @@ from nbutils.studies import notebook, status
 from nbutils.studies.record import read_record
 from nbutils.studies.study import PlannedRun, Study, merge_with_folder
 
-SIGHT = 90  # seconds after which a network disk surely shows what another machine wrote
-
 
 def run_study(
     study: Study,
@@ -82,9 +80,15 @@ def run_study(
             # From the whole study, so that a run has as many threads when the rest goes on.
             jobs = jobs or (1 if torch.cuda.is_available() else processors())
             jobs = 1 if executor else min(jobs, len(study.runs))
-            task = partial(make_run, out=out, on_oom=on_oom, jobs=jobs, time_limit=time_limit)
-            executor = executor or ThreadPoolExecutor(jobs)
-            failures = _make_runs(runs, out, executor, task, fingerprint)
+            task = partial(
+                make_run,
+                out=out,
+                fingerprint=fingerprint,
+                on_oom=on_oom,
+                jobs=jobs,
+                limit=time_limit,
+            )
+            failures = _make_runs(runs, out, executor or ThreadPoolExecutor(jobs), task)
         failures = failures or _sum_up(study, out)
         if not failures and not status.missing(plan, out):
             shutil.rmtree(out / ".work", ignore_errors=True)
@@ -115,7 +119,7 @@ def _prepare(plan: Study, out: Path, fingerprint: str | None) -> None:
         if folder.is_dir() and folder.name[0] != ".":
             if folder.name not in planned:
                 raise InputError(f"{folder} is not a run of this study; move it elsewhere")
-            _check_record(folder, fingerprint)
+            read_record(folder, fingerprint)
     work = out / ".work"
     work.mkdir(exist_ok=True)
     write_json(work / "study.json", asdict(plan))
@@ -123,17 +127,9 @@ def _prepare(plan: Study, out: Path, fingerprint: str | None) -> None:
     (work / status.SPARE).write_bytes(bytes(2**16))
 
 
-def _check_record(folder: Path, fingerprint: str | None) -> None:
-    """Refuse a record that is damaged, or made on other images than its dataset has here."""
-    dataset = read_record(folder)["dataset"]
-    if fingerprint not in (None, dataset["fingerprint"]):
-        raise InputError(
-            f"the record {folder} was made on other images than {dataset['name']!r} has now; "
-            f"move it elsewhere, or choose another --out"
-        )
-
-
-def make_run(run: PlannedRun, out: Path, on_oom: str, jobs: int, time_limit: float | None) -> Path:
+def make_run(
+    run: PlannedRun, out: Path, fingerprint: str | None, on_oom: str, jobs: int, limit: float | None
+) -> Path:
     """Execute the notebook of a run, an executor's task; the record's folder in `.work/`."""
     if not (out / "study.json").exists():
         raise InputError(f"{platform.node()} does not see the folder {out}")
@@ -142,19 +138,16 @@ def make_run(run: PlannedRun, out: Path, on_oom: str, jobs: int, time_limit: flo
     settings = run.config.to_dict() | {"on_oom": on_oom, "out": str(folder)}
     names, threads = notebook.declared_parameters(run.notebook), max(1, processors() // jobs)
     given = {name: value for name, value in settings.items() if name in names}
-    notebook.execute_notebook(run.notebook, executed, given, threads=threads, time_limit=time_limit)
+    notebook.execute_notebook(run.notebook, executed, given, threads=threads, time_limit=limit)
     if not record.is_dir():
         raise InputError(f"the notebook {run.notebook} ran but saved no record of {run.run_id}")
+    read_record(record, fingerprint)
     os.rename(executed, record / "notebook.ipynb")
     return record
 
 
 def _make_runs(
-    runs: list[PlannedRun],
-    out: Path,
-    executor: Executor,
-    task: Callable[[PlannedRun], Path],
-    fingerprint: str | None,
+    runs: list[PlannedRun], out: Path, executor: Executor, task: Callable[[PlannedRun], Path]
 ) -> dict[str, str]:
     """Have the runs made, showing how far they are; the cause of each failure by run id."""
     failures: dict[str, str] = {}
@@ -170,7 +163,7 @@ def _make_runs(
                 for future in finished:
                     run_id = futures[future].run_id
                     try:
-                        _publish(future.result(), out / run_id, fingerprint)
+                        _publish(future.result(), out / run_id)
                     except Exception as error:
                         failures[run_id] = status.note(out, run_id, error)
                         bar.write(f"{run_id} failed: {failures[run_id]}")
@@ -187,12 +180,11 @@ def _make_runs(
     return failures
 
 
-def _publish(record: Path, folder: Path, fingerprint: str | None) -> None:
+def _publish(record: Path, folder: Path) -> None:
     """Move the record of a finished run to where it belongs."""
-    end = time.monotonic() + SIGHT
+    end = time.monotonic() + 90  # until then a network disk shows what another machine wrote
     while not record.exists() and time.monotonic() < end:
         time.sleep(0.5)
-    _check_record(record, fingerprint)
     os.rename(record, folder)
     shutil.rmtree(record.parents[1], ignore_errors=True)
     status.failure_file(folder.parent, folder.name).unlink(missing_ok=True)

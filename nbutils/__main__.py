@@ -51,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
     add = command("advise", _advise, "advise on the batch size of a training of yours")
     add("--model", required=True, help="what makes it, as package.module:factory")
-    data = "a name, a folder of images by class, or package.module:factory"
-    add("--dataset", required=True, help=data)
+    add("--dataset", required=True, help="a name, a folder by class, or package.module:factory")
     add("--losses", help="the loss of each example, if it is no classifier: package.module:losses")
     add("--collate", help="what makes a batch of items, as package.module:collate")
     columns = "the keys of image and label, where items are mappings"

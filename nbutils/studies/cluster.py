@@ -47,6 +47,6 @@ def cluster(address: str, out: Path, timeout: float = 10) -> Iterator[Executor]:
             sees = client.run(os.access, mark.name, os.W_OK)
         if blind := ", ".join(worker for worker in sees if not sees[worker]):
             raise InputError(f"{blind} does not see the folder {folder}; all must share its disk")
-        workers = client.scheduler_info()["workers"].values()
+        workers = client.scheduler_info(n_workers=-1)["workers"].values()
         gpu = {"GPU": 1} if any("GPU" in worker["resources"] for worker in workers) else None
         yield client.get_executor(pure=False, resources=gpu)

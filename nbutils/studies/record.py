@@ -41,10 +41,9 @@ REFERENCE_FILES, MANIFEST = ("runs.csv", *RECORD_FILES), "environment.json"
 
 
 class Runs(NamedTuple):
-    """All runs of a folder: `tidy` is what `load_runs` returns.
+    """All runs of a folder: `tidy` is what `load_runs` returns, `labels` have shape (test images,).
 
-    `labels` are those of the test images, shape (test images,); `predictions` have what each run
-    predicted after its last k epochs, shape (k, test images), by its id.
+    `predictions` are those of each run after its last k epochs, shape (k, test images), by its id.
     """
 
     tidy: pd.DataFrame

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from commands import assert_end
 
 from nbutils import InputError
 from nbutils.__main__ import main
@@ -100,11 +101,6 @@ def kernels(worker):
         return psutil.Process(worker.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
-
-
-def assert_end(processes):
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
 
 
 @pytest.mark.slow

@@ -4,44 +4,85 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from nbutils.errors import InputError
 
-INTERRUPTED = 130  # exit status after Ctrl-C: 128 and the number of the signal
-Arguments = list[tuple[str, str, dict[str, Any]]]  # flag, meaning, other arguments of argparse
-SEVERAL = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"}
-COLUMNS = {"type": lambda text: text.split(","), "metavar": "IMAGE,LABEL"}
-REQUIRED = {"required": True}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; exit status 1 when a run failed or is damaged, 2 when the input was bad."""
-    parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
-    commands = parser.add_subparsers(title="commands", required=True)
-    for name, (command, summary, described) in COMMANDS.items():
-        subparser = commands.add_parser(name, help=summary)
-        subparser.set_defaults(command=command)
-        for flag, meaning, settings in described:
-            subparser.add_argument(flag, help=meaning, **settings)
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return options.command(options) or 0
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
-        return INTERRUPTED
 
 
-def _run(options: argparse.Namespace) -> int:
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="python -m nbutils", description=__doc__)
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def command(name: str, run: Callable[[Namespace], int | None], summary: str) -> Any:
+        added = commands.add_parser(name, help=summary)
+        added.set_defaults(command=run)
+        return added.add_argument
+
+    add = command("run", _run, "make the runs of a study, then sum them up")
+    add("study", help="a name in notebooks/studies/, or the path of a YAML file")
+    add("--dataset", help="train on this instead of the study's dataset")
+    values = {"action": "append", "default": [], "metavar": "FIELD=VALUE[,VALUE...]"}
+    add("--set", **values, help="one or several values in place of the study's (may be repeated)")
+    add("--jobs", type=int, help="runs side by side (default: from the machine)")
+    add("--scheduler", help="make the runs on the Dask cluster of this address (extra: cluster)")
+    add("--out", type=Path, help="folder of the runs (default: runs/STUDY-DATASET)")
+    add("--time-limit", type=float, metavar="SECONDS", help="of a run's training")
+    add("--on-oom", default="stop", help="when memory runs out: stop (default) or split the batch")
+
+    add = command("advise", _advise, "advise on the batch size of a training of yours")
+    add("--model", required=True, help="what makes it, as package.module:factory")
+    add("--dataset", required=True, help="a name, a folder by class, or package.module:factory")
+    add("--losses", help="the loss of each example, if it is no classifier: package.module:losses")
+    add("--collate", help="what makes a batch of items, as package.module:collate")
+    columns = "the keys of image and label, where items are mappings"
+    add("--columns", type=lambda text: text.split(","), metavar="IMAGE,LABEL", help=columns)
+    add("--memory-budget", help="such as 2GB (default: what is free)")
+    add("--time-budget", default="10min", help="such as 90s (default: 10min)")
+    add("--optimizer", default="adam", help="adam (default) or sgd")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--out", type=Path, default=Path("runs/advice"), help="folder of the report (runs/advice)")
+
+    add = command("status", _status, "tell how far the runs of a study are")
+    add("folder", type=Path, help="of the runs")
+    add = command("export", _export, "write what a study left as a small reference")
+    add("runs", type=Path, help="folder of the runs")
+    add("reference", type=Path, help="folder of the reference")
+    command("figures", _figures, "make figures/ and the README's numbers")
+    add = command("bench", _bench, "time the training against the usual loop")
+    add("--out", type=Path, help="JSON file to write the rows to")
+    add("--dataset", default="mnist", help="whose images (default: mnist)")
+    add("--images", type=int, default=13_500, help="images of a timed epoch")
+    add("--repeats", type=int, default=5, help="timed epochs of each loop")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    command("libraries", _libraries, "put other libraries' accumulation to the test (extra: peers)")
+    add = command("gpu-check", _gpu_check, "check and measure everything on a GPU")
+    add("--out", type=Path, required=True, help="folder of gpu.json and gpu.txt")
+    add("--device", default="cuda", help="cuda, or cpu to try the command itself")
+    add("--quick", action="store_true", help="shrink every stage")
+    return parser
+
+
+def _run(options: Namespace) -> int:
     from nbutils.studies.cluster import cluster
     from nbutils.studies.runner import run_study
     from nbutils.studies.study import load_study
@@ -54,8 +95,7 @@ def _run(options: argparse.Namespace) -> int:
     study = load_study(options.study, overrides)
     out = (options.out or study.default_folder).absolute()
     limits = {"time_limit": options.time_limit, "on_oom": options.on_oom}
-    place = cluster(options.scheduler, out) if options.scheduler else nullcontext()
-    with place as executor:
+    with cluster(options.scheduler, out) if options.scheduler else nullcontext() as executor:
         failures = run_study(study, out, options.jobs, executor, **limits)
     for run_id, cause in failures.items():
         print(f"failed: {run_id}: {cause}", file=sys.stderr)
@@ -69,52 +109,31 @@ def _run(options: argparse.Namespace) -> int:
 
         answers = load_answers(out)
         print(f"\n{format_table(summary_table(answers)).to_string()}\n\n{pick(answers.runs)}\n")
-    for path in [*sorted(out.glob("*.png")), *sorted(out.glob("*.svg")), out / "summary.ipynb"]:
-        print(f"{'summary' if path.suffix == '.ipynb' else 'figure'}: {path}")
+    for path in [*sorted(out.glob("*.png")), *sorted(out.glob("*.svg"))]:
+        print(f"figure: {path}")
+    print(f"summary: {out / 'summary.ipynb'}")
     return 0
 
 
-def _overrides(settings: Sequence[str]) -> dict[str, list[Any]]:
+def _overrides(settings: Iterable[str]) -> dict[str, list[Any]]:
     """The values of each field; `--set seed=0 --set seed=1` means both."""
     overrides: dict[str, list[Any]] = {}
     for text in settings:
         field, equals, values = text.partition("=")
         if not equals or not values:
             raise InputError(f"--set {text}: it must read FIELD=VALUE or FIELD=VALUE,VALUE")
-        overrides.setdefault(field, []).extend(_value(value) for value in values.split(","))
+        overrides.setdefault(field, []).extend(map(_value, values.split(",")))
     return overrides
 
 
 def _value(text: str) -> Any:
-    """A YAML value; and 1e-3, which YAML takes for text."""
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # 2020-13-45 is no date
-        return text
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return float(value)
-    return value
+    for read in (int, float, yaml.safe_load):  # YAML takes 1e-3 for text
+        with suppress(ValueError, RecursionError, yaml.YAMLError):  # 2020-13-45 is no date
+            return read(text)
+    return text
 
 
-def _status(options: argparse.Namespace) -> int:
-    from nbutils.studies.status import run_status
-
-    statuses = run_status(options.folder)
-    width = max(map(len, statuses), default=0)
-    for run_id, status in statuses.items():
-        print(f"{run_id:{width}}  {status}")
-    return int(any(status.startswith(("failed", "damaged")) for status in statuses.values()))
-
-
-def _export(options: argparse.Namespace) -> None:
-    from nbutils.studies.reference import export
-
-    export(options.runs, options.reference)
-    print(f"reference: {options.reference}")
-
-
-def _advise(options: argparse.Namespace) -> None:
+def _advise(options: Namespace) -> None:
     from nbutils.advise.advice import advise, write_report
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "out")}
@@ -126,13 +145,30 @@ def _advise(options: argparse.Namespace) -> None:
         print(f"report: {path}")
 
 
-def _figures(_: argparse.Namespace) -> None:
+def _status(options: Namespace) -> int:
+    from nbutils.studies.status import run_status
+
+    statuses = run_status(options.folder)
+    width = max(map(len, statuses), default=0)
+    for run_id, status in statuses.items():
+        print(f"{run_id:{width}}  {status}")
+    return int(any(status.startswith(("failed", "damaged")) for status in statuses.values()))
+
+
+def _export(options: Namespace) -> None:
+    from nbutils.studies.reference import export
+
+    export(options.runs, options.reference)
+    print(f"reference: {options.reference}")
+
+
+def _figures(_: Namespace) -> None:
     from nbutils.report.readme import make_figures
 
     print(*make_figures(), sep="\n")
 
 
-def _bench(options: argparse.Namespace) -> None:
+def _bench(options: Namespace) -> None:
     from nbutils.data.sources import load_dataset
     from nbutils.report.bench import run_bench, save, table
 
@@ -146,78 +182,28 @@ def _bench(options: argparse.Namespace) -> None:
         print(f"rows: {options.out}")
 
 
-def _gpu_check(options: argparse.Namespace) -> int:
-    from nbutils.report.gpu_check import run_gpu_check
-
-    return int(not run_gpu_check(options.out, options.device, options.quick))
-
-
-def _libraries(_: argparse.Namespace) -> None:
+def _libraries(_: Namespace) -> None:
     from nbutils.report.libraries import observe_all
 
     print(f"table: {observe_all()}")
 
 
-RUN: Arguments = [
-    ("study", "a name in notebooks/studies/, or the path of a YAML file", {}),
-    ("--dataset", "train on this instead of the study's dataset", {}),
-    ("--set", "one or several values in place of the study's (may be repeated)", SEVERAL),
-    ("--jobs", "runs side by side (default: from the machine)", {"type": int}),
-    ("--scheduler", "make the runs on the Dask cluster of this address (extra: cluster)", {}),
-    ("--out", "folder of the runs (default: runs/STUDY-DATASET)", {"type": Path}),
-    ("--time-limit", "of a run's training", {"type": float, "metavar": "SECONDS"}),
-    (
-        "--on-oom",
-        "a batch that exceeds the memory: stop (default) or split it",
-        {"default": "stop"},
-    ),
-]
-ADVISE: Arguments = [
-    ("--model", "what makes it, as package.module:factory", REQUIRED),
-    ("--dataset", "a name, a folder of images by class, or package.module:factory", REQUIRED),
-    ("--losses", "the loss of every example, where it is no classifier: package.module:losses", {}),
-    ("--collate", "what makes a batch of items, as package.module:collate", {}),
-    ("--columns", "the keys of image and label, where items are mappings", COLUMNS),
-    ("--memory-budget", "such as 2GB (default: what is free)", {}),
-    ("--time-budget", "such as 90s (default: 10min)", {"default": "10min"}),
-    ("--optimizer", "adam (default) or sgd", {"default": "adam"}),
-    ("--device", "auto, cpu, cuda or cuda:N", {"default": "auto"}),
-    ("--out", "folder of the report (runs/advice)", {"type": Path, "default": Path("runs/advice")}),
-]
-BENCH: Arguments = [
-    ("--out", "JSON file to write the rows to", {"type": Path}),
-    ("--dataset", "whose images (default: mnist)", {"default": "mnist"}),
-    ("--images", "images of a timed epoch", {"type": int, "default": 13_500}),
-    ("--repeats", "timed epochs of each loop", {"type": int, "default": 5}),
-    ("--device", "auto, cpu, cuda, cuda:N or mps", {"default": "auto"}),
-]
-GPU_CHECK: Arguments = [
-    ("--out", "folder of gpu.json and gpu.txt", {"type": Path, "required": True}),
-    ("--device", "cuda, or cpu to try the command itself", {"default": "cuda"}),
-    ("--quick", "shrink every stage", {"action": "store_true"}),
-]
-STATUS: Arguments = [("folder", "of the runs", {"type": Path})]
-EXPORT: Arguments = [
-    (name, f"folder of the {name}", {"type": Path}) for name in ("runs", "reference")
-]
+def _gpu_check(options: Namespace) -> int:
+    from nbutils.report.gpu_check import run_gpu_check
 
-COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Arguments]] = {
-    "run": (_run, "make the runs of a study, then sum them up", RUN),
-    "advise": (_advise, "advise on the batch size of a training of yours", ADVISE),
-    "status": (_status, "tell how far the runs of a study are", STATUS),
-    "export": (_export, "write what a study left as a small reference", EXPORT),
-    "figures": (_figures, "make figures/ and the README's numbers", []),
-    "bench": (_bench, "time the training against the usual loop", BENCH),
-    "libraries": (_libraries, "put other libraries' accumulation to the test (extra: peers)", []),
-    "gpu-check": (_gpu_check, "check and measure everything on a GPU", GPU_CHECK),
-}
+    return int(not run_gpu_check(options.out, options.device, options.quick))
 
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr] # not all print all text
-    status = main()
-    if status == INTERRUPTED:
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
         sys.stdout.flush()
-        os._exit(status)  # threads may still wait for a kernel, which ends with this process
-    sys.exit(status)
+        print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
+        for process in psutil.Process().children(recursive=True):  # the kernels
+            with suppress(psutil.Error):
+                process.kill()
+        os._exit(130)  # 128 and the number of the signal; threads may still wait for a kernel

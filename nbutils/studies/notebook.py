@@ -7,7 +7,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -51,13 +50,6 @@ def check_injected_parameters() -> None:
             _check_declared("this notebook", _assigned_names(injected), _assigned_names(declared))
 
 
-def config_from_parameters(variables: Mapping[str, Any]) -> RunConfig:
-    """In a notebook: the settings of a run, from `globals()`; what is not there has its default."""
-    check_injected_parameters()
-    names = RunConfig.field_names()
-    return RunConfig(**{name: variables[name] for name in names if name in variables})
-
-
 def _check_declared(where: str, names: Iterable[str], declared: list[str]) -> None:
     for name in names:
         if name not in declared:
@@ -67,6 +59,13 @@ def _check_declared(where: str, names: Iterable[str], declared: list[str]) -> No
 def _assigned_names(source: str) -> list[str]:
     names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     return [node.id for node in names if isinstance(node.ctx, ast.Store)]
+
+
+def config_from_parameters(variables: Mapping[str, Any]) -> RunConfig:
+    """In a notebook: the settings of a run, from `globals()`; what is not there has its default."""
+    check_injected_parameters()
+    names = RunConfig.field_names()
+    return RunConfig(**{name: variables[name] for name in names if name in variables})
 
 
 def execute_notebook(
@@ -88,33 +87,30 @@ def execute_notebook(
     logging.getLogger("papermill").setLevel(logging.ERROR)
     environment = {"TQDM_DISABLE": "1", "PYTHONUTF8": "1"}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-    short = "/tmp" if os.name == "posix" else None  # the system limits the names of pipes
-    with tempfile.TemporaryDirectory(prefix="nbutils-", dir=short) as folder:
-        connection = {"connection_file": str(Path(folder, "kernel.json"))}
-        if short:  # Pipes, not TCP ports: kernels that start together may claim the same port.
-            connection |= {"transport": "ipc", "ip": str(Path(folder, "kernel"))}
+    # Pipes, not TCP ports: kernels that start together may claim the same port. The system limits
+    # the names of pipes.
+    with tempfile.TemporaryDirectory(prefix="nbutils-", dir="/tmp") as folder:
+        pipes = {"connection_file": f"{folder}/kernel.json", "ip": f"{folder}/kernel"}
         papermill.execute_notebook(
             str(notebook_path(notebook)),
             str(output.absolute()),
             parameters=dict(parameters),
             progress_bar=False,
             execution_timeout=None if time_limit is None else math.ceil(time_limit),
-            config=Config({"KernelManager": connection}),
+            config=Config({"KernelManager": {"transport": "ipc", **pipes}}),
             kernel_manager_class=_kernel_class(environment),
             shutdown_kernel="immediate",  # else one that computes has 5 s to end by itself
         )
 
 
-def _kernel_class(environment: Mapping[str, str]) -> type:
+def _kernel_class(environment: dict[str, str]) -> type:
     """A class of kernels that run this interpreter, whatever "python3" names on this machine."""
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
-        @property
-        def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict() | {"env": dict(environment)})
+        kernel_spec = KernelSpec(**get_kernel_dict() | {"env": environment})
 
         async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
             # What a kernel says of its own end would spoil the progress bar.

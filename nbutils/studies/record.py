@@ -19,8 +19,9 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,81 +36,62 @@ from nbutils.training.config import RunConfig
 if TYPE_CHECKING:
     from nbutils.training.result import RunResult
 
-SCHEMA_VERSION = 2
 RECORD_FILES = ("history.csv", "predictions.npz")
 REFERENCE_FILES, MANIFEST = ("runs.csv", *RECORD_FILES), "environment.json"
 
 
 class Runs(NamedTuple):
-    """All runs of a folder: `table` has one row per run, `history` one per run and epoch.
+    """All runs of a folder: `tidy` is what `load_runs` returns, `labels` have shape (test images,).
 
-    `labels` are those of the test images, shape (test images,); `predictions` have what each run
-    predicted after its last k epochs, shape (k, test images), by its id.
+    `predictions` are those of each run after its last k epochs, shape (k, test images), by its id.
     """
 
-    table: pd.DataFrame
-    history: pd.DataFrame
+    tidy: pd.DataFrame
     labels: np.ndarray
     predictions: dict[str, np.ndarray]
     environments: list[dict[str, Any]]
 
-    @property
-    def tidy(self) -> pd.DataFrame:
-        """What `load_runs` returns."""
-        return self.table.merge(self.history, on="run_id", validate="one_to_many")
-
 
 def save_run(result: RunResult, out: str | Path) -> Path:
     """Write the record of a run to the folder `<out>/<run_id>/`, in place of an earlier one."""
-    run_id = result.config.run_id
-    partial, folder = Path(out, f".{run_id}.{uuid.uuid4().hex}"), Path(out, run_id)
-    partial.mkdir(parents=True)
-    try:
-        result.history.to_csv(partial / "history.csv", index=False)
-        np.savez_compressed(
-            partial / "predictions.npz",
-            predictions=result.late_predictions.numpy(),
-            labels=result.data.test.labels.numpy().astype(np.uint8),
-        )
-        write_manifest(partial / "run.json", _content(result), RECORD_FILES)
-        replace_folder(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def _content(result: RunResult) -> dict[str, Any]:
     config, data, last = result.config, result.data, result.history.iloc[-1]
-    where = environment(device_name(result.device)) | {"cuda_graph": result.cuda_graph}
     splits = {name: len(getattr(data, name).images) for name in ("train", "validation", "test")}
-    return {
+    content = {
         "run_id": config.run_id,
         "config": config.to_dict(),
         "dataset": {"name": data.name, "fingerprint": data.fingerprint, **splits},
         "images_per_epoch": result.images_per_epoch,
-        "environment": where,
+        "environment": environment(device_name(result.device)) | {"cuda_graph": result.cuda_graph},
         "final": last.to_dict(),
         "images_per_second": result.images_per_epoch * config.epochs / last["seconds"],
         "peak_memory": result.peak_memory,
         "micro_batch": result.micro_batch,
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": 2,
     }
+    late, labels = result.late_predictions.numpy(), data.test.labels.numpy().astype(np.uint8)
+    folder = Path(out, config.run_id)
+    with replacing(folder) as new:
+        files = {"history": result.history, "predictions": {"predictions": late, "labels": labels}}
+        write_files(new / "run.json", content, files)
+    return folder
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `run.json` in `folder` says; InputError names what is damaged."""
-    try:
-        content = read_manifest(folder / "run.json")
+def read_record(folder: Path, fingerprint: str | None = None) -> dict[str, Any]:
+    """What `run.json` in `folder` says, with the `files`.
+
+    InputError names what is damaged, or a record made on images of another fingerprint.
+    """
+    with naming_damage(folder):
+        content = read_files(folder / "run.json", RECORD_FILES)
         version = content.get("schema_version")
-        if version not in (1, SCHEMA_VERSION):
+        if version not in (1, 2):
             raise InputError(f"its schema version is {version!r}, and only 1 and 2 can be read")
-        if {*content["files"]} != {*RECORD_FILES}:
-            raise InputError(f"run.json lists {', '.join(content['files']) or 'no files'}")
         run_id = RunConfig.from_dict(content["config"]).run_id
         if not folder.name == content["run_id"] == run_id:
             raise InputError(f"it belongs to the run {run_id}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the record {folder} is damaged: {error}") from error
+        name, made_on = (content["dataset"][key] for key in ("name", "fingerprint"))
+    if fingerprint not in (None, made_on):
+        raise InputError(f"{folder} was made on other images than {name!r} has now; move it away")
     return content
 
 
@@ -133,38 +115,42 @@ def read_runs(folder: str | Path) -> Runs:
     if not folder.is_dir():
         hint = f"; rename {aside} to it" if (aside := replaced(folder)).is_dir() else ""
         raise InputError(f"no folder {folder}{hint}")
-    runs = _from_reference(folder) if (folder / "runs.csv").exists() else _from_records(folder)
-    names = runs.table.groupby("dataset_fingerprint")["run_id"].agg(list)
-    if len(names) > 1:
-        mixed = "; ".join(f"{str(key)[:12]}: {', '.join(ids)}" for key, ids in names.items())
-        raise InputError(f"{folder} mixes runs on different images: {mixed}")
-    return runs
-
-
-def _from_records(folder: Path) -> Runs:
-    records, damaged = {}, []
+    if (folder / "runs.csv").exists():
+        return combine([_from_reference(folder)], folder)
+    parts, damaged = [], []
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):  # else work in progress
             try:
-                records[path.name] = read_record(path)
+                parts.append(_from_record(path))
             except InputError as error:
                 damaged.append(str(error))
-    if damaged or not records:
+    if damaged or not parts:
         raise InputError("\n".join(damaged) or f"no runs in {folder}")
-    histories = {run_id: read_csv(folder / run_id / "history.csv") for run_id in records}
-    arrays = {run_id: read_arrays(folder / run_id / "predictions.npz") for run_id in records}
+    return combine(parts, folder)
+
+
+def combine(parts: Sequence[Runs], folder: Path) -> Runs:
+    """The runs of all parts, for `folder`; of one that is in several, what the last part has."""
+    key = ["run_id", "epoch"]
+    tidy = pd.concat([part.tidy for part in parts]).drop_duplicates(key, keep="last")
+    names = tidy.groupby("dataset_fingerprint")["run_id"].unique()
+    if len(names) > 1:
+        mixed = "; ".join(f"{str(key)[:12]}: {', '.join(ids)}" for key, ids in names.items())
+        raise InputError(f"{folder} mixes runs on different images: {mixed}")
+    late = {run_id: array for part in parts for run_id, array in part.predictions.items()}
+    places = [place for part in parts for place in part.environments]
     return Runs(
-        table=pd.DataFrame([_row(record) for record in records.values()]),
-        history=pd.concat(histories, names=["run_id"]).reset_index("run_id").reset_index(drop=True),
-        labels=next(iter(arrays.values()))["labels"],
-        predictions={name: np.atleast_2d(held["predictions"]) for name, held in arrays.items()},
-        environments=[record["environment"] for record in records.values()],
+        tidy=tidy.sort_values(key, ignore_index=True),
+        labels=parts[-1].labels,
+        predictions=dict(sorted(late.items())),
+        environments=[place for i, place in enumerate(places) if place not in places[:i]],
     )
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
+def _from_record(folder: Path) -> Runs:
+    record = read_record(folder)
     config = RunConfig.from_dict(record["config"])  # which knows settings that came later
-    return {
+    row = {
         "run_id": record["run_id"],
         **config.to_dict(),
         "effective_batch_size": config.effective_batch_size,
@@ -175,82 +161,102 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
         "images_per_second": record["images_per_second"],
         "peak_memory": record["peak_memory"],
     }
+    history, arrays = record["files"]["history"], record["files"]["predictions"]
+    return Runs(
+        tidy=pd.DataFrame([row]).merge(history, how="cross"),
+        labels=arrays["labels"],
+        predictions={record["run_id"]: np.atleast_2d(arrays["predictions"])},
+        environments=[record["environment"]],
+    )
 
 
 def _from_reference(folder: Path) -> Runs:
-    try:
-        content = read_manifest(folder / MANIFEST)
-        if {*content["files"]} != {*REFERENCE_FILES}:
-            raise InputError(f"{MANIFEST} lists {', '.join(content['files'])}")
-    except InputError as error:
-        raise InputError(f"the reference {folder} is damaged: {error}") from error
-    history, table = read_csv(folder / "history.csv"), read_csv(folder / "runs.csv")
-    final = table.columns.intersection(history.columns).drop("run_id")
-    settings = RunConfig().to_dict()
-    later = {name: value for name, value in settings.items() if name not in table}
-    columns = dict.fromkeys(["run_id", *settings, *table.columns.drop(final)])
-    arrays = read_arrays(folder / "predictions.npz")
+    with naming_damage(folder):
+        content = read_files(folder / MANIFEST, REFERENCE_FILES)
+    table, history, arrays = (content["files"][name] for name in ("runs", "history", "predictions"))
+    table = table.drop(columns=history.columns.drop("run_id"), errors="ignore")
+    later = {k: v for k, v in RunConfig().to_dict().items() if k not in table}  # than it was made
+    columns = dict.fromkeys(["run_id", *RunConfig.field_names(), *table])
     return Runs(
-        table=table.assign(**later)[list(columns)],
-        history=history,
+        tidy=table.assign(**later)[[*columns]].merge(history, on="run_id"),
         labels=arrays.pop("labels"),
         predictions={run_id: np.atleast_2d(late) for run_id, late in arrays.items()},
         environments=content["environments"],
     )
 
 
-def write_manifest(path: Path, content: Mapping[str, Any], files: Iterable[str]) -> None:
-    """Write a manifest of `files`, which lie beside it."""
-    signed = {**content, "files": {name: _sha256(path.with_name(name)) for name in files}}
-    write_json(path, signed | {"checksum": _checksum(signed)})
+def write_files(path: Path, content: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write tables as `<name>.csv`, arrays by name as `<name>.npz`, and a manifest at `path`."""
+    digests = {}
+    for name, held in files.items():
+        if isinstance(held, pd.DataFrame):
+            file = path.with_name(f"{name}.csv")
+            held.to_csv(file, index=False)
+        else:
+            file = path.with_name(f"{name}.npz")
+            np.savez_compressed(file, **held)
+        digests[file.name] = _sha256(file.read_bytes())
+    signed = {**content, "files": digests}
+    write_json(path, signed | {"checksum": _sha256(json.dumps(signed, sort_keys=True).encode())})
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """What a manifest says, its checksums verified; InputError says what is wrong."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        older = content.keys() == {"environments", "files"}  # a reference, before checksums
-        if content.pop("checksum", None) != _checksum(content) and not older:
-            raise InputError(f"{path.name} was changed")
-        for name, expected in content["files"].items():
-            if _sha256(path.with_name(name)) != expected:
-                raise InputError(f"{name} was changed")
-    except FileNotFoundError as error:
-        raise InputError(f"{Path(error.filename).name} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(str(error)) from error
+def read_files(path: Path, required: Iterable[str] = ()) -> dict[str, Any]:
+    """What a manifest says, its `files` in place of their checksums, which are verified."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    older = content.keys() == {"environments", "files"}  # a reference, before checksums
+    checksum = content.pop("checksum", None)
+    if checksum != _sha256(json.dumps(content, sort_keys=True).encode()) and not older:
+        raise InputError(f"{path.name} was changed")
+    digests, content["files"] = content["files"], {}
+    for name in dict.fromkeys([*required, *digests]):
+        file = path.with_name(name)
+        if _sha256(file.read_bytes()) != digests.get(name):
+            raise InputError(f"{name} was changed")
+        if file.suffix == ".csv":  # only an empty field is missing: "none" is a normalisation
+            held: Any = pd.read_csv(file, keep_default_na=False, na_values=[""])
+        else:
+            with np.load(file, allow_pickle=False) as arrays:  # objects could run code
+                held = dict(arrays)
+        content["files"][file.stem] = held
     return content
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+@contextmanager
+def naming_damage(folder: Path) -> Iterator[None]:
+    """Have what goes wrong in the block say that `folder` is damaged."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is damaged: {Path(error.filename).name} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder} is damaged: {error}") from error
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; killed between two renames, it leaves the earlier as `replaced`."""
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A new folder for the block to fill, then renamed to `folder`, in place of an earlier one.
+
+    Killed between two renames, it leaves the earlier one as `replaced`, and the next puts it back.
+    """
     aside = replaced(folder)
-    if folder.exists():
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+        new = Path(scratch, folder.name)
+        new.mkdir()
+        yield new
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+        os.rename(new, folder)
         shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-    os.rename(new, folder)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def replaced(folder: Path) -> Path:
-    """Where `replace_folder` puts the earlier folder until the new one has its name."""
+    """Where `replacing` puts the earlier folder until the new one has its name."""
     return folder.with_name(f".{folder.name}.replaced")
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table. Only an empty field is missing: "none" is a kind of normalisation."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz` file, by name; ValueError for objects, which could run code."""
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -68,7 +68,7 @@ def finished(tmp_path_factory, content_of):
             assert main(["run", str(file), "--out", str(first.out)]) == 2
         assert f"another command is at work in {first.out}" in told.getvalue()
         kernels[0].kill()
-        first.until((first.out / "failures.json").exists)
+        first.until(lambda: list(first.out.glob(".work/*.failed")))
         kernels[1].resume()
         first.process.kill()
         first.process.wait()

@@ -10,7 +10,7 @@ RUN = ["run", "batch-size"]
 
 COMMANDS = [
     (["run", "batch-sise"], "no study 'batch-sise'; did you mean 'batch-size'?"),
-    (["run", "nowhere.yaml"], "no study file nowhere.yaml"),
+    (["run", "nowhere.yaml"], "no study 'nowhere.yaml'; allowed: batch-size, "),
     ([*RUN, "--dataset", "mnist5k"], "no dataset 'mnist5k'; did you mean"),
     ([*RUN, "--dataset", "kaggle:nowhere"], "no folder nowhere; it must hold"),
     ([*RUN, "--set", "epoch=3"], "no setting 'epoch'; did you mean 'epochs'?"),
@@ -36,13 +36,18 @@ COMMANDS = [
     ([*RUN, "--time-limit", "nan"], "time_limit = nan, but it must be a number > 0"),
     ([*RUN, "--on-oom", "splt"], "no on_oom 'splt'; did you mean 'split'? allowed: stop, split"),
     ([*RUN, "--on-oom", "split", "--set", "norm=batch"], "on_oom = 'split', but"),
-    ([*RUN, "--out", "here.toml"], "here.toml is not a folder; choose another --out"),
-    ([*RUN, "--out", "full"], "full is not empty and holds no study; choose another --out"),
+    (
+        [*RUN, "--out", "here.toml"],
+        "here.toml is not an empty folder and holds no study; choose another --out",
+    ),
+    (
+        [*RUN, "--out", "full"],
+        "full is not an empty folder and holds no study; choose another --out",
+    ),
     ([*RUN, "--out", "other"], "other holds the study 'mine', not 'batch-size'"),
     ([*RUN, "--out", "torn"], "study.json is damaged: "),
     (["status", "nowhere"], "nowhere holds no study: it has no study.json"),
     (["status", "torn"], "study.json is damaged: "),
-    (["status", "listed"], "failures.json is damaged, remove it"),
     (["export", "nowhere", "reference"], "no folder nowhere"),
     (["export", "full", "reference"], "no runs in full"),
 ]
@@ -52,13 +57,11 @@ COMMANDS = [
 def here(tmp_path, monkeypatch):
     """The current folder, with a file and folders of other kinds; must be as it was afterwards."""
     (tmp_path / "here.toml").touch()
-    for name in ("full", "other", "torn", "listed"):
+    for name in ("full", "other", "torn"):
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     plan = {"name": "mine", "title": "Mine", "runs": [], "summary": "04_summary"}
-    for name in ("other", "listed"):
-        (tmp_path / name / "study.json").write_text(json.dumps(plan))
-    (tmp_path / "listed" / "failures.json").write_text("[1]")
+    (tmp_path / "other" / "study.json").write_text(json.dumps(plan))
     (tmp_path / "torn" / "study.json").write_text(json.dumps(plan)[:20])
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)

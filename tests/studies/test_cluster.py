@@ -1,7 +1,6 @@
 """Studies on a real Dask cluster: a scheduler and its workers, processes on this machine."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from commands import assert_end
 
 from nbutils import InputError
 from nbutils.__main__ import main
-from nbutils.paths import NOTEBOOKS, ROOT
 from nbutils.studies import runner
-from nbutils.studies.cluster import cluster, code_version
+from nbutils.studies.cluster import cluster
 from nbutils.studies.status import run_status
 
 distributed = pytest.importorskip(
@@ -54,20 +53,19 @@ class Cluster:
         self.client = distributed.Client(scheduler_file=str(self.file), set_as_default=False)
         self.address = self.client.scheduler.address
 
-    def start(self, kind, *options, **environment):
+    def start(self, kind, *options):
         process = subprocess.Popen(
             [sys.executable, "-m", "dask", kind, "--scheduler-file", self.file, *options],
             cwd=self.folder,
-            env=os.environ | environment,
             stderr=subprocess.DEVNULL,
         )
         self.processes.append(process)
         return process
 
-    def start_worker(self, *options, **environment):
+    def start_worker(self, *options):
         known = set(self.client.nthreads())
         options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", *options]
-        process = self.start("worker", *options, **environment)
+        process = self.start("worker", *options)
         wait_for(lambda: set(self.client.nthreads()) - known)
         return process
 
@@ -105,11 +103,6 @@ def kernels(worker):
         return []
 
 
-def assert_end(processes):
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert alive == []
-
-
 @pytest.mark.slow
 def test_a_run_that_fails_on_a_worker_is_told_and_the_others_are_made(one, tmp_path, no_summary):
     out = tmp_path / "out"
@@ -127,30 +120,6 @@ def test_workers_that_do_not_see_the_folder_are_refused_by_name(one, tmp_path, c
     (address,) = one.client.nthreads()
     assert f"{address} does not see the folder /proc/self/cwd" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
-
-
-@pytest.mark.slow
-def test_workers_with_other_code_are_refused_by_name_also_those_that_come_later(tmp_path, capsys):
-    other = tmp_path / "other"
-    ignored = shutil.ignore_patterns("__pycache__", "reference")
-    shutil.copytree(ROOT / "nbutils", other / "nbutils", ignore=ignored)
-    shutil.copytree(NOTEBOOKS, other / "notebooks", ignore=ignored)
-    with open(other / "nbutils" / "errors.py", "a") as module:
-        module.write("# changed\n")
-    with Cluster(tmp_path) as mixed:
-        good = mixed.start_worker()
-        with cluster(mixed.address, tmp_path) as executor:
-            assert executor.submit(os.getpid).result() == good.pid
-            good.kill()
-            mixed.start_worker(PYTHONPATH=str(other))
-            (address,) = wait_for(lambda: set(mixed.client.nthreads()))
-            with pytest.raises(
-                InputError, match=f"{address} has the nbutils .*not {code_version()}"
-            ):
-                executor.submit(print).result()
-        assert mixed.run(write_study(tmp_path, seed=[0]), tmp_path / "out") == 2
-        assert f"{address} has the nbutils " in capsys.readouterr().err
-        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

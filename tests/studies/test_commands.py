@@ -86,7 +86,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(finished, tmp_path, presses):
         assert printed.endswith("interrupted; what is done is kept, the same command goes on\n")
         assert "Traceback" not in printed
         assert_end(kernels)
-    assert not (run.out / "failures.json").exists()
+    assert not list(run.out.glob(".work/*.failed"))
 
 
 def test_overrides_on_the_command_line():

@@ -108,7 +108,7 @@ def forge(run, **changes):
         (lambda run: run.rename(run.with_name(f"{run.name}-2")), "it belongs to the run"),
         (lambda run: forge(run, run_id="../elsewhere"), "it belongs to the run"),
         (lambda run: forge(run, schema_version=3), "schema version is 3, and only 1 and 2 can be"),
-        (lambda run: forge(run, files={}), "run.json lists no files"),
+        (lambda run: forge(run, files={}), "history.csv was changed"),
         (lambda run: forge(run, config={"momentun": 0.9}), "no setting 'momentun'; did you mean"),
     ],
 )
@@ -148,7 +148,7 @@ def test_runs_on_different_images_are_not_mixed(results, few_digits, folder, tmp
     with pytest.raises(InputError, match=f"mixes runs on different.*{stranger.config.run_id}"):
         load_runs(folder)
     save_run(stranger, tmp_path / "others")
-    with pytest.raises(InputError, match="hold runs on different images"):
+    with pytest.raises(InputError, match="reference mixes runs on different images"):
         export(tmp_path / "others", tmp_path / "reference")
 
 
@@ -196,7 +196,7 @@ def test_older_records_and_references_are_read(folder, tmp_path):
 
 def test_tables_are_loaded_and_exported_only_when_whole(saved, tmp_path):
     table, folder = pd.DataFrame({"norm": ["none", "gruppe ä"], "x": [0.1, 2.0]}), tmp_path / "t"
-    with pytest.raises(InputError, match=r"holds no whole tables: environment\.json is missing"):
+    with pytest.raises(InputError, match=r"is damaged: environment\.json is missing"):
         load_tables(folder)
     save_tables({"cost": table}, folder, "cpu")
     export(folder, tmp_path / "reference")
@@ -205,7 +205,7 @@ def test_tables_are_loaded_and_exported_only_when_whole(saved, tmp_path):
     with pytest.raises(InputError, match=r"holds runs, and .* tables"):
         export(folder, tmp_path / "runs")
     (folder / "cost.csv").write_text("norm,x\nnone,0.2\n")
-    with pytest.raises(InputError, match=r"holds no whole tables: cost\.csv was changed"):
+    with pytest.raises(InputError, match=r"is damaged: cost\.csv was changed"):
         export(folder, tmp_path / "reference")
 
 

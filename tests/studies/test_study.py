@@ -33,7 +33,7 @@ def test_the_main_study():
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_can_be_planned(path):
     study = load_study(path.stem)
-    assert study.default_folder.parts == ("runs", "-".join([path.stem, *study.datasets]))
+    assert study.default_folder.parts == ("runs", f"{path.stem}-{study.dataset}")
 
 
 def test_a_users_own_study_with_a_grid_and_overrides(tmp_path):
@@ -75,7 +75,8 @@ def test_a_users_own_study_with_a_grid_and_overrides(tmp_path):
         ),
         ("runs: &a [*a]\nsummary: 04_summary", "a block of runs must be a mapping"),
         ("runs: [", "cannot be read"),
-        ("", "a study must be a mapping"),
+        ("", "a study lacks 'summary'"),
+        ("[1]", "a study must be a mapping"),
         ("!!python/object/apply:os.mkdir [executed]", "cannot be read"),
     ],
 )

@@ -1,7 +1,5 @@
 """The command line: `python -m nbutils COMMAND`."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -1,7 +1,5 @@
 """`InputError`: what is raised when something that the user gave cannot be used."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Where the project keeps its files, and how a file is written so that it is always whole."""
 
-from __future__ import annotations
-
 import json
 import os
 import uuid

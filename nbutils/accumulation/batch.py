@@ -1,7 +1,5 @@
 """What `window.py` needs around a micro-batch: its weight, its gradients, and checks of both."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

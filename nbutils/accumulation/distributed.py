@@ -14,8 +14,6 @@ What cannot work:
 - Passing the plain model inside of the module that `losses` calls: its ranks are not seen.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 
 import torch

@@ -1,8 +1,6 @@
 """Trains on large batches and on the same batches accumulated, side by side, and measures how far
 the weights drift apart."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """Too little memory: how to tell it, and how to go on with smaller micro-batches."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import math

@@ -1,7 +1,5 @@
 """What wrong training loops do to the gradient and to the accuracy; notebook 06 has the loops."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

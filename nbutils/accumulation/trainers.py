@@ -16,8 +16,6 @@ plain SGD at `run.probe.learning_rate`. A loop with Accelerate needs no callback
 `watch_schedule(run, schedule)` before it begins, and `run.end_epoch(loss)` after each epoch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

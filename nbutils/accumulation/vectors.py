@@ -1,7 +1,5 @@
 """A model's gradient as one vector, and how far two vectors are apart."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -5,8 +5,6 @@ An update should follow the mean loss of all images in its window. So each micro
 step and the schedule's come once per window, when its gradient is complete.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext

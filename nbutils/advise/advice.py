@@ -1,7 +1,5 @@
 """The advice for a reader's own training: made, kept, and written as a report."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -3,8 +3,6 @@
 They choose which settings race; see `race`. Each also returns what it left out, in plain words.
 """
 
-from __future__ import annotations
-
 import math
 from contextlib import suppress
 from dataclasses import asdict, replace

@@ -4,8 +4,6 @@ Images of uint8 stay as they are; the loss scales them. What would become a trai
 refused with the cause.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,7 +56,7 @@ class Examples(NamedTuple):
         made = dict(made) if isinstance(made, Mapping) else made  # also what is like a mapping
         return tree_map_only(Tensor, lambda part: part.to(device), made)
 
-    def take(self, chosen: Tensor) -> Examples:
+    def take(self, chosen: Tensor) -> "Examples":
         """Those with these indices; tensors are copied, so that no others are pickled with them."""
         if self.collate:
             return Examples([self.items[index] for index in chosen.tolist()], self.collate)

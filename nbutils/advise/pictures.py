@@ -1,7 +1,5 @@
 """Image files of every usual kind, as the picture that a person sees: uint8, grey or RGB."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -15,8 +15,6 @@ count. Then the winner meets the usual setting from further starts, where there 
 Source of the halving: Jamieson and Talwalkar (2016), "Non-stochastic best arm identification".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """What every measurement trains: a model, its examples in memory, and the loss of each example."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """A training of a task by one setting."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -51,7 +51,7 @@ class Answers:
 def load_answers(folder: str | Path) -> Answers:
     """Those of a folder of runs, or of a reference."""
     runs = read_runs(folder)
-    epochs = runs.table.set_index("run_id")["epochs"].map(late_epochs)
+    epochs = runs.tidy.groupby("run_id")["epochs"].first().map(late_epochs)
     late = {run_id: each[-epochs[run_id] :] for run_id, each in runs.predictions.items()}
     return Answers(runs.tidy, runs.labels, late)
 

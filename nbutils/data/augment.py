@@ -1,7 +1,5 @@
 """Random small movements of training images."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,12 +1,10 @@
 """A dataset as tensors: images to train on, to choose by and to report."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ class Split(NamedTuple):
     images: Tensor
     labels: Tensor
 
-    def at(self, chosen: Tensor) -> Split:
+    def at(self, chosen: Tensor) -> "Split":
         """Those that a mask or indices choose."""
         return Split(self.images[chosen], self.labels[chosen])
 
@@ -53,7 +51,7 @@ class Dataset:
         """Mean and standard deviation of the training pixels, scaled to [0, 1]."""
         return mean_and_std(self.train.images)
 
-    def subset(self, images: int) -> Dataset:
+    def subset(self, images: int) -> Self:
         """The same with at most this many training images, spread evenly over the file."""
         count = min(images, len(self.train.labels))
         chosen = torch.linspace(0, len(self.train.labels) - 1, count).long()

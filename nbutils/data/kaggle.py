@@ -4,8 +4,6 @@ A row of `train.csv` is a `label` (0 to 9), then `pixel0` to `pixel783` (0 to 25
 black); `test.csv` has no labels. A submission gives its images, counted from 1, a `Label`.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Where images come from: `load_dataset(name)`."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """The noise scale at several moments of a training."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """How well BatchNorm's running averages describe the training images, by size of micro-batch."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -6,8 +6,6 @@ does not count: a first model makes an update before. On the CPU it is resident 
 torch's allocator has reserved; the CUDA context, some hundred megabytes, comes on top.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence

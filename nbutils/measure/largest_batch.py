@@ -1,7 +1,5 @@
 """The largest micro-batch that can be trained within a memory budget, found by trying."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass

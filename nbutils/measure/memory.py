@@ -1,7 +1,5 @@
 """Memory: budgets as people write them, what a device has free, and the peak of a process."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re

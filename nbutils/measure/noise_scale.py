@@ -7,8 +7,6 @@ update of far fewer images is mostly noise, one of far more is hardly better (Mc
 Amodei et al. 2018, "An Empirical Model of Large-Batch Training", section 2.2 and appendix A.1).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager

@@ -3,8 +3,6 @@
 The memory of the process is free again when it ends, also after an error.
 """
 
-from __future__ import annotations
-
 import io
 import linecache
 import marshal

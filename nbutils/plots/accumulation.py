@@ -1,7 +1,5 @@
 """Accumulation: windows, sums of gradients, rounding, the damage of mistakes, and what it costs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib as mpl

@@ -1,7 +1,5 @@
 """The measurements and the race behind an advice."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

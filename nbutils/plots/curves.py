@@ -1,7 +1,5 @@
 """How runs develop, against epochs, updates or seconds, and how they end, by setting."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Literal
 

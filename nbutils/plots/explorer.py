@@ -1,7 +1,5 @@
 """Figures to play with in JupyterLab: `Explorer` and `LiveCurves`."""
 
-from __future__ import annotations
-
 import base64
 import os
 from collections.abc import Callable, Sequence

@@ -3,8 +3,6 @@
 Tables are those of `nbutils.analysis`, the rows of one optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any

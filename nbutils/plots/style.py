@@ -1,7 +1,5 @@
 """The house style: colours, marks, intervals, ticks, names at the ends of lines, saved figures."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise

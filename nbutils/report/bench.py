@@ -5,8 +5,6 @@ same dropout. First both must end at the same weights in float64. Then an epoch 
 of the other are timed in turn, so that a change in the machine's speed affects both.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

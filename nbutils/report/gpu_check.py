@@ -5,8 +5,6 @@ number or a few words, and whether that is right, None where nothing is judged. 
 or is cut keeps its rows and leaves the others.
 """
 
-from __future__ import annotations
-
 import gc
 import io
 import itertools

@@ -1,7 +1,5 @@
 """What each notebook says of itself at its top: the way to the others, and how long it takes."""
 
-from __future__ import annotations
-
 import tempfile
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 The text of the README is `README.md.jinja` beside this file; its numbers come from the records.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

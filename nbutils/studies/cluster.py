@@ -3,8 +3,6 @@
 A scheduler tells its workers and clients what to execute, so connect only to one you trust.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from concurrent.futures import Executor

@@ -1,7 +1,5 @@
 """Notebooks as functions of their parameters: run one with papermill, check what it is given."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import json

@@ -6,8 +6,6 @@ by its id; shapes as in a record) and `environment.json`: a manifest that says w
 made. What a study measures otherwise is a folder of `<name>.csv` and such a manifest.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path

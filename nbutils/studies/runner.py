@@ -5,8 +5,6 @@ with this process. One command at a time works in the folder of a study, and it 
 there.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import platform

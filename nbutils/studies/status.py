@@ -5,8 +5,6 @@ figures. In `.work/`, until all is done, are the attempts at each unfinished run
 `<run_id>/<N>/`, and the cause of each failure, as `<run_id>.failed`.
 """
 
-from __future__ import annotations
-
 import math
 from concurrent.futures import CancelledError
 from contextlib import suppress

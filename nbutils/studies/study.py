@@ -15,8 +15,6 @@ A study without `runs` measures in its summary, which then has the parameter `ou
 its tables) in place of `runs`.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

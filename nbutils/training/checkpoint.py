@@ -4,8 +4,6 @@ A checkpoint is the SHA-256 of the rest (`torch.load` does not notice a flipped 
 and the conditions under which it was made: all that decides a run to the last bit.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

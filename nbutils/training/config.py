@@ -1,7 +1,5 @@
 """The settings of one run: `RunConfig`, a frozen dataclass that checks itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -10,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from nbutils.errors import InputError, suggest
 
@@ -63,7 +61,7 @@ class RunConfig:
             raise InputError(f"momentum = {self.momentum!r}, but it must be {allowed}")
 
     @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> RunConfig:
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """A config from field names and values; fields left out take their defaults."""
         for name in settings:
             if name not in cls.field_names():

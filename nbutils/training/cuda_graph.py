@@ -8,8 +8,6 @@ filled between replays; and random numbers come from generators that the graph k
 as they would without it.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The classifier, `DigitCNN`, the layers that may normalise its channels, and what it predicts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Runs side by side on one device, with smaller micro-batches where its memory runs out."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What a run reports: its scores after an epoch, and its `RunResult`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What a run is set up with: the device, deterministic kernels, generators, the optimizer."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence

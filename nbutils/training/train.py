@@ -1,7 +1,5 @@
 """One run, from its settings to its result. `script` reads from top to bottom."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path

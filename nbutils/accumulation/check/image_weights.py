@@ -1,7 +1,5 @@
 """How much each image of a window weighs in its update, against what it should weigh."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from itertools import chain
 

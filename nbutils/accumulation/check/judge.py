@@ -5,8 +5,6 @@ asked: did it come after its own window? Did the optimizer use the sum of the wi
 passes, nothing lost and nothing old? Did every image in that sum have its right weight?
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

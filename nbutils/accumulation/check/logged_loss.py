@@ -1,7 +1,5 @@
 """Whether a number that a loop returns is the mean loss over images, or one divided wrongly."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ column i of the gradient comes from image i alone, and its size is the weight of
 update.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

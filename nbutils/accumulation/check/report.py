@@ -1,7 +1,5 @@
 """The rules of accumulation, and a report of those that a loop breaks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from textwrap import fill
 from typing import Any

@@ -4,8 +4,6 @@ Every `torch.optim.Optimizer` that holds the table's weight is watched. For othe
 `run.record_update(gradient)` just before each update.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

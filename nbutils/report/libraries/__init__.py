@@ -3,8 +3,6 @@
 The record of it is formatted for notebook 06 and the README.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

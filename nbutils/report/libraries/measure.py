@@ -4,8 +4,6 @@ Micro-batches have 4 images, and 3 make a window. Which went into an update, and
 weighed in it, is read off the gradient (`nbutils.accumulation.check.probe` says how).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 

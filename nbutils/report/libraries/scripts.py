@@ -4,8 +4,6 @@ Each function trains the model of a watched run with plain SGD, clipped to the n
 trainer is made once for both epochs: one made anew each epoch cannot carry anything over.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from typing import Any

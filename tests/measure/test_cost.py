@@ -251,7 +251,7 @@ def test_a_budget_too_small_for_the_smallest_batch_says_what_it_needs():
 
 
 def test_it_respects_a_budget_on_this_machine():
-    budget = 8_000_000
+    budget = 24_000_000  # what the allocator keeps varies by some megabytes
     found = largest_batch_size(Hungry, IMAGES, LABELS, memory_budget=budget, device="cpu")
     assert found.peak_memory <= found.limit < budget
     assert 1 <= found.batch_size <= budget // Hungry.kept

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -78,14 +79,8 @@ def run_study(
             # From the whole study, so that a run has as many threads when the rest goes on.
             jobs = jobs or (1 if torch.cuda.is_available() else processors())
             jobs = 1 if executor else min(jobs, len(study.runs))
-            task = partial(
-                make_run,
-                out=out,
-                fingerprint=fingerprint,
-                on_oom=on_oom,
-                jobs=jobs,
-                limit=time_limit,
-            )
+            given: Any = {"fingerprint": fingerprint, "on_oom": on_oom, "jobs": jobs}
+            task = partial(make_run, out=out, limit=time_limit, **given)
             failures = _make_runs(runs, out, executor or ThreadPoolExecutor(jobs), task)
         failures = failures or _sum_up(study, out)
         if not failures and not status.missing(plan, out):

@@ -93,7 +93,7 @@ def measure(
         def start() -> Update:
             model = make()
             if not isinstance(model, nn.Module):
-                raise TypeError(f"the factory returned {type(model).__name__}, not a torch.nn.Module")
+                raise TypeError(f"factory returned {type(model).__name__}, not a torch.nn.Module")
             model.to(device)
             if any(isinstance(layer, LazyModuleMixin) for layer in model.modules()):
                 with torch.no_grad():

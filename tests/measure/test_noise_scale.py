@@ -10,7 +10,6 @@ from torch import nn
 
 from nbutils import DigitCNN, InputError, RunConfig, train
 from nbutils.measure.along_training import noise_along_training
-from nbutils.measure.batch_norm import running_statistics_error
 from nbutils.measure.noise_scale import noise_scale, noise_scale_of_batches
 
 CLASSES = 3
@@ -268,11 +267,3 @@ def test_measuring_leaves_no_trace_in_the_training(few_digits):
 def test_only_updates_of_the_run_can_be_measured(few_digits, updates):
     with pytest.raises(InputError, match="they must be in 1 to 12"):
         noise_along_training(RunConfig(batch_size=50, epochs=2), few_digits, updates)
-
-
-def test_averages_of_larger_micro_batches_are_closer_to_the_truth(few_digits):
-    state = torch.get_rng_state()
-    errors = running_statistics_error(few_digits.subset(60), [60, 20, 4])
-    assert errors[60] < 1e-4  # every micro-batch is the whole training set
-    assert errors[60] < errors[20] < errors[4]
-    assert torch.equal(torch.get_rng_state(), state)

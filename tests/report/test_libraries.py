@@ -38,7 +38,7 @@ def test_the_record_has_every_library_and_probe():
         ("keras", "schedule", "each micro-batch"),
         ("fastai", "unequal micro-batches", "carried over"),
         ("poutyne", "clipping", "each micro-batch"),
-        ("pytorch-accelerated", "logged loss", "divided by the steps"),
+        ("composer", "unequal tokens", "right"),
     ],
 )
 def test_the_notes_say_what_is_in_the_record(library, probe, verdict):

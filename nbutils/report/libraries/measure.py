@@ -14,7 +14,7 @@ from nbutils.accumulation.check.image_weights import Window
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS, BATCH_SIZE, EPOCHS, Probe, cut
 from nbutils.accumulation.check.watch import Run, Update, watch
 from nbutils.accumulation.vectors import relative_difference
-from nbutils.report.libraries import scripts
+from nbutils.report.libraries import hugging_face, scripts
 
 WINDOW = ACCUMULATION_STEPS * BATCH_SIZE
 TOLERANCE, CLIP = 1e-4, 1.0
@@ -24,21 +24,21 @@ IGNITE = NO_TOKENS | {"clipping": "not offered", "schedule": "not its job"}
 FASTAI = NO_TOKENS | {"schedule": "by fraction of training", "logged loss": "smoothed"}
 LIBRARIES: dict[str, tuple[Callable[[Run, float | None], None], dict[str, str]]] = {
     "this project": (scripts.this_project, {}),
-    "accelerate": (scripts.accelerate, NO_LOG),
-    "accelerate, loader not prepared": (partial(scripts.accelerate, prepare=False), NO_LOG),
+    "accelerate": (hugging_face.accelerate, NO_LOG),
+    "accelerate, loader not prepared": (partial(hugging_face.accelerate, prepare=False), NO_LOG),
     **{
-        f"transformers, {name}": (partial(scripts.transformers, make=make), {})
-        for name, make in scripts.MODELS.items()
+        f"transformers, {name}": (partial(hugging_face.transformers, make=make), {})
+        for name, make in hugging_face.MODELS.items()
     },
     "lightning": (scripts.lightning, NO_TOKENS),
     "keras": (scripts.keras, {}),
     "pytorch-ignite": (scripts.ignite, IGNITE),
     "fastai": (scripts.fastai, FASTAI),
     "poutyne": (scripts.poutyne, NO_TOKENS),
-    "pytorch-accelerated": (scripts.pytorch_accelerated, NO_TOKENS),
+    "composer": (scripts.composer, {}),
 }
 """What trains, and verdicts to probes in place of those measured. Names are in the order of the
-table: a package on PyPI, or "package, variant"."""
+table: a package, or "package, variant"."""
 
 NOT_MEASURED = "not its job", "not offered"
 Runs = Callable[[str], Run]
@@ -46,8 +46,9 @@ Runs = Callable[[str], Run]
 
 
 def package_of(name: str) -> str:
-    """The package of a library; "" for this project."""
-    return name.partition(",")[0].replace("this project", "")
+    """The package of a library on PyPI; "" for this project."""
+    package = name.partition(",")[0]
+    return {"this project": "", "composer": "mosaicml"}.get(package, package)
 
 
 def _problem(name: str) -> Probe:

@@ -4,13 +4,12 @@ Each function trains the model of a watched run with plain SGD, clipped to the n
 trainer is made once for both epochs: one made anew each epoch cannot carry anything over.
 """
 
-import tempfile
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from nbutils.accumulation import accumulate_gradient, windows_of_batches
 from nbutils.accumulation.check.probe import ACCUMULATION_STEPS as STEPS
@@ -20,7 +19,6 @@ from nbutils.accumulation.trainers import (
     keras_callback,
     lightning_callback,
     loader_of,
-    transformers_callback,
     watch_schedule,
 )
 
@@ -50,101 +48,6 @@ def this_project(run: Run, clip: float | None) -> None:
             optimizer.step()
             schedule.step()
         run.end_epoch(torch.cat(logged).mean().item())
-
-
-def accelerate(run: Run, clip: float | None, prepare: bool = True) -> None:
-    """`Accelerator.accumulate`."""
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=STEPS)
-    model, optimizer = accelerator.prepare(run.probe.model, run.probe.optimizer())
-    schedule = accelerator.prepare(watch_schedule(run, AnySchedule(optimizer.optimizer)))
-    loader = accelerator.prepare(loader_of(run)) if prepare else loader_of(run)
-    for _ in range(EPOCHS):
-        for images, labels in loader:
-            with accelerator.accumulate(model):
-                accelerator.backward(F.cross_entropy(model(images), labels))
-                if clip and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), clip)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-        run.end_epoch()
-
-
-def transformers(run: Run, clip: float | None, make: Callable[[nn.Module], nn.Module]) -> None:
-    """The Trainer with a model made around that of the run."""
-    from transformers import Trainer, TrainingArguments
-
-    def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        images, labels = zip(*samples, strict=True)
-        return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
-
-    optimizer = run.probe.optimizer()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            use_cpu=True,
-            per_device_train_batch_size=BATCH_SIZE,
-            gradient_accumulation_steps=STEPS,
-            num_train_epochs=EPOCHS,
-            max_grad_norm=clip or 0.0,
-            train_sampling_strategy="sequential",
-            logging_strategy="epoch",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        Trainer(
-            *(make(run.probe.model), arguments, collate, run.probe.batches.dataset),
-            optimizers=(optimizer, AnySchedule(optimizer)),
-            callbacks=[transformers_callback(run)],
-        ).train()
-
-
-class _PlainModel(nn.Module):
-    """Returns its own loss, as the Trainer wants it. Takes images and labels only."""
-
-    def __init__(self, table: nn.Module) -> None:
-        super().__init__()
-        self.table = table
-
-    def forward(self, pixel_values: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self.table(pixel_values), labels)}
-
-
-class _WithKwargs(_PlainModel):
-    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> dict[str, Tensor]:
-        return super().forward(pixel_values, labels)
-
-
-class _WithNumItems(_WithKwargs):
-    def forward(self, pixel_values: Tensor, labels: Tensor, **more: Any) -> dict[str, Tensor]:
-        loss = F.cross_entropy(self.table(pixel_values), labels, reduction="sum")
-        return {"loss": loss / more["num_items_in_batch"]}
-
-
-def _resnet(table: nn.Module) -> nn.Module:
-    """`ResNetForImageClassification`, whose last layer is the model to train."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-    from transformers.modeling_outputs import BaseModelOutputWithPoolingAndNoAttention
-
-    class Backbone(nn.Module):
-        def forward(self, pixel_values: Tensor, **_: Any) -> Any:
-            return BaseModelOutputWithPoolingAndNoAttention(pooler_output=pixel_values)
-
-    config = ResNetConfig(num_labels=3, embedding_size=8, hidden_sizes=[8], depths=[1])
-    model = ResNetForImageClassification(config)
-    model.resnet, model.classifier = Backbone(), table
-    return model
-
-
-MODELS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "plain model": _PlainModel,
-    "model with **kwargs": _WithKwargs,
-    "ResNetForImageClassification": _resnet,
-    "model with num_items_in_batch": _WithNumItems,
-}
 
 
 def lightning(run: Run, clip: float | None) -> None:
@@ -267,22 +170,50 @@ def poutyne(run: Run, clip: float | None) -> None:
     )
 
 
-def pytorch_accelerated(run: Run, clip: float | None) -> None:
-    """`Trainer.train(gradient_accumulation_steps=3)`; it clips values, not the norm."""
-    from pytorch_accelerated.callbacks import TrainerCallback
-    from pytorch_accelerated.trainer import Trainer
+def composer(run: Run, clip: float | None) -> None:
+    """`Trainer(device_train_microbatch_size=4)`, which cuts batches of 12 into micro-batches."""
+    from composer import Callback, ComposerModel, DataSpec, Trainer
+    from composer.algorithms import GradientClipping
 
-    class EndEpoch(TrainerCallback):
-        def on_train_epoch_end(self, trainer: Any, **_: Any) -> None:
-            run.end_epoch(trainer.run_history.get_latest_metric("train_loss_epoch"))
+    class Model(ComposerModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = run.probe.model
 
-    given = run.probe.model, F.cross_entropy, run.probe.optimizer()
-    Trainer(*given, callbacks=[EndEpoch()]).train(
-        run.probe.batches.dataset,
-        num_epochs=EPOCHS,
-        per_device_batch_size=BATCH_SIZE,
-        gradient_accumulation_steps=STEPS,
-        gradient_clip_value=clip,
-        create_scheduler_fn=lambda optimizer: watch_schedule(run, AnySchedule(optimizer)),
-        train_dataloader_kwargs={"shuffle": False, "num_workers": 0},
-    )
+        def forward(self, batch: Any) -> Tensor:
+            return self.model(batch[0])
+
+        def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs, batch[1])
+
+    class MeanLoss(Callback):
+        logged: list[float]
+
+        def epoch_start(self, *_: Any) -> None:
+            self.logged = []
+
+        def batch_end(self, state: Any, _: Any) -> None:
+            loss = float(state.total_loss_dict["loss/train/total"])
+            self.logged += [loss] * len(state.batch[1])
+
+        def epoch_end(self, *_: Any) -> None:
+            run.end_epoch(sum(self.logged) / len(self.logged))
+
+    optimizer = run.probe.optimizer()
+    batches = DataLoader(run.probe.batches.dataset, batch_size=STEPS * BATCH_SIZE)
+    Trainer(
+        model=Model(),
+        train_dataloader=DataSpec(
+            batches, get_num_tokens_in_batch=lambda batch: int((batch[1] != IGNORED).sum())
+        ),
+        accumulate_train_batch_on_tokens=True,
+        device_train_microbatch_size=BATCH_SIZE,
+        max_duration=f"{EPOCHS}ep",
+        optimizers=optimizer,
+        schedulers=watch_schedule(run, AnySchedule(optimizer)),
+        step_schedulers_every_batch=True,
+        algorithms=[GradientClipping("norm", clip)] if clip else [],
+        callbacks=[MeanLoss()],
+        progress_bar=False,
+        device="cpu",
+    ).fit()

@@ -132,19 +132,15 @@ def by_hand(model, optimizer, scheduler, batches, steps):
             model.weight -= 0.1 * model.weight.grad
 
 
-def skips_first(model, optimizer, scheduler, batches, steps):
-    for window in windows_of_batches(batches, steps):
-        optimizer.zero_grad()
-        for images, labels in window[1:]:
-            (sum_of_losses(model(images), labels) / images_in(window)).backward()
-        optimizer.step()
+def of_batches(choose):
+    return lambda m, o, s, batches, k: right(m, o, s, choose(batches, k), k)
 
 
-def first_window(model, optimizer, scheduler, batches, steps):
-    right(model, optimizer, scheduler, batches[:steps], steps)
+def without_firsts(m, o, s, batches, k):
+    right(m, o, s, [batch for number, batch in enumerate(batches) if number % k], k - 1)
 
 
-def own_optimizer(model, optimizer, *rest):
+def loop_with_own_optimizer(model, optimizer, *rest):
     right(model, torch.optim.SGD(model.parameters(), lr=1e-9), *rest)
 
 
@@ -169,51 +165,47 @@ def zero_then_forward(model, images):
     return model(images)
 
 
+def sum_of_squares(logits, _):
+    return logits.square().sum()
+
+
 mean = F.cross_entropy
 WRONG = {
-    "own optimizer": (own_optimizer, "optimizer", "that the loop made itself"),
+    "own optimizer": (loop_with_own_optimizer, "optimizer", "that the loop made itself"),
     "update by hand": (by_hand, "optimizer", "not by optimizer.step()"),
-    "step inside": (
-        loop(inside=step_optimizer),
-        "one update",
-        "16 updates in 4 windows of 3 micro",
-    ),
+    "step inside": (loop(inside=step_optimizer), "one update", "16 updates in 4 windows"),
     "step twice": (loop(after_step=step_optimizer), "one update", "8 updates in 4 windows"),
     "no step": (nothing, "window length", "no update was made"),
     "step first": (updates_at(0), "window length", "after 1, 3, 3, 3 micro-batches, not 3"),
-    "stops early": (first_window, "every image", "micro-batches 4, 5, 6 of 6"),
-    "skips first": (skips_first, "every image", "micro-batches 1, 4 of 6"),
+    "stops early": (
+        of_batches(lambda batches, k: batches[:k]),
+        "every image",
+        "micro-batches 4, 5, 6 of 6",
+    ),
+    "skips first": (without_firsts, "every image", "micro-batches 1, 4 of 6"),
     "weight decay inside": (loop(inside=decay), "still weights", "between two micro-batches"),
     "too large": (over(lambda w, k: images_in(w) / 3), "division", "a gradient 3 times too large"),
     "never divided": (over(lambda *_: 1), "division", "never divided"),
     "divided twice": (over(lambda w, k: images_in(w) * k), "division", "0.333 of its right size"),
-    "never unscaled": (
-        scaled(unscale=False, own_step=True),
-        "division",
-        "6.55e+04 times too large",
-    ),
-    "sum of means": (
-        over(lambda *_: 1, mean),
-        "division, equal weight",
-        "the micro-batches' means",
-    ),
+    "never unscaled": (scaled(unscale=False, own_step=True), "division", "6.55e+04 times"),
+    "sum of means": (over(lambda *_: 1, mean), "division, equal weight", "micro-batches' means"),
     "mean of means": (over(lambda w, k: len(w), mean), "equal weight", "weighed 4 times as much"),
     "running sum": (running_sum, "equal weight", "weighed 3 : 2 : 1"),
     "tutorial": (over(lambda w, k: k, mean), "equal weight, short window", "8 images in a window"),
     "full divisor": (over(lambda *_: 12), "short window", "0.75 of its right size"),
     "carry-over": (updates_at(2), "equal weight, one epoch", "2 micro-batches of one epoch"),
     "cleared inside": (loop(forward=zero_then_forward), "whole gradient", "was lost"),
-    "cleared before the step": (
-        loop(before_step=lambda model, *_: model.zero_grad()),
+    "cleared early": (
+        loop(before_step=lambda m, *_: m.zero_grad()),
         "whole gradient",
-        "no gradient at all",
+        "no gradient",
     ),
     "never cleared": (loop(clear=False), "whole gradient", "the window before it"),
     "never cleared in a closure": (with_closure(clear=False), "whole gradient", "before it"),
-    "never cleared, another loss": (
-        loop(loss=lambda logits, labels: logits.square().sum(), clear=False),
+    "any loss, never cleared": (
+        loop(loss=sum_of_squares, clear=False),
         "whole gradient",
-        "the window before it",
+        "before it",
     ),
     "cleared once an epoch, remainder dropped": (cleared_once_an_epoch, "whole gradient", "before"),
     "clipping inside": (loop(inside=clip()), "clipping", "between the backward passes"),
@@ -224,17 +216,17 @@ WRONG = {
     "clipping, never cleared": (
         loop(clear=False, inside=clip()),
         "whole gradient, clipping",
-        "between the backward passes",
+        "between",
     ),
     "schedule inside": (
         loop(inside=step_schedule, after_step=nothing),
         "schedule",
-        "12 steps of the schedule for 4 updates",
+        "12 steps of the",
     ),
-    "schedule before the optimizer": (
+    "schedule first": (
         loop(before_step=step_schedule, after_step=nothing),
         "schedule",
-        "before the first update",
+        "before the first",
     ),
 }
 
@@ -375,7 +367,7 @@ RIGHT = {
     "helper": helper,
     "one pass": in_one_pass,
     "remainder dropped": loop(last_window="drop"),
-    "shuffled": lambda m, o, s, batches, k: right(m, o, s, random.sample(batches, len(batches)), k),
+    "shuffled": of_batches(lambda batches, k: random.sample(batches, len(batches))),
     "closure": with_closure(),
     "wrapped optimizer": lambda model, optimizer, *rest: right(model, Wrapper(optimizer), *rest),
     "autograd.grad": gradients_outside(),
@@ -451,7 +443,7 @@ UNCHECKED = {
     "several epochs": whole_training,
     "label smoothing": smooth_loop,
     "class weights": loop(loss=weighted),
-    "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + z.square().sum()),
+    "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + sum_of_squares(z, y)),
     "hardest images only": loop(loss=hardest),
     "images mixed": on_images(lambda images: images.roll(1, 2)),
     "gradient by its sign": loop(before_step=on_gradient(lambda g, _: g.sign_())),

@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nbutils.accumulation import (
-    accumulate_gradient,
-    updates_per_epoch,
-    windows,
-    windows_of_batches,
-)
+from nbutils.accumulation import accumulate_gradient, updates_per_epoch, windows, windows_of_batches
 from nbutils.accumulation.equivalence import OPTIMIZERS
 from nbutils.accumulation.out_of_memory import FITTING
 

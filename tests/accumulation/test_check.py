@@ -140,7 +140,7 @@ def without_firsts(m, o, s, batches, k):
     right(m, o, s, [batch for number, batch in enumerate(batches) if number % k], k - 1)
 
 
-def loop_with_own_optimizer(model, optimizer, *rest):
+def own_optimizer(model, optimizer, *rest):
     right(model, torch.optim.SGD(model.parameters(), lr=1e-9), *rest)
 
 
@@ -171,7 +171,7 @@ def sum_of_squares(logits, _):
 
 mean = F.cross_entropy
 WRONG = {
-    "own optimizer": (loop_with_own_optimizer, "optimizer", "that the loop made itself"),
+    "own optimizer": (own_optimizer, "optimizer", "that the loop made itself"),
     "update by hand": (by_hand, "optimizer", "not by optimizer.step()"),
     "step inside": (loop(inside=step_optimizer), "one update", "16 updates in 4 windows"),
     "step twice": (loop(after_step=step_optimizer), "one update", "8 updates in 4 windows"),
@@ -198,14 +198,14 @@ WRONG = {
     "cleared early": (
         loop(before_step=lambda m, *_: m.zero_grad()),
         "whole gradient",
-        "no gradient",
+        "no gradient at all",
     ),
     "never cleared": (loop(clear=False), "whole gradient", "the window before it"),
     "never cleared in a closure": (with_closure(clear=False), "whole gradient", "before it"),
     "any loss, never cleared": (
         loop(loss=sum_of_squares, clear=False),
         "whole gradient",
-        "before it",
+        "the window before it",
     ),
     "cleared once an epoch, remainder dropped": (cleared_once_an_epoch, "whole gradient", "before"),
     "clipping inside": (loop(inside=clip()), "clipping", "between the backward passes"),
@@ -216,17 +216,17 @@ WRONG = {
     "clipping, never cleared": (
         loop(clear=False, inside=clip()),
         "whole gradient, clipping",
-        "between",
+        "between the backward passes",
     ),
     "schedule inside": (
         loop(inside=step_schedule, after_step=nothing),
         "schedule",
-        "12 steps of the",
+        "12 steps of the schedule for 4 updates",
     ),
     "schedule first": (
         loop(before_step=step_schedule, after_step=nothing),
         "schedule",
-        "before the first",
+        "before the first update",
     ),
 }
 

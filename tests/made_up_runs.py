@@ -33,6 +33,17 @@ def runs_of(*settings):
     return pd.concat(parts, ignore_index=True)
 
 
+def runs_by_rate(accuracies, rates):
+    """One epoch each: `accuracies[size]` are those of `rates`."""
+    return runs_of(
+        *[
+            (RunConfig(batch_size=size, learning_rate=rate), [accuracy], 1)
+            for size, row in accuracies.items()
+            for rate, accuracy in zip(rates, row, strict=True)
+        ]
+    )
+
+
 SIZES = ((32, 1), (64, 1), (128, 1), (256, 1), (512, 1), (1024, 1), (128, 8))
 NOISE = (-0.0002, 0.0001, 0.0003, -0.0001, -0.0001)
 """Of five seeds; their mean is 0."""

@@ -1,10 +1,8 @@
 """Right and wrong loops as people write them: each kind once, and what the report must say."""
 
 import copy
-import importlib.util
 import io
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,56 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.utils.checkpoint import checkpoint
+from training_loops import images_in, loop, step_schedule, sum_of_losses
 
 from nbutils.accumulation import accumulate_gradient, check_accumulation, windows_of_batches
 from nbutils.accumulation.check.report import CHANGES, RULES
 
-SHARED = Path(__file__).parents[3] / "shared" / "cases" / "loops.py"
-
-
-def sum_of_losses(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
-def images_in(window):
-    return sum(len(labels) for _, labels in window)
-
-
-def loop(
-    *,
-    forward=lambda model, images: model(images),
-    loss=sum_of_losses,
-    divisor=lambda window, steps: images_in(window),
-    inside=None,  # after each backward pass
-    before_step=None,
-    after_step=lambda model, optimizer, scheduler, window: scheduler.step(),
-    clear=True,
-    drop=False,
-):
-    """A loop with hooks where mistakes are made; without any it is right."""
-
-    def run(model, optimizer, scheduler, batches, steps):
-        for window in windows_of_batches(batches, steps, "drop" if drop else "step"):
-            given = model, optimizer, scheduler, window
-            if clear:
-                optimizer.zero_grad()
-            for images, labels in window:
-                (loss(forward(model, images), labels) / divisor(window, steps)).backward()
-                if inside:
-                    inside(*given)
-            if before_step:
-                before_step(*given)
-            optimizer.step()
-            after_step(*given)
-
-    return run
-
-
 right = loop()
-
-
-def step_schedule(model, optimizer, scheduler, window):
-    scheduler.step()
 
 
 def step_optimizer(model, optimizer, scheduler, window):
@@ -92,25 +46,39 @@ def over(divisor, loss=sum_of_losses):
     return loop(loss=loss, divisor=divisor)
 
 
-def scaled(*, unscale=True, clip_first=False, own_step=False):
-    def run(model, optimizer, scheduler, batches, steps):
+def scaled(*, unscale=True, clip_first=False, own_step=False, divide_late=False):
+    def run(*given):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-        for window in windows_of_batches(batches, steps):
-            optimizer.zero_grad()
-            for images, labels in window:
-                scaler.scale(sum_of_losses(model(images), labels) / images_in(window)).backward()
+
+        def before_step(model, optimizer, scheduler, window):
+            if divide_late:
+                model.weight.grad /= images_in(window)
             if clip_first:
                 clip_grad_norm_(model.parameters(), 1.0)
             if unscale:
                 scaler.unscale_(optimizer)
                 clip_grad_norm_(model.parameters(), 1.0)
+
+        def step(model, optimizer):
             if own_step:
                 optimizer.step()
             else:
                 scaler.step(optimizer)
                 scaler.update()
 
+        loop(
+            divisor=lambda window, _: 1 if divide_late else images_in(window),
+            backward=lambda loss: scaler.scale(loss).backward(),
+            before_step=before_step,
+            step=step,
+        )(*given)
+
     return run
+
+
+def add_gradients(model, window):
+    for images, labels in window:
+        (sum_of_losses(model(images), labels) / images_in(window)).backward()
 
 
 def with_closure(clear=True):
@@ -120,8 +88,8 @@ def with_closure(clear=True):
             def closure(window=window):
                 if clear:
                     optimizer.zero_grad()
-                for images, labels in window:
-                    (sum_of_losses(model(images), labels) / images_in(window)).backward()
+                add_gradients(model, window)
+                return torch.tensor(1.0)  # as a loss
 
             optimizer.step(closure)
 
@@ -130,7 +98,7 @@ def with_closure(clear=True):
 
 def cleared_once_an_epoch(model, optimizer, *rest):
     optimizer.zero_grad()
-    loop(clear=False, drop=True)(model, optimizer, *rest)
+    loop(clear=False, last_window="drop")(model, optimizer, *rest)
 
 
 def updates_at(place):
@@ -164,16 +132,12 @@ def by_hand(model, optimizer, scheduler, batches, steps):
             model.weight -= 0.1 * model.weight.grad
 
 
-def skips_first(model, optimizer, scheduler, batches, steps):
-    for window in windows_of_batches(batches, steps):
-        optimizer.zero_grad()
-        for images, labels in window[1:]:
-            (sum_of_losses(model(images), labels) / images_in(window)).backward()
-        optimizer.step()
+def of_batches(choose):
+    return lambda m, o, s, batches, k: right(m, o, s, choose(batches, k), k)
 
 
-def first_window(model, optimizer, scheduler, batches, steps):
-    right(model, optimizer, scheduler, batches[:steps], steps)
+def without_firsts(m, o, s, batches, k):
+    right(m, o, s, [batch for number, batch in enumerate(batches) if number % k], k - 1)
 
 
 def own_optimizer(model, optimizer, *rest):
@@ -201,49 +165,45 @@ def zero_then_forward(model, images):
     return model(images)
 
 
+def sum_of_squares(logits, _):
+    return logits.square().sum()
+
+
 mean = F.cross_entropy
 WRONG = {
     "own optimizer": (own_optimizer, "optimizer", "that the loop made itself"),
     "update by hand": (by_hand, "optimizer", "not by optimizer.step()"),
-    "step inside": (
-        loop(inside=step_optimizer),
-        "one update",
-        "16 updates in 4 windows of 3 micro",
-    ),
+    "step inside": (loop(inside=step_optimizer), "one update", "16 updates in 4 windows"),
     "step twice": (loop(after_step=step_optimizer), "one update", "8 updates in 4 windows"),
     "no step": (nothing, "window length", "no update was made"),
     "step first": (updates_at(0), "window length", "after 1, 3, 3, 3 micro-batches, not 3"),
-    "stops early": (first_window, "every image", "micro-batches 4, 5, 6 of 6"),
-    "skips first": (skips_first, "every image", "micro-batches 1, 4 of 6"),
+    "stops early": (
+        of_batches(lambda batches, k: batches[:k]),
+        "every image",
+        "micro-batches 4, 5, 6 of 6",
+    ),
+    "skips first": (without_firsts, "every image", "micro-batches 1, 4 of 6"),
     "weight decay inside": (loop(inside=decay), "still weights", "between two micro-batches"),
     "too large": (over(lambda w, k: images_in(w) / 3), "division", "a gradient 3 times too large"),
     "never divided": (over(lambda *_: 1), "division", "never divided"),
     "divided twice": (over(lambda w, k: images_in(w) * k), "division", "0.333 of its right size"),
-    "never unscaled": (
-        scaled(unscale=False, own_step=True),
-        "division",
-        "6.55e+04 times too large",
-    ),
-    "sum of means": (
-        over(lambda *_: 1, mean),
-        "division, equal weight",
-        "the micro-batches' means",
-    ),
+    "never unscaled": (scaled(unscale=False, own_step=True), "division", "6.55e+04 times"),
+    "sum of means": (over(lambda *_: 1, mean), "division, equal weight", "micro-batches' means"),
     "mean of means": (over(lambda w, k: len(w), mean), "equal weight", "weighed 4 times as much"),
     "running sum": (running_sum, "equal weight", "weighed 3 : 2 : 1"),
     "tutorial": (over(lambda w, k: k, mean), "equal weight, short window", "8 images in a window"),
     "full divisor": (over(lambda *_: 12), "short window", "0.75 of its right size"),
     "carry-over": (updates_at(2), "equal weight, one epoch", "2 micro-batches of one epoch"),
     "cleared inside": (loop(forward=zero_then_forward), "whole gradient", "was lost"),
-    "cleared before the step": (
-        loop(before_step=lambda model, *_: model.zero_grad()),
+    "cleared early": (
+        loop(before_step=lambda m, *_: m.zero_grad()),
         "whole gradient",
         "no gradient at all",
     ),
     "never cleared": (loop(clear=False), "whole gradient", "the window before it"),
     "never cleared in a closure": (with_closure(clear=False), "whole gradient", "before it"),
-    "never cleared, another loss": (
-        loop(loss=lambda logits, labels: logits.square().sum(), clear=False),
+    "any loss, never cleared": (
+        loop(loss=sum_of_squares, clear=False),
         "whole gradient",
         "the window before it",
     ),
@@ -263,7 +223,7 @@ WRONG = {
         "schedule",
         "12 steps of the schedule for 4 updates",
     ),
-    "schedule before the optimizer": (
+    "schedule first": (
         loop(before_step=step_schedule, after_step=nothing),
         "schedule",
         "before the first update",
@@ -311,8 +271,7 @@ def sharpness_aware(model, optimizer, scheduler, batches, steps):
     for window in windows_of_batches(batches, steps):
         for sign in (1, -1):
             optimizer.zero_grad()
-            for images, labels in window:
-                (sum_of_losses(model(images), labels) / images_in(window)).backward()
+            add_gradients(model, window)
             if sign == 1:
                 step = 0.05 * model.weight.grad / (model.weight.grad.norm() + 1e-12)
             model.weight.data.add_(step, alpha=sign)
@@ -323,19 +282,6 @@ def sharpness_aware(model, optimizer, scheduler, batches, steps):
 def saves_the_schedule(model, optimizer, scheduler, batches, steps):
     right(model, optimizer, scheduler, batches, steps)
     torch.save({"schedule": scheduler.state_dict()}, io.BytesIO())
-
-
-def scaled_by_tokens(model, optimizer, scheduler, batches, steps):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    for window in windows_of_batches(batches, steps):
-        optimizer.zero_grad()
-        for images, labels in window:
-            scaler.scale(sum_of_losses(model(images), labels)).backward()
-        model.weight.grad /= images_in(window)
-        scaler.unscale_(optimizer)
-        clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
 
 
 class Dividing(Wrapper):
@@ -367,14 +313,9 @@ def yields(*given):
     yield right(*given)
 
 
-def without_spikes(model, optimizer, scheduler, batches, steps):
-    for window in windows_of_batches(batches, steps):
-        optimizer.zero_grad()
-        for images, labels in window:
-            (sum_of_losses(model(images), labels) / images_in(window)).backward()
-        if clip_grad_norm_(model.parameters(), torch.inf) < 100:
-            optimizer.step()
-        scheduler.step()
+def step_unless_spiked(model, optimizer):
+    if clip_grad_norm_(model.parameters(), torch.inf) < 100:
+        optimizer.step()
 
 
 def steepest(model, images):
@@ -397,26 +338,36 @@ def decay_added(model, optimizer, scheduler, batches, steps):
             seen = 0
 
 
+def plateau_once_an_epoch(model, optimizer, scheduler, *rest):
+    loop(after_step=nothing)(model, optimizer, scheduler, *rest)
+    scheduler.step(1.0)
+
+
+def clip_rows(gradient, _):
+    """As adaptive clipping does, each output unit by itself."""
+    gradient.mul_((0.01 / gradient.norm(dim=1, keepdim=True)).clamp(max=1.0))
+
+
 def whole_training(*given):
     for _ in range(3):
-        loop(drop=True)(*given)
+        loop(last_window="drop")(*given)
 
 
 RIGHT = {
     "plain": right,
     "SAM": sharpness_aware,
     "schedule saved": saves_the_schedule,
-    "divided before unscaling": scaled_by_tokens,
+    "divided before unscaling": scaled(divide_late=True),
     "divided by the optimizer": divided_by_the_optimizer,
     "gradient looked at": loop(after_step=looked_at),
     "gradient of the images": loop(forward=steepest),
     "coloured": on_images(lambda images: images.repeat(1, 3, 1, 1)),
     "generator": yields,
-    "large gradients left out": without_spikes,
+    "large gradients left out": loop(step=step_unless_spiked),
     "helper": helper,
     "one pass": in_one_pass,
-    "remainder dropped": loop(drop=True),
-    "shuffled": lambda m, o, s, batches, k: right(m, o, s, random.sample(batches, len(batches)), k),
+    "remainder dropped": loop(last_window="drop"),
+    "shuffled": of_batches(lambda batches, k: random.sample(batches, len(batches))),
     "closure": with_closure(),
     "wrapped optimizer": lambda model, optimizer, *rest: right(model, Wrapper(optimizer), *rest),
     "autograd.grad": gradients_outside(),
@@ -432,12 +383,16 @@ RIGHT = {
     "half": on_images(torch.Tensor.half),
     "bytes": on_images(lambda images: (255 * images).byte()),
     "normalised": on_images(lambda images: (images - 0.5) / 0.5),
+    "channels last": on_images(lambda images: images.to(memory_format=torch.channels_last)),
+    "autocast": torch.autocast("cpu", torch.bfloat16)(right),
     "noise": on_images(lambda images: images + 0.1 * torch.randn_like(images)),
     "float32 model": lambda model, *rest: on_images(torch.Tensor.float)(model.float(), *rest),
     "clipping": loop(before_step=clip(0.01)),
     "clipping values": loop(before_step=clip(0.01, clip_grad_value_)),
+    "clipping rows": loop(before_step=on_gradient(clip_rows)),
     "scaler": scaled(),
     "plateau": loop(after_step=lambda m, o, scheduler, w: scheduler.step(metrics=1.0)),
+    "plateau once an epoch": plateau_once_an_epoch,
     "position": loop(inside=lambda m, o, scheduler, w: scheduler.step(0.5), after_step=nothing),
 }
 
@@ -488,7 +443,7 @@ UNCHECKED = {
     "several epochs": whole_training,
     "label smoothing": smooth_loop,
     "class weights": loop(loss=weighted),
-    "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + z.square().sum()),
+    "auxiliary term": loop(loss=lambda z, y: sum_of_losses(z, y) + sum_of_squares(z, y)),
     "hardest images only": loop(loss=hardest),
     "images mixed": on_images(lambda images: images.roll(1, 2)),
     "gradient by its sign": loop(before_step=on_gradient(lambda g, _: g.sign_())),
@@ -520,6 +475,7 @@ def logging(what):
 
     def run(model, optimizer, scheduler, batches, steps):
         right(model, optimizer, scheduler, batches, steps)
+        assert len(batches.dataset) == images_in(batches)  # as of a DataLoader
         with torch.no_grad():
             means = [F.cross_entropy(model(images), labels) for images, labels in batches]
         return what(torch.stack(means), torch.tensor([len(y) for _, y in batches]), steps)
@@ -555,8 +511,9 @@ def test_a_right_loss_in_the_log_is_right(what):
     assert (report.rules, report.notes) == ([], [])
 
 
-def test_a_number_that_is_no_loss_is_not_called_broken():
-    report = check_accumulation(logging(lambda m, n, k: 0.25))
+@pytest.mark.parametrize("number", [0.25, 4])
+def test_a_number_that_is_no_loss_is_not_called_broken(number):
+    report = check_accumulation(logging(lambda m, n, k: number))
     assert report.rules == []
     assert "no logged loss was checked" in str(report)
 
@@ -607,15 +564,3 @@ def test_bad_input_is_refused():
             check_accumulation(right, net(nn.Identity()), example)
     with pytest.raises(ValueError, match="must call model\\(images\\) with images of 24 pixels"):
         check_accumulation(on_images(lambda images: images[:, :, :10]))
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="the shared cases are not there")
-def test_shared_loops():
-    spec = importlib.util.spec_from_file_location("shared_loops", SHARED)
-    shared = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(shared)
-    for name, (wrong, rule) in shared.WRONG.items():
-        rules = check_accumulation(wrong).rules
-        assert rules if rule == "any" else rule in rules, name
-    for name, case in shared.RIGHT.items():
-        assert check_accumulation(case).rules == [], name

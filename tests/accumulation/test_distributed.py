@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from nbutils.accumulation import accumulate_gradient
+from nbutils.accumulation.vectors import flat_gradient
 
 IMAGES = 10
 PARTS = ([slice(0, 3), slice(3, 6), slice(6, 7)], [slice(7, 9), slice(9, 10)])
@@ -52,10 +53,6 @@ MODELS = {
 def examples():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(IMAGES, 5, generator=generator).double(), torch.arange(IMAGES) % 3
-
-
-def flat_gradient(model):
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
 def losses_of(model):

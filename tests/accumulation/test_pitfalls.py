@@ -1,27 +1,9 @@
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from training_loops import loop
 
 from nbutils.accumulation.pitfalls import gradient_errors, measure_damage
-
-
-def loop_with(divisor):
-    def loop(model, optimizer, scheduler, batches, steps):
-        for start in range(0, len(batches), steps):
-            window = batches[start : start + steps]
-            optimizer.zero_grad()
-            for images, labels in window:
-                loss_sum = F.cross_entropy(model(images), labels, reduction="sum")
-                (loss_sum / divisor(window)).backward()
-            optimizer.step()
-            scheduler.step()
-
-    return loop
-
-
-def images_in(window):
-    return sum(len(labels) for _, labels in window)
 
 
 def test_gradient_errors_of_a_short_last_window():
@@ -30,15 +12,15 @@ def test_gradient_errors_of_a_short_last_window():
     x, y = torch.randn(40, 6, dtype=torch.float64), torch.randint(3, (40,))
     batches = list(zip(x.split(4), y.split(4), strict=True))  # 10 micro-batches: 8 + 2
     before = model.weight.detach().clone()
-    right = gradient_errors(loop_with(images_in), model, batches, 8)
+    right = gradient_errors(loop(), model, batches, 8)
     assert right == pytest.approx([0, 0] * 2, abs=1e-12)
-    wrong = gradient_errors(loop_with(lambda _: 32), model, batches, 8)
+    wrong = gradient_errors(loop(divisor=lambda *_: 32), model, batches, 8)
     assert wrong == pytest.approx([0, 0.75] * 2, abs=1e-12)
     assert torch.equal(model.weight, before)
 
 
 def test_the_damage_of_each_loop_is_measured(few_digits):
-    loops = {"right": loop_with(images_in), "never divided": loop_with(lambda _: 1)}
+    loops = {"right": loop(), "never divided": loop(divisor=lambda *_: 1)}
     table = measure_damage(loops, few_digits, seeds=2, epochs=1)
     assert table["loop"].tolist() == ["right", "never divided"] * 2
     errors = table.groupby("loop")["gradient_error"].max()

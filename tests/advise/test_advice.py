@@ -153,7 +153,7 @@ def steady(monkeypatch):
 def test_the_race_is_won_by_the_setting_that_learns(task, steady):
     rates = {(64, 1): 1e-6, (32, 1): 3e-3, (16, 2): 1e-7, (65, 1): 1e30}
     settings = [Setting(*sizes, rate) for sizes, rate in rates.items()]
-    winner, points = race.run_race(task, settings, 1.0)
+    winner, points = race.run_race(task, settings, 0.4)
     assert str(winner) == "32 at 0.003"
     assert set(points["setting"]) == {str(setting) for setting in settings}
     ends = points[points["start"] == 0].groupby("setting")["seconds"].max()
@@ -171,16 +171,13 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_also_with_weights():
 
     data = TensorDataset(torch.rand(20, 3), torch.rand(20, 1), torch.arange(20.0))
     task = read_task(lambda: nn.Linear(3, 1), data, losses)
-    gradients = []
-    for cuts in ([16], [5, 5, 6]):
-        trial = Trial(task, Setting(16, 1, 0.0))
-        trial.update(torch.arange(16).split(cuts))
-        gradients.append(trial.model.weight.grad)
     model = task.make(CPU)
     each, weights = losses(model, task.data.train.batch(torch.arange(16)))
     expected = torch.autograd.grad((each * weights).sum() / weights.sum(), model.weight)[0]
-    assert torch.allclose(gradients[0], expected, rtol=1e-5)
-    assert torch.allclose(gradients[1], expected, rtol=1e-5)
+    for cuts in ([16], [5, 5, 6]):
+        trial = Trial(task, Setting(16, 1, 0.0))
+        trial.update(torch.arange(16).split(cuts))
+        assert torch.allclose(trial.model.weight.grad, expected, rtol=1e-5)
 
 
 def test_rates_are_judged_from_one_start_and_divergence_is_seen(task, steady):
@@ -238,10 +235,12 @@ def test_a_budget_too_small_for_the_smallest_batch_says_what_it_needs(task, few_
         trial_costs(normed, 500, 1.0)
 
 
-def run_loop(code, model, data, **options):
+def run_loop(code, model, data, *collate, epochs=2, **names):
+    """Run the code as pasted, with `names` defined."""
     space = {}
     exec(code, space)
-    space["train"](model, data, 2, **options)
+    space.update(names)
+    space["train"](model, data, epochs, *collate)
 
 
 def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
@@ -274,7 +273,9 @@ def test_advice_is_made_kept_reported_and_its_loop_learns(few_digits, tmp_path):
     assert trial.judge(100)[0].mean() < before
 
 
-def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out(few_digits):
+def test_with_batch_norm_whole_batches_are_compared_and_a_lone_image_is_left_out(
+    few_digits, steady
+):
     task = read_task(with_batch_norm, tuple(few_digits.train), optimizer="sgd")
     usual = next(costs_table((128, 1, 10_000.0)).itertuples())
     noise, left_out = trial_noise(task, usual, 128, 1e9, 0.5)
@@ -300,9 +301,7 @@ def test_the_loop_imports_losses_that_can_be_imported_and_takes_named_tuples():
     )
     code = loop(task, Setting(16, 1, 1e-2))
     assert "import <lambda>" not in code
-    space = {"losses": task.losses}
-    exec(code, space)
-    space["train"](task.make(CPU), data, 1)
+    run_loop(code, task.make(CPU), data, losses=task.losses)
     named = loop(replace(task, losses_name="own.losses:Huber.each"), Setting(16, 1, 1e-2))
     assert "from own.losses import Huber\n\nlosses = Huber.each\n" in named
 
@@ -332,10 +331,11 @@ def test_the_loop_runs_as_pasted_and_makes_the_updates_of_the_trials(steps, weig
     raw = Examples((pixels, labels))
     task = replace(task, data=task.data._replace(train=raw))
     model, mine = task.make(CPU), Trial(task, Setting(16, steps, 1e-2))
-    space = {}
-    exec(code, space)
-    space["DataLoader"] = lambda data, shuffle, **options: DataLoader(data, **options)
-    space["train"](model, data, 1)
+
+    def in_order(data, shuffle, **options):
+        return DataLoader(data, **options)
+
+    run_loop(code, model, data, epochs=1, DataLoader=in_order)
     for window in windows(torch.arange(52), 16, steps):
         mine.update(window)
     # Where rounding turns the sign of a gradient, Adam's first steps go apart by twice the rate.
@@ -357,9 +357,7 @@ def test_from_the_command_a_language_model_with_padding_is_advised(tmp_path, cap
     assert (advice.memory_budget, advice.noun) == (10**9, "examples")
     assert all(row["validation_accuracy"] is None for row in advice.race)
     assert "from own_language import token_losses as losses" in advice.code
-    run_loop(
-        advice.code, own_language.model(), own_language.sentences(), collate=own_language.padded
-    )
+    run_loop(advice.code, own_language.model(), own_language.sentences(), own_language.padded)
 
 
 def test_bad_input_on_the_command_line_ends_with_status_2(tmp_path, capsys):

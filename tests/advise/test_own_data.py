@@ -59,14 +59,19 @@ NAMES = ("cat", "dog", "eel")
         (Items(lambda i: {"img": IMAGES[i], "label": int(LABELS[i])}), {}),
         (Items(lambda i: {"scan": IMAGES[i], "kind": LABELS[i]}), {"columns": ("scan", "kind")}),
         (Items(lambda i: (IMAGES[i], NAMES[LABELS[i]])), {}),
+        (Items(lambda i: (IMAGES[i], NAMES[LABELS[i]].encode())), {}),
         (Items(lambda i: (Image.fromarray(IMAGES[i, 0].numpy()), np.int64(LABELS[i]))), {}),
+        ((IMAGES.numpy(), np.array(NAMES)[LABELS]), {}),
+        ((IMAGES.flip(3).numpy()[..., ::-1], LABELS.numpy()), {}),  # negative strides
+        ([IMAGES, LABELS.tolist()], {}),
+        (Items(lambda i: (IMAGES[i], LABELS[i].item()), classes=3, notes="scanned"), {}),
     ],
-    ids=["tensors", "arrays", "pairs", "triples", "keys", "columns", "names", "PIL"],
 )
-def test_the_same_images_in_every_usual_form(dataset, options):
+def test_the_same_images_in_every_form(dataset, options):
     task = read_task(linear, dataset, **options)
     images, labels = task.data.train.items
     expected = read_images((IMAGES, LABELS)).train.items
+    assert (len(task.data.classes), task.data.notes) == (3, ())
     assert images.flatten(1).equal(expected[0].flatten(1))
     assert labels.equal(expected[1])
     mean, deviation = task.losses.scaling
@@ -98,35 +103,23 @@ def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
-        (
-            (torch.rand(20, 8), torch.arange(20) / 2),
-            "item 0: .*label is 0.0, but labels must be whole",
-        ),
+        ((torch.rand(20, 8), torch.arange(20) / 2), "item 0: .*label is 0.0, but"),
         ((torch.rand(20, 8), torch.eye(20)), "one-hot: take labels.argmax"),
-        (
-            (torch.rand(20, 8), torch.arange(19)),
-            r"\(20, 8\) and \(19,\), which must begin with the same n",
-        ),
+        ((torch.rand(20, 8), torch.arange(19)), r"\(20, 8\) and \(19,\), which"),
         ((torch.rand(20, 8), torch.zeros(20).long()), "all training images are of one class"),
         ((torch.rand(5, 8), torch.arange(5)), "has 5 examples; it must be 10 or more"),
         ((torch.ones(20, 8), torch.arange(20) % 2), "training images are the same"),
         ((torch.full((20, 8), math.nan), torch.arange(20) % 2), "values that are not finite"),
         (
             Items(lambda i: None if i == 7 else (IMAGES[i], 1)),
-            "item 7: TypeError: 'NoneType'.* must be an image",
+            "item 7: TypeError.* must be an image",
         ),
         (Items(lambda i: (IMAGES[i], None)), "the label is None, but labels must be whole"),
         (Items(lambda i: (IMAGES[i], np.eye(3)[0])), "one-hot: take labels.argmax"),
         (Items(lambda i: {"scan": 1, "kind": 2}), "keys scan, kind; give those"),
-        (
-            Items(lambda i: (torch.rand(1, 8, 8 + i % 2), i % 3)),
-            r"of one size: .*\[1, 8, 8\] .* \[1, 8, 9\]",
-        ),
+        (Items(lambda i: (torch.rand(1, 8, 8 + i % 2), i % 3)), r"one size: .*, 8\] .*, 9\]"),
         (Items(lambda i: (IMAGES[i], math.nan if i == 7 else "cat")), "item 7: .*label is nan"),
-        (
-            Items(lambda i: (IMAGES[i], 1 if i == 7 else "cat")),
-            "has the labels 1, cat, but labels must",
-        ),
+        (Items(lambda i: (IMAGES[i], 1 if i == 7 else "cat")), "has the labels 1, cat, but"),
         (Items(lambda i: (IMAGES[i], [1])), r"the label is \[1\], but"),
         ((torch.rand(20, 8), torch.arange(20) + 1_700_000_000), "label is 1700000000"),
         ((torch.rand(20, 8), torch.arange(20)), "no class has two images"),
@@ -205,23 +198,6 @@ def test_deep_pictures_of_a_dataset_are_on_one_scale():
     assert len(images.unique()) > 200
     means = images.float().flatten(1).mean(1).sort()[0]
     assert 6 < means[9:].mean() / means[:9].mean() < 10
-
-
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        (IMAGES.numpy(), np.array([NAMES[label] for label in LABELS])),
-        (IMAGES.numpy()[..., ::-1], LABELS.numpy()),
-        [IMAGES, LABELS.tolist()],
-        Items(lambda i: (IMAGES[i], NAMES[LABELS[i]].encode())),
-        Items(lambda i: (IMAGES[i], LABELS[i].item()), classes=3, notes="scanned"),
-    ],
-    ids=["texts", "negative strides", "list", "bytes", "odd attributes"],
-)
-def test_pairs_of_arrays_and_unusual_labels_are_read(dataset):
-    found = read_images(dataset)
-    assert len(found.classes) == 3
-    assert found.notes == ()
 
 
 def test_a_large_dataset_is_held_in_part_and_no_class_is_missed(monkeypatch):
@@ -320,7 +296,6 @@ def raising():
         ),
         (lambda: nn.Conv2d(1, 3, 1), r"must make logits of shape \(\d+, 3\)"),
         (lambda: nn.Linear(9, 3), r"refuses images of shape \(\d+, 1, 8, 8\)"),
-        ("nowhere:model", "No module named 'nowhere'"),
         (linear(), "Sequential is given as a model; give a function"),
     ],
 )

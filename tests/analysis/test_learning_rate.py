@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_runs import runs_of
+from made_up_runs import runs_by_rate
 
-from nbutils import InputError, RunConfig
+from nbutils import InputError
 from nbutils.analysis.learning_rate import (
     describe_fixed_rates,
     describe_ridge,
@@ -22,16 +22,8 @@ from nbutils.analysis.learning_rate import (
 RATES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
-def study(accuracies, **settings):
-    """Runs with one epoch each: `accuracies[size]` are those of `RATES`."""
-    runs = runs_of(
-        *[
-            (RunConfig(batch_size=size, learning_rate=rate, **settings), [accuracy], 1)
-            for size, row in accuracies.items()
-            for rate, accuracy in zip(RATES, row, strict=True)
-        ]
-    )
-    return runs.assign(train_loss=1.0, validation_images=400)
+def study(accuracies):
+    return runs_by_rate(accuracies, RATES).assign(train_loss=1.0, validation_images=400)
 
 
 @pytest.fixture
@@ -58,7 +50,7 @@ def test_what_learnt_nothing_is_too_slow_below_the_best_rate_and_diverged_above(
 
 
 def test_the_map_takes_the_mean_over_seeds():
-    runs = pd.concat([study({32: [0.8 + seed / 10] * 4}, seed=seed) for seed in (0, 1)])
+    runs = pd.concat([study({32: [0.8 + seed / 10] * 4}).assign(seed=seed) for seed in (0, 1)])
     table = rate_map(runs)
     assert (table.loc[0, "seeds"], table.loc[0, "validation_accuracy"]) == (2, pytest.approx(0.85))
 

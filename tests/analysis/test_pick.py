@@ -10,6 +10,13 @@ from nbutils import InputError, RunConfig
 from nbutils.analysis.intervals import proportion_interval
 from nbutils.analysis.pick import format_pick, pick
 
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Fewer for speed: 1,000 resamples of the seeds take a second."""
+    monkeypatch.setattr("nbutils.analysis.pick.RESAMPLES", 100)
+
+
 SECONDS = {"32": 10.0, "64": 6.0, "128": 5.0, "1024": 4.0}
 
 

@@ -103,7 +103,7 @@ def test_the_table_pairs_each_setting_with_128():
     assert table.loc["64", "difference"] == pytest.approx(lead(answers, "64", "128").mean)
     shown = format_table(table)
     assert list(shown) == [
-        *("seeds", "test accuracy", "minus 128, points (95 %)", "s/epoch", "updates/epoch"),
+        *("seeds", "test accuracy", "minus 128, points (95 %)", "s/epoch", "updates/epoch")
     ]
     assert shown.loc["128", "minus 128, points (95 %)"] == "baseline"
     assert shown.loc[["64", "1024"], "s/epoch"].tolist() == ["7.0", ""]
@@ -122,7 +122,7 @@ def test_one_seed_settings_without_common_seeds_and_unknown_labels_say_so():
     shown = format_table(summary_table(Answers(runs, np.zeros(0, np.uint8), {})))
     assert shown["validation accuracy"].tolist() == ["90.00%", "95.00%", "90.00%"]
     assert shown["minus 32, points (95 %)"].tolist() == [
-        *("baseline", "+5.00 (one seed)", "no seed in common"),
+        *("baseline", "+5.00 (one seed)", "no seed in common")
     ]
 
 

@@ -3,12 +3,7 @@
 import numpy as np
 import pytest
 
-from nbutils.analysis.votes import majority_vote, networks_wrong, votes_of
-
-
-def test_networks_vote_and_the_smaller_of_equal_classes_wins():
-    votes = [np.array(v, dtype=np.uint8) for v in ([1, 7, 9], [1, 7, 3], [2, 8, 5])]
-    assert majority_vote(votes).tolist() == [1, 7, 3]
+from nbutils.analysis.votes import networks_wrong, votes_of
 
 
 def test_the_vote_of_fewer_networks_counts_each_alike():

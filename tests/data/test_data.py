@@ -49,10 +49,14 @@ def test_normalised_training_pixels_have_mean_0_and_deviation_1(few_digits):
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.fixture(scope="module")
+def mnist():
+    return load_dataset("mnist")
+
+
 @pytest.mark.mnist
-def test_mnist_equals_torchvisions_and_may_be_decompressed(tmp_path, monkeypatch):
-    data = load_dataset("mnist")
-    assert_splits_are_sound(data, 54_000, 6_000, 10_000)
+def test_mnist_equals_torchvisions_and_may_be_decompressed(mnist, tmp_path, monkeypatch):
+    assert_splits_are_sound(mnist, 54_000, 6_000, 10_000)
     raw = tmp_path / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for path in (data_folder() / "MNIST" / "raw").iterdir():
@@ -62,24 +66,24 @@ def test_mnist_equals_torchvisions_and_may_be_decompressed(tmp_path, monkeypatch
             shutil.copy(path, raw)
     train, test = datasets.MNIST(tmp_path), datasets.MNIST(tmp_path, train=False)
     held_out = torch.arange(60_000) % VALIDATION_EVERY == VALIDATION_EVERY - 1
-    assert torch.equal(data.train.images[:, 0], train.data[~held_out])
-    assert torch.equal(data.validation.labels, train.targets[held_out])
-    assert torch.equal(data.test.images[:, 0], test.data)
-    assert torch.equal(data.test.labels, test.targets)
+    assert torch.equal(mnist.train.images[:, 0], train.data[~held_out])
+    assert torch.equal(mnist.validation.labels, train.targets[held_out])
+    assert torch.equal(mnist.test.images[:, 0], test.data)
+    assert torch.equal(mnist.test.labels, test.targets)
     monkeypatch.setenv("NBUTILS_DATA", str(tmp_path))
-    assert load_dataset("mnist").fingerprint == data.fingerprint
+    assert load_dataset("mnist").fingerprint == mnist.fingerprint
 
 
 @pytest.mark.mnist
-def test_the_kaggle_deal_uses_every_digit_once():
-    whole, dealt = load_dataset("mnist"), load_dataset("mnist-kaggle")
+def test_the_kaggle_deal_uses_every_digit_once(mnist):
+    dealt = load_dataset("mnist-kaggle")
     assert_splits_are_sound(dealt, 37_800, 4_200, 28_000)
 
     def sorted_sums(data):
         splits = (data.train, data.validation, data.test)
         return torch.cat([s.images.flatten(1).sum(1) for s in splits]).sort().values
 
-    assert torch.equal(sorted_sums(whole), sorted_sums(dealt))
+    assert torch.equal(sorted_sums(mnist), sorted_sums(dealt))
 
 
 @pytest.mark.mnist

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_up_runs import runs_of
+from made_up_runs import runs_by_rate
 
-from nbutils import RunConfig, plots
+from nbutils import plots
 from nbutils.analysis.critical_batch import REGIMES, fit_critical_batch
 from nbutils.analysis.learning_rate import rate_map, ridge, scaling_rules
 
@@ -47,13 +47,7 @@ def test_a_search_shows_what_fits_and_what_does_not(ax):
 def rates():
     """A map of two sizes and three rates, with one that diverged."""
     accuracies = {32: (0.97, 0.98, 0.1), 128: (0.6, 0.9, 0.98)}
-    runs = runs_of(
-        *[
-            (RunConfig(batch_size=size, learning_rate=rate), [accuracy], 1)
-            for size, row in accuracies.items()
-            for rate, accuracy in zip((1e-3, 1e-2, 1e-1), row, strict=True)
-        ]
-    )
+    runs = runs_by_rate(accuracies, (1e-3, 1e-2, 1e-1))
     return rate_map(runs.assign(train_loss=1 / runs["validation_accuracy"]))
 
 

@@ -29,15 +29,9 @@ class Run:
         return self
 
     def __exit__(self, *error):
-        for process in [*self.kernels(), self.process]:
+        for process in [*kernels(self.process), self.process]:
             process.kill()
         self.process.wait()
-
-    def kernels(self):
-        try:
-            return psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
 
     def until(self, condition):
         """Wait until `condition()` holds or the command has ended; what it returned."""
@@ -52,6 +46,14 @@ class Run:
     def end(self):
         """Exit status, and what it printed."""
         return self.process.wait(), self.printed.read_text()
+
+
+def kernels(process):
+    """The notebooks' kernels that a command or a worker runs now."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def assert_end(processes):

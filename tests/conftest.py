@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from nbutils.data.dataset import Dataset, Split
+from nbutils.data.dataset import Dataset
 from nbutils.data.sources import load_dataset
 from nbutils.paths import data_folder
 
@@ -26,13 +26,11 @@ def digits() -> Dataset:
     return load_dataset("mnist-5k")
 
 
-def part(split: Split, images: int) -> Split:
-    """Some images of a split, spread over its classes."""
-    return split.at(torch.linspace(0, len(split.labels) - 1, images).long())
-
-
 @pytest.fixture(scope="session")
 def few_digits(digits: Dataset) -> Dataset:
     """Shrunken for speed: 300 images to train on, 50 to validate, 50 to test."""
-    fewer = {"validation": part(digits.validation, 50), "test": part(digits.test, 50)}
-    return replace(digits.subset(300), name="few-digits", **fewer)
+    validation, test = (
+        split.at(torch.linspace(0, len(split.labels) - 1, 50).long())  # spread over the classes
+        for split in (digits.validation, digits.test)
+    )
+    return replace(digits.subset(300), name="few-digits", validation=validation, test=test)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measured_models import Broken, Hungry, Wide, no_width
+from measured_models import Broken, Hungry, Wide
 from torch import nn
 
 from nbutils.errors import InputError
@@ -126,16 +126,10 @@ def test_any_training_can_be_measured():
         (lambda: "model", "returned str, not a torch.nn.Module"),
         (Broken, "the loss is nan"),
         (functools.partial(nn.Linear, 17, 3), "RuntimeError: mat1 and mat2"),
-        (
-            no_width,
-            r"ZeroDivisionError: .*models.py, line \d+: `return nn.Linear\(16, 3 // 0\)`",
-        ),
         (functools.partial(nn.Linear, 16, threading.Lock()), "cannot be sent to the measuring"),
         ("measured_models", "must read package.module:name"),
         ("measured_models:missing", "has no attribute 'missing'"),
-        ("no_such_module:model", "No module named 'no_such_module'"),
         ("measured_models:__doc__", "must be a function"),
-        (nn.Linear(16, 3), "Linear is given as a model; give a function"),
     ],
 )
 def test_a_bad_factory_is_named_with_its_cause(factory, message):
@@ -147,20 +141,13 @@ def test_a_bad_factory_is_named_with_its_cause(factory, message):
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0"),
-        ({"batch_size": -5}, "batch_size = -5"),
         ({"accumulation_steps": True}, "accumulation_steps = True"),
         ({"updates": 0}, "updates = 0, but it must be a whole number >= 1"),
-        ({"device": "cuda:99"}, "cuda:99"),
     ],
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         on_cpu(Hungry, **settings)
-
-
-def test_the_search_ends_at_one_image_or_more():
-    with pytest.raises(InputError, match="largest = 0, but it must be a whole number >= 1"):
-        search(lambda n: n, largest=0)
 
 
 def cost_of(batch_size, steps, peak):
@@ -243,11 +230,17 @@ def test_running_out_of_memory_counts_as_not_fitting():
     assert None in found.tried.values()
 
 
-def test_a_budget_too_small_for_the_smallest_batch_says_what_it_needs():
-    with pytest.raises(InputError, match=r"10\.00 MB, of which 10% .* of 1, which needs 9\.50 MB"):
-        search(lambda n: 9_500_000 * n, memory_budget=10**7)
-    with pytest.raises(InputError, match="of 1, which needs more than there is"):
-        search(lambda n: None, memory_budget=10**7)
+@pytest.mark.parametrize(
+    ("peaks", "largest", "message"),
+    [
+        (lambda n: 9_500_000, 9, r"10\.00 MB, of which 10% .* of 1, which needs 9\.50 MB"),
+        (lambda n: None, 9, "of 1, which needs more than there is"),
+        (lambda n: n, 0, "largest = 0, but it must be a whole number >= 1"),
+    ],
+)
+def test_a_search_that_cannot_end_well_is_refused(peaks, largest, message):
+    with pytest.raises(InputError, match=message):
+        search(peaks, memory_budget=10**7, largest=largest)
 
 
 def test_it_respects_a_budget_on_this_machine():

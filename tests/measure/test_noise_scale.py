@@ -58,9 +58,7 @@ def draws(problem, sizes, count, split=None):
             yield noise_scale(model, window, losses)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "split"), [([4] * 8, None), ([9, 3, 1, 5, 2], None), ([10] * 4, 4)]
-)
+@pytest.mark.parametrize(("sizes", "split"), [([9, 3, 1, 5, 2], None), ([10] * 4, 4)])
 def test_both_estimates_are_unbiased_whatever_the_sizes(problem, sizes, split):
     *_, trace, squared = problem
     table = pd.DataFrame([vars(scale) for scale in draws(problem, sizes, 100, split)])

@@ -10,19 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from commands import Run, assert_end
+from commands import Run, assert_end, kernels
+from outcomes import study_of
 
-from nbutils import RunConfig, load_runs, save_run, train
+from nbutils import RunConfig, save_run, train
 from nbutils.__main__ import main
 from nbutils.data import sources
 from nbutils.studies import notebook as notebooks
 from nbutils.studies import runner
-from nbutils.studies.record import read_runs
 from nbutils.studies.status import run_status
 from nbutils.studies.study import PlannedRun, Study
-
-CLOCK = ["seconds", "images_per_second", "peak_memory"]
-"""Columns of runs that are not the same twice."""
 
 # Shrunken for speed: two runs of two epochs, with six updates or two in each.
 STUDY = """
@@ -33,24 +30,7 @@ summary: 04_summary
 
 
 @pytest.fixture(scope="session")
-def content_of():
-    """A function: what the records of a finished study say, except for times and memory."""
-
-    def content_of(out):
-        runs, whole = load_runs(out), read_runs(out)
-        labels, predictions = whole.labels, whole.predictions
-        for run_id in predictions:
-            files = sorted(path.name for path in (out / run_id).iterdir())
-            assert files == ["history.csv", "notebook.ipynb", "predictions.npz", "run.json"]
-        assert [path.name for path in out.glob(".*")] == [".lock"]
-        arrays = {run_id: late.tolist() for run_id, late in predictions.items()}
-        return runs.drop(columns=CLOCK).to_csv(), labels.tolist(), arrays
-
-    return content_of
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory, content_of):
+def finished(tmp_path_factory):
     """A study that real commands have made after faults; to be left as it is.
 
     A second command is refused, a kernel is killed, then the command is killed while the other
@@ -61,25 +41,25 @@ def finished(tmp_path_factory, content_of):
     file.write_text(STUDY)
     with Run(file, folder) as first:
         first.until_training()
-        kernels = first.kernels()
-        for kernel in kernels:
+        running = kernels(first.process)
+        for kernel in running:
             kernel.suspend()  # so that its run does not end meanwhile
         with redirect_stderr(io.StringIO()) as told:
             assert main(["run", str(file), "--out", str(first.out)]) == 2
         assert f"another command is at work in {first.out}" in told.getvalue()
-        kernels[0].kill()
+        running[0].kill()
         first.until(lambda: list(first.out.glob(".work/*.failed")))
-        kernels[1].resume()
+        running[1].resume()
         first.process.kill()
         first.process.wait()
         cause = "failed: DeadKernelError: Kernel died; the system kills it when memory runs out"
         assert cause in run_status(first.out).values()
         locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
         with Run(file, folder, env=os.environ | locale) as again:  # the other kernel may still run
-            assert_end(kernels)
+            assert_end(running)
             code, printed = again.end()
             assert code == 0, printed
-    return SimpleNamespace(file=file, out=first.out, printed=printed, content=content_of(first.out))
+    return SimpleNamespace(file=file, out=first.out, printed=printed, content=study_of(first.out))
 
 
 class Inline(Executor):

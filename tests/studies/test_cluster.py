@@ -7,9 +7,8 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
-from commands import assert_end
+from commands import assert_end, kernels
 
 from nbutils import InputError
 from nbutils.__main__ import main
@@ -93,14 +92,6 @@ def one(tmp_path_factory):
 @pytest.fixture
 def no_summary(monkeypatch):
     monkeypatch.setattr(runner, "_sum_up", lambda *_: {})
-
-
-def kernels(worker):
-    """The notebooks' kernels that a worker runs now."""
-    try:
-        return psutil.Process(worker.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
 
 
 @pytest.mark.slow

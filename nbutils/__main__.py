@@ -1,7 +1,6 @@
 """The command line: `python -m nbutils COMMAND`."""
 
 import argparse
-import os
 import signal
 import sys
 from argparse import Namespace
@@ -10,7 +9,6 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from nbutils.errors import InputError
@@ -198,10 +196,6 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C
-        sys.stdout.flush()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C
         print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
-        for process in psutil.Process().children(recursive=True):  # the kernels
-            with suppress(psutil.Error):
-                process.kill()
-        os._exit(130)  # 128 and the number of the signal; threads may still wait for a kernel
+        sys.exit(130)  # 128 and the number of the signal

@@ -1,6 +1,5 @@
 """What `window.py` needs around a micro-batch: its weight, its gradients, and checks of both."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -37,10 +36,10 @@ def weights_of(micro_batches: Sequence[Any], weight: Weight | None) -> list[floa
     return weights
 
 
-def copy_gradients(
+def set_aside(
     parameters: Sequence[Tensor], losses: Tensor, earlier: dict[Tensor, Tensor | None]
 ) -> None:
-    """Copy the gradients of parameters into `earlier`, also of others that `losses` reach."""
+    """Move the gradients of parameters to `earlier`, also of others that `losses` reach."""
     seen: set[Any] = {None}
     todo: set[Any] = {losses.grad_fn} - seen
     while todo:
@@ -48,17 +47,20 @@ def copy_gradients(
         todo = {node for one in todo for node, _ in one.next_functions} - seen
     for parameter in (*parameters, *(getattr(node, "variable", None) for node in seen)):
         if isinstance(parameter, Tensor) and parameter not in earlier:
-            earlier[parameter] = copy.deepcopy(parameter.grad)
+            earlier[parameter], parameter.grad = parameter.grad, None
 
 
 @torch.no_grad()
 def rescale(earlier: Mapping[Tensor, Tensor | None], factor: float) -> None:
-    """Multiply what was added to the gradients since the earlier ones were copied."""
+    """Multiply the gradients, and add those that were set aside."""
     for parameter, gradient in earlier.items():
-        if parameter.grad is not None and factor != 1:
-            parameter.grad.mul_(factor)
-            if gradient is not None:
-                parameter.grad.add_(gradient, alpha=1 - factor)
+        added = parameter.grad
+        if added is not None and factor != 1:
+            added.mul_(factor)
+        if gradient is not None and added is not None:  # a dense one can take a sparse one
+            into, other = (added, gradient) if gradient.is_sparse else (gradient, added)
+            gradient = into.add_(other)
+        parameter.grad = added if gradient is None else gradient
 
 
 def couples_images(layer: nn.Module) -> bool:

@@ -8,7 +8,8 @@ What cannot work:
 
 - Unequal numbers of updates: a rank that makes more waits for the others until the process group's
   timeout. An empty window, and with `update=` also a wrong number, is refused on all ranks at once.
-- `with model.join():` and `DistributedDataParallel(static_graph=True)`, which are refused.
+- `with model.join():`, which is refused, and `DistributedDataParallel(static_graph=True)`, where
+  torch fails in the first window.
 - Parameters that the losses reach but the model does not hold: they are not averaged.
 - An error of one rank, such as running out of memory: the others wait for it.
 - Passing the plain model inside of the module that `losses` calls: its ranks are not seen.

@@ -90,7 +90,7 @@ def until_it_fits(
     def from_the_start() -> Tensor:
         micro_batches = pieces()
         for parameter, gradient in earlier:  # which a failed attempt takes away
-            parameter.grad = copy.deepcopy(gradient)
+            parameter.grad = None if gradient is None else gradient.detach().clone()
         return attempt(micro_batches, counted)
 
     def shrink(error: Exception) -> None:
@@ -150,12 +150,14 @@ def _cut(micro_batch: Any, size: int | None, weight: Weight | None) -> list[Any]
 
 def _rows(part: Any, images: int, rows: slice) -> Any:
     """These rows of everything in a micro-batch that has one per image."""
-    texts = type(part) in (list, tuple) and len(part) == images and not any(_lengths(part))
+    plain = isinstance(part, (list, tuple)) and not hasattr(part, "_fields")
+    texts = plain and len(part) == images and not any(_lengths(part))
     if getattr(part, "shape", ()) or texts:
         return part[rows]
     if isinstance(part, Mapping):
         piece: Any = copy.copy(part)
-        piece.update({key: _rows(value, images, rows) for key, value in part.items()})
+        for key, value in part.items():
+            piece[key] = _rows(value, images, rows)
         return piece
     if isinstance(part, (list, tuple)):
         parts = [_rows(each, images, rows) for each in part]

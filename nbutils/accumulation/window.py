@@ -126,7 +126,7 @@ def _attempt(
                 batch.check_losses(each, micro_batch, given, where)
                 if not known:  # until the last forward pass, divide by an estimate of the total
                     weights[number - 1] = each.numel()
-                    batch.copy_gradients(parameters, each, earlier)
+                    batch.set_aside(parameters, each, earlier)
                     total = estimate = max(1, weights[0]) * len(micro_batches) * ranks.number
                     if last:
                         total = ranks.total_weight(weights, update)

@@ -137,8 +137,7 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     if (pair or isinstance(dataset, tuple)) and isinstance(next(iter(dataset), None), ARRAYS):
         shapes = " and ".join(str(tuple(np.shape(part))) for part in dataset)
         with told(f"dataset = {name} of the shapes {shapes}, which must begin with the same n: "):
-            parts = (p if isinstance(p, Tensor) else np.ascontiguousarray(p) for p in dataset)
-            dataset = list(zip(*parts, strict=True))
+            dataset = list(zip(*map(_tensor_or_texts, dataset), strict=True))
     if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
         raise InputError(f"dataset = {name}, but it must have a length, and items by index")
     if len(dataset) < FEWEST:
@@ -148,6 +147,12 @@ def _opened(dataset: Any, name: str = "") -> tuple[str, Any]:
     return name, dataset
 
 
+def _tensor_or_texts(part: Any) -> Any:
+    array = part if isinstance(part, Tensor) else np.ascontiguousarray(part)
+    numbers = isinstance(array, np.ndarray) and array.dtype.kind not in "USO"
+    return torch.from_numpy(array) if numbers else array
+
+
 def _held(name: str, items: Any, read: Callable[[Any], Any], hint: str = "") -> list[Any]:
     """What is read of as many items, drawn with a fixed seed, as memory may hold."""
 
@@ -155,7 +160,8 @@ def _held(name: str, items: Any, read: Callable[[Any], Any], hint: str = "") -> 
         with told(f"dataset = {name}, item {index}: ", hint):
             return read(items[index])
 
-    size = sum(part.nbytes for part in tree_leaves(at(0)) if isinstance(part, ARRAYS))
+    with told(f"dataset = {name}, item 0: ", hint):
+        size = sum(part.nbytes for part in tree_leaves(at(0)) if isinstance(part, ARRAYS))
     order = torch.randperm(len(items), generator=generator_for(CPU, 0, "examples held in memory"))
     held = order[: max(1, HELD_BYTES // max(1, size))].sort()[0].tolist()
     return [at(index) for index in tqdm(held, "reading", leave=False, disable=no_progress())]
@@ -179,7 +185,7 @@ def _from_items(name: str, items: Any, columns: Sequence[str] | None) -> Data:
         names, labels = (part.tolist() for part in np.unique(labels, return_inverse=True))
     if 0 < len(texts) < len(labels):
         raise InputError(
-            f"dataset = {name} has the labels {', '.join(names[:3])}, but labels must be whole "
+            f"dataset = {name} has the label {texts[0]!r} beside numbers, but labels must be whole "
             f"numbers, or all names of classes"
         )
     classes = torch.tensor(labels)

@@ -149,7 +149,7 @@ def target_table(
         table["learning rate"] = runs["learning_rate"].first().map("{:g}".format)
         for count in ("updates", "images"):
             table[count] = at_most + runs[count].mean().map("{:,.0f}".format)
-        table = table.fillna({"learning rate": "none"}).fillna("not reached")
+        table = table.astype(object).fillna({"learning rate": "none"}).fillna("not reached")
         images = pd.Series(fit.fewest_images * (1 + table.index / fit.value), table.index)
         table["updates, fit"] = (images / table.index).map("{:,.0f}".format)
         table["images, fit"] = images.map("{:,.0f}".format)

@@ -135,8 +135,9 @@ def _first_fault(content: bytes, columns: Mapping[str, int]) -> str:
         for place, (name, wanted) in enumerate(zip_longest(names, columns), start=1):
             if name != wanted:
                 found = "missing" if name is None else reprlib.repr(name)
+                right = f"it must be {wanted!r}" if wanted else "it must not be there"
                 return (
-                    f"line 1: column {place} is {found}, but it must be {wanted!r}; "
+                    f"line 1: column {place} is {found}, but {right}; "
                     f"the file has {len(names)} columns, and must have {len(columns)}, as UTF-8 "
                     f"text separated by commas"
                 )

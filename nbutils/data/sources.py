@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -139,8 +138,9 @@ def _file(class_name: str, name: str) -> Path:
             getattr(datasets, class_name)(data_folder(), download=True)
         except (RuntimeError, OSError) as error:
             reason = f"The download said: {' '.join(str(error).split())}"
-            with suppress(OSError):
-                os.removedirs(folder)  # which torchvision made, if it is empty
+            for made in (folder, folder.parent):  # by torchvision
+                with suppress(OSError):
+                    made.rmdir()  # if it is empty
     for path in paths:
         if path.is_file():
             return path

@@ -8,15 +8,14 @@ Amodei et al. 2018, "An Empirical Model of Large-Batch Training", section 2.2 an
 """
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.stateless import _reparametrize_module
 
 from nbutils.accumulation.batch import couples_images
 from nbutils.accumulation.window import MicroBatch
@@ -72,7 +71,7 @@ def noise_scale(
                 f"the model's {type(module).__name__} ({name}) normalises by the statistics of a "
                 f"batch, so an image has no gradient of its own; use noise_scale_of_batches"
             )
-    with _other_buffers(model):
+    with _same_buffers(model):
         measured = [_gradient(model, batch, losses) for batch in window]
     sizes = np.array([size for size, _ in measured], dtype=float)
     products = _inner_products([gradient for _, gradient in measured])
@@ -109,7 +108,7 @@ def noise_scale_of_batches(
     with 32 and 256 images, 8 % with 16 and 128. All else is as in `noise_scale`.
     """
     sizes, of_small, of_large = set(), np.zeros(len(batches)), []
-    with _other_buffers(model):
+    with _same_buffers(model):
         for number, batch in enumerate(batches):
             whole, gradient = _gradient(model, batch, losses)
             small = [_gradient(model, part, losses) for part in split(batch)]
@@ -135,10 +134,22 @@ def noise_scale_of_batches(
     return _ratio(estimates, every_size, parts * len(batches), confidence)
 
 
-def _other_buffers(model: nn.Module) -> AbstractContextManager[None]:
-    """Give a model copies of its buffers, such as the averages of batch norm, for a while."""
-    copies = {name: each.clone() for name, each in model.named_buffers() if not is_lazy(each)}
-    return _reparametrize_module(model, copies, tie_weights=True)
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore the buffers of a model afterwards, such as the averages of batch norm."""
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()  # a model may put another tensor there
+        if buffer is not None and not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, before in buffers:
+                module._buffers[name] = buffer
+                buffer.copy_(before)
 
 
 def _gradient(
@@ -147,9 +158,10 @@ def _gradient(
     """The number of images in a batch, and the gradient of their mean loss."""
     each = losses(batch)
     if not isinstance(each, Tensor) or each.ndim != 1:
+        shown = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
         raise InputError(
-            f"losses returned {getattr(each, 'shape', type(each))}, but it must return one loss "
-            f"per image, shape (images,): use reduction='none'"
+            f"losses returned {shown}, but it must return one loss per image, a tensor of shape "
+            f"(images,): use reduction='none'"
         )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:

@@ -42,6 +42,9 @@ def _export_runs(folder: Path, reference: Path) -> None:
             shutil.copytree(reference, new, dirs_exist_ok=True)
         if (reference / "runs.csv").exists():
             held = record.read_runs(reference)
+            images = [set(part.tidy["dataset_fingerprint"]) for part in (held, runs)]
+            if images[0] != images[1]:
+                raise InputError(f"{folder} and {reference} hold runs on different images")
             if held.predictions.keys() - runs.predictions.keys():
                 runs = record.combine([held, runs], reference)
         files = {

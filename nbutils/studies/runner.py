@@ -9,8 +9,10 @@ import math
 import os
 import platform
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
@@ -115,6 +118,7 @@ def _prepare(plan: Study, out: Path, fingerprint: str | None) -> None:
             read_record(folder, fingerprint)
     work = out / ".work"
     work.mkdir(exist_ok=True)
+    (out / "failures.json").unlink(missing_ok=True)  # of an earlier version of this project
     write_json(work / "study.json", asdict(plan))
     os.replace(work / "study.json", out / "study.json")
     (work / status.SPARE).write_bytes(bytes(2**16))
@@ -165,12 +169,29 @@ def _make_runs(
                     bar.n, done = epochs, len(runs) - len(pending) - len(failures)
                     bar.set_description(f"{done}/{len(runs)} runs done")
     except BaseException:
-        for future, run in futures.items():
-            future.cancel()
+        for run in futures.values():
             with suppress(OSError):
-                status.take_over(out, run)  # a run ends when it finds its folder gone
+                status.take_over(out, run)  # elsewhere a run ends when it finds its folder gone
+        _end(futures)
         raise
     return failures
+
+
+def _end(futures: Iterable[Future[Any]]) -> None:
+    """Drop the tasks that wait, and end the kernels of those that run in this process."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # a second Ctrl-C
+    for future in futures:
+        future.cancel()
+    end = time.monotonic() + 10
+    while not all(future.done() for future in futures) and time.monotonic() < end:
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "ipykernel_launcher" in process.cmdline():
+                    process.kill()
+        time.sleep(0.1)  # a kernel may just be starting
+    if main:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _publish(record: Path, folder: Path) -> None:
@@ -194,10 +215,14 @@ def _sum_up(study: Study, out: Path) -> dict[str, str]:
     folder = "runs" if study.runs else "out"
     given = study.parameters | {folder: str(out), "figures": str(out)}
     execute = partial(notebook.execute_notebook, study.summary, aside, given)
+    future = ThreadPoolExecutor(1).submit(execute)  # nbclient takes Ctrl-C from a main thread
     try:
-        ThreadPoolExecutor(1).submit(execute).result()  # nbclient takes Ctrl-C from a main thread
+        future.result()
     except Exception as error:
         return {study.summary: status.note(out, study.summary, error)}
+    except BaseException:
+        _end([future])
+        raise
     os.replace(aside, summary)
     status.failure_file(out, study.summary).unlink(missing_ok=True)
     return {}

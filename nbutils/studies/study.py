@@ -76,6 +76,8 @@ def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> S
     `overrides` are values in place of the file's, by setting; several make a grid.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
+    if not path.is_file() and path.parent != STUDIES:
+        raise InputError(f"no study file {name}")
     if not path.is_file():
         known = sorted(path.stem for path in STUDIES.glob("*.yaml"))
         raise InputError(f"no study {name!r}; {suggest(name, known)}; or the path of a .yaml file")
@@ -89,8 +91,10 @@ def load_study(name: str, overrides: Mapping[str, list[Any]] | None = None) -> S
 
 def _parse(name: str, content: Any, overrides: Mapping[str, list[Any]]) -> Study:
     content = _mapping("a study", content, STUDY_KEYS, "summary")
-    parameters, runs = dict(content.get("parameters") or {}), []
+    parameters, runs = content.get("parameters") or {}, []
+    parameters = dict(_mapping("parameters", parameters, parameters))
     if {"runs", "fixed"} & content.keys():
+        _mapping("a study with runs", content, STUDY_KEYS[:-1])
         runs = _runs(content, overrides)
     else:
         for key, values in _mapping("--set", overrides, parameters).items():
@@ -108,7 +112,7 @@ def _mapping(
     what: str, content: Any, allowed: Collection[str], required: str | None = None
 ) -> Mapping[str, Any]:
     """What a key holds, empty where it holds nothing, if it is a mapping with allowed keys."""
-    content = content or {}
+    content = {} if content is None and required is None else content
     if not isinstance(content, Mapping):
         raise InputError(f"{what} must be a mapping of names to values")
     for key in content:

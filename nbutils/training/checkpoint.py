@@ -72,5 +72,5 @@ def read(folder: Path) -> dict[str, Any]:
     """The content of the checkpoint in `folder`; raises one of `UNREADABLE`."""
     content = (folder / CHECKPOINT).read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise ValueError("it is damaged")
+        raise ValueError("it is damaged, or of an earlier version")
     return torch.load(io.BytesIO(content[32:]), weights_only=True, map_location="cpu")

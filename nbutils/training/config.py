@@ -103,7 +103,9 @@ def _checked(name: str, value: Any, rule: Any) -> Any:
         kind, allowed, holds = get_args(rule)
     general = {int: Integral, float: Real}.get(kind, kind)
     if isinstance(value, general) and isinstance(value, bool) == (kind is bool) and holds(value):
-        return kind(value)
+        plain = str.__str__(value) if kind is str else kind(value)  # str() gives an enum's name
+        if holds(plain):  # it may be rounded
+            return plain
     hint = ""
     if isinstance(value, str) and kind is not str:
         write = (

@@ -1,8 +1,8 @@
 """Runs side by side on one device, with smaller micro-batches where its memory runs out."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from nbutils.training import checkpoint, setup
 from nbutils.training.config import RunConfig
 from nbutils.training.result import RunResult
 
-Script = Iterator[RunResult | None]
+Script = Generator[RunResult | None]
 """A training that gives None after every update, and its result at the end."""
 
 
@@ -65,16 +65,18 @@ def take_turns(scripts: Sequence[Script], device: torch.device) -> list[RunResul
     that those of the others leave.
     """
     results: dict[int, RunResult] = {}
+    on_cuda = device.type == "cuda"
     while len(results) < len(scripts):
         for slot, script in enumerate(scripts):
             if slot not in results:
-                with torch.cuda.stream(_stream(device, slot)):
+                with torch.cuda.stream(_stream(device, slot)) if on_cuda else nullcontext():
                     if result := next(script):
                         results[slot] = result
+                        script.close()  # which frees its memory for the others
     return [results[slot] for slot in range(len(scripts))]
 
 
 @cache
-def _stream(device: torch.device, slot: int) -> torch.cuda.Stream | None:
+def _stream(device: torch.device, slot: int) -> torch.cuda.Stream:
     """One stream per slot for the life of the process: cuBLAS keeps a workspace for each."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+    return torch.cuda.Stream(device)

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -123,17 +123,19 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """
     settings: Any = torch.utils.deterministic
     before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     on_cuda = device.type == "cuda"
     if on_cuda:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.init()  # the next line fails where CUDA has not been used yet
         torch.cuda.reset_peak_memory_stats(device)
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    cudnn = torch.backends.cudnn.flags
+    exact = cudnn(enabled=True, allow_tf32=False) if on_cuda else nullcontext()
     with torch.random.fork_rng([device] if on_cuda else []), exact:
         torch.use_deterministic_algorithms(True)
         settings.fill_uninitialized_memory = False  # else every torch.empty is filled
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before)
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
             settings.fill_uninitialized_memory = fill

@@ -10,7 +10,7 @@ RUN = ["run", "batch-size"]
 
 COMMANDS = [
     (["run", "batch-sise"], "no study 'batch-sise'; did you mean 'batch-size'?"),
-    (["run", "nowhere.yaml"], "no study 'nowhere.yaml'; allowed: batch-size, "),
+    (["run", "nowhere.yaml"], "no study file nowhere.yaml"),
     ([*RUN, "--dataset", "kaggle:nowhere"], "no folder nowhere; it must hold"),
     ([*RUN, "--set", "epochs"], "it must read FIELD=VALUE"),
     ([*RUN, "--set", "=3"], "no setting ''"),

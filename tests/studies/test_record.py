@@ -134,8 +134,8 @@ def test_runs_on_different_images_are_not_mixed(results, few_digits, folder, tmp
     save_run(stranger, folder)
     with pytest.raises(InputError, match=f"mixes runs on different.*{stranger.config.run_id}"):
         load_runs(folder)
-    save_run(stranger, tmp_path / "others")
-    with pytest.raises(InputError, match="reference mixes runs on different images"):
+    save_run(replace(results[0], data=other), tmp_path / "others")  # of the same id
+    with pytest.raises(InputError, match="reference hold runs on different images"):
         export(tmp_path / "others", tmp_path / "reference")
 
 

@@ -73,8 +73,8 @@ def test_a_users_own_study_with_a_grid_and_overrides(tmp_path):
         ),
         ("runs: &a [*a]\nsummary: 04_summary", "a block of runs must be a mapping"),
         ("runs: [", "cannot be read"),
-        ("", "a study lacks 'summary'"),
-        ("[1]", "a study must be a mapping"),
+        ("", "a study must be a mapping"),
+        ("summary: 04_summary\nparameters: 3", "parameters must be a mapping"),
         ("!!python/object/apply:os.mkdir [executed]", "cannot be read"),
     ],
 )

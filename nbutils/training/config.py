@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -103,9 +104,10 @@ def _checked(name: str, value: Any, rule: Any) -> Any:
         kind, allowed, holds = get_args(rule)
     general = {int: Integral, float: Real}.get(kind, kind)
     if isinstance(value, general) and isinstance(value, bool) == (kind is bool) and holds(value):
-        plain = str.__str__(value) if kind is str else kind(value)  # str() gives an enum's name
-        if holds(plain):  # it may be rounded
-            return plain
+        with suppress(OverflowError):  # of a whole number that no float holds
+            plain = str.__str__(value) if kind is str else kind(value)  # str() names an enum
+            if holds(plain):  # it may be rounded
+                return plain
     hint = ""
     if isinstance(value, str) and kind is not str:
         write = (

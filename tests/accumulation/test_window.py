@@ -243,6 +243,22 @@ def test_one_labelled_token_is_not_taken_for_an_average():
     )
 
 
+def test_an_earlier_gradient_neither_overflows_nor_needs_to_be_a_leaf():
+    model = nn.Linear(1, 1, bias=False).half()
+    window = [torch.ones(images, 1).half() for images in (7, 7, 7, 2)]
+    batches = [[images] for images in window]  # no plain tensors: their number is not known
+
+    def losses(batch):
+        return model(batch[0]).squeeze(1)
+
+    model.weight.grad = torch.full((1, 1), 6e4).half()
+    accumulate_gradient(model, batches, losses)
+    assert model.weight.grad.item() == 6e4
+    model.weight.grad = torch.full((1, 1), 2.0).half().requires_grad_() * 1
+    accumulate_gradient(model, batches, losses)
+    assert model.weight.grad.item() == pytest.approx(3, rel=1e-2)
+
+
 def one_weight():
     """The smallest model: one number. The loss of an image is the number times the image."""
     model = nn.Linear(1, 1, bias=False)

@@ -1,4 +1,5 @@
 import math
+from enum import Enum
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def test_numbers_of_other_libraries_become_plain_ones():
     assert type(config.batch_size) is int
     assert type(config.learning_rate) is float
     assert type(config.dropout) is float
+    assert RunConfig(norm=Enum("Norms", {"GROUP": "group"}, type=str)["GROUP"]) == RunConfig()
+    with pytest.raises(InputError, match="dropout"):
+        RunConfig(dropout=np.longdouble("0.99999999999999999999"))  # 1 as a float
+    with pytest.raises(InputError, match="learning_rate"):
+        RunConfig(learning_rate=10**400)
 
 
 @pytest.mark.parametrize(

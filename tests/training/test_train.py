@@ -105,6 +105,12 @@ def test_drop_uses_full_windows_only(few_digits):
     assert result.history["updates"].tolist() == [4, 8]
 
 
+def test_a_run_on_the_cpu_leaves_cuda_alone(few_digits, monkeypatch):
+    for module, name in ((torch.cuda, "stream"), (torch.backends.cudnn, "flags")):
+        monkeypatch.setattr(module, name, None)
+    train(replace(TINY, device="cpu"), few_digits, progress=False)
+
+
 def test_it_learns(digits):
     result = train(RunConfig(batch_size=64, epochs=1, device="cpu"), digits, progress=False)
     assert result.history["test_accuracy"].iloc[-1] > 0.85

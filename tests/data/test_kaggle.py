@@ -115,7 +115,7 @@ FAULTS = {
     "truncated gz": (gzip.compress(csv(TRAIN_COLUMNS))[:-9], "is damaged"),
     "extra column": (
         csv(TRAIN_COLUMNS).replace(b"\n", b",\n"),
-        "column 786 is '', but it must be None; the file has 786 columns",
+        "column 786 is '', but it must not be there; the file has 786 columns",
     ),
     "a quote that is never closed": (b'"' + csv(TRAIN_COLUMNS, rows=200), "it is no CSV"),
     "zip of another file": (zipped(csv(TRAIN_COLUMNS), "a.csv"), "holds no train.csv"),

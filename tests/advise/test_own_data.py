@@ -119,7 +119,7 @@ def test_a_dataset_made_with_seed_0_shares_no_numbers_with_the_model():
         (Items(lambda i: {"scan": 1, "kind": 2}), "keys scan, kind; give those"),
         (Items(lambda i: (torch.rand(1, 8, 8 + i % 2), i % 3)), r"one size: .*, 8\] .*, 9\]"),
         (Items(lambda i: (IMAGES[i], math.nan if i == 7 else "cat")), "item 7: .*label is nan"),
-        (Items(lambda i: (IMAGES[i], 1 if i == 7 else "cat")), "has the label 'cat' beside numbers"),
+        (Items(lambda i: (IMAGES[i], 1 if i == 7 else "cat")), "the label 'cat' beside numbers"),
         (Items(lambda i: (IMAGES[i], [1])), r"the label is \[1\], but"),
         ((torch.rand(20, 8), torch.arange(20) + 1_700_000_000), "label is 1700000000"),
         ((torch.rand(20, 8), torch.arange(20)), "no class has two images"),

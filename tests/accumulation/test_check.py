@@ -468,6 +468,8 @@ def test_a_loss_of_the_reader_makes_the_loop_checkable():
     assert "not the one given as loss=" in str(check_accumulation(right, loss=smooth))
     with pytest.raises(ValueError, match="given twice changed it from"):
         check_accumulation(smooth_loop, loss=sum_of_losses)
+    with pytest.raises(TypeError, match="loss must return a tensor, but it returned float"):
+        check_accumulation(smooth_loop, loss=lambda logits, labels: 0.5)
 
 
 def logging(what):

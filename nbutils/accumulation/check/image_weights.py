@@ -24,7 +24,10 @@ def mean_loss(loss: Loss | None) -> Loss:
         return F.cross_entropy
 
     def mean(logits: Tensor, labels: Tensor) -> Tensor:
-        return loss(logits, labels).mean()
+        found = loss(logits, labels)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"loss must return a tensor, but it returned {type(found).__name__}")
+        return found.mean()
 
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(FULL, CLASSES, generator=generator, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """The command line: `python -m nbutils COMMAND`."""
 
 import argparse
+import os
 import signal
 import sys
 from argparse import Namespace
@@ -9,6 +10,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from nbutils.errors import InputError
@@ -197,5 +199,9 @@ if __name__ == "__main__":
         sys.exit(main())
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # another Ctrl-C
+        sys.stdout.flush()
         print("interrupted; what is done is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)  # 128 and the number of the signal
+        for process in psutil.Process().children(recursive=True):  # a kernel that just started
+            with suppress(psutil.Error):
+                process.kill()
+        os._exit(130)  # 128 and the number of the signal; threads may still wait for a kernel

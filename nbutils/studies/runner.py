@@ -183,7 +183,7 @@ def _end(futures: Iterable[Future[Any]]) -> None:
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None  # a second Ctrl-C
     for future in futures:
         future.cancel()
-    end = time.monotonic() + 10
+    end = time.monotonic() + 3
     while not all(future.done() for future in futures) and time.monotonic() < end:
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -56,7 +56,7 @@ def kernels(process):
         return []
 
 
-def assert_end(processes):
-    """They end by themselves; those of a worker once it gives up on its scheduler."""
-    _, alive = psutil.wait_procs(processes, timeout=60)
+def assert_end(processes, seconds=30):
+    """They end by themselves, soon."""
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
     assert [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []

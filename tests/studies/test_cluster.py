@@ -127,7 +127,7 @@ def test_ctrl_c_ends_the_runs_on_the_workers(one, tmp_path):
         error = command.stderr.read()
     assert command.returncode == 130
     assert error.splitlines()[-1].startswith("interrupted; what is done is kept")
-    assert_end(running)
+    assert_end(running, seconds=60)
     wait_for(lambda: not any(one.client.processing().values()))
 
 
@@ -141,7 +141,7 @@ def test_the_runs_of_a_killed_worker_are_made_by_another(tmp_path, no_summary):
         running = kernels(workers[0])
         workers[0].send_signal(signal.SIGKILL)
         assert command.result() == 0
-        assert_end(running)
+        assert_end(running, seconds=60)
         assert len(pair.client.nthreads()) == 1
     assert all(text.startswith("done") for text in run_status(out).values())
 
@@ -156,7 +156,7 @@ def test_a_lost_scheduler_is_told(tmp_path, no_summary):
         running = kernels(worker)
         frail.processes[0].send_signal(signal.SIGKILL)
         assert command.result(timeout=300) == 1
-        assert_end(running)
+        assert_end(running, seconds=60)
     assert list(run_status(out).values()) == ["failed: cancelled: the scheduler was lost"]
 
 
